@@ -1,0 +1,88 @@
+"""Every environment variable the package reads: the only file that touches `os.environ`.
+
+Each variable is a module-level `Variable` under its own name, and `VARIABLES` lists them all; the
+table in README.md is rendered from it. Values are read when asked for, not at import, so a program
+may set one between two calls. Standard library only.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, Generic, Optional, TypeVar
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Variable(Generic[T]):
+    """One environment variable, with the texts it accepts and what each of them means.
+
+    An unset or empty variable gives `default`. Texts are compared without regard to case. A
+    variable may be known under older names too (`aliases`); its own name is read first.
+    """
+
+    name: str
+    default: T
+    choices: Mapping[str, T]
+    doc: str
+    aliases: tuple[str, ...] = ()
+
+    def get(self) -> T:
+        """The value now in force; ValueError if the text set is not one of `choices`."""
+        for name in (self.name, *self.aliases):
+            text = os.environ.get(name, "").strip()
+            if text:
+                return self._parse(name, text)
+        return self.default
+
+    def _parse(self, name: str, text: str) -> T:
+        for choice, value in self.choices.items():
+            if choice.lower() == text.lower():
+                return value
+        allowed = ", ".join(self.choices)
+        raise ValueError(f"{name} is set to {text!r}; it must be one of: {allowed}, or be unset")
+
+    @property
+    def default_text(self) -> str:
+        """The choice that says what the default says, or "unset" where none does."""
+        return next(
+            (text for text, value in self.choices.items() if value == self.default), "unset"
+        )
+
+
+def _choices(*texts: str) -> Mapping[str, str]:
+    return MappingProxyType({text: text for text in texts})
+
+
+FLASH_ATTN_BACKEND: Variable[str] = Variable(
+    name="FLASH_ATTN_BACKEND",
+    default="auto",
+    choices=_choices("auto", "cpu", "cuda", "triton"),
+    doc="Backend to run. `auto` takes the best one that serves the call; a name forces that "
+    "backend, and a call which it cannot serve is an error that says why.",
+)
+
+FLASH_ATTENTION_USE_FLAGGEMS: Variable[Optional[bool]] = Variable(
+    name="FLASH_ATTENTION_USE_FLAGGEMS",
+    default=None,
+    choices=MappingProxyType({"TRUE": True, "FALSE": False}),
+    doc="Which backend serves GPU tensors: `TRUE` the Triton one, `FALSE` the CUDA one, unset the "
+    "best one there is. Read only while `FLASH_ATTN_BACKEND` is `auto`; CPU tensors are not "
+    "affected.",
+)
+
+FLASH_ATTN_LOG: Variable[bool] = Variable(
+    name="FLASH_ATTN_LOG",
+    default=False,
+    choices=MappingProxyType({"0": False, "1": True}),
+    doc="`1` writes one line per distinct problem to stderr, saying which backend ran it.",
+)
+
+VARIABLES: tuple[Variable[Any], ...] = (
+    FLASH_ATTN_BACKEND,
+    FLASH_ATTENTION_USE_FLAGGEMS,
+    FLASH_ATTN_LOG,
+)

@@ -1,0 +1,466 @@
+"""The `flash_attn_3::` operators: what FlashAttention-3's Python and C++ names map to.
+
+`_flash_attn_forward` and `_flash_attn_backward` are the traceable pair behind the public functions.
+`fwd`, `bwd`, `fwd_combine` and `get_scheduler_metadata` have the published C++ schemas, for
+projects that call them by position. Shapes and options: docstrings of the module `flash_attn_interface`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Optional
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from flash_attn import _checks, _ops, backends
+from flash_attn._checks import check_forward
+from flash_attn._kvcache import with_kvcache
+from flash_attn._problem import Descale, Forward, Mask, Scores, Sequences
+
+FORWARD, BACKWARD = "flash_attn_3::_flash_attn_forward", "flash_attn_3::_flash_attn_backward"
+FWD, BWD = "flash_attn_3::fwd", "flash_attn_3::bwd"
+COMBINE = "flash_attn_3::fwd_combine"
+METADATA = "flash_attn_3::get_scheduler_metadata"
+
+_KEYS = (
+    "Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, Tensor? cu_seqlens_k_new=None, "
+    "Tensor? seqused_q=None, Tensor? seqused_k=None, {int}? max_seqlen_q=None, "
+    "{int}? max_seqlen_k=None, Tensor? page_table=None, Tensor? kv_batch_idx=None, "
+    "Tensor? leftpad_k=None, Tensor? rotary_cos=None, Tensor? rotary_sin=None, "
+    "Tensor? seqlens_rotary=None, Tensor? q_descale=None, Tensor? k_descale=None, "
+    "Tensor? v_descale=None, float? softmax_scale=None"
+)
+_WINDOW = "{int} window_size_left=-1, {int} window_size_right=-1"
+
+SCHEMAS = {
+    FORWARD: (
+        "(Tensor q, Tensor k, Tensor v, Tensor? k_new=None, Tensor? v_new=None, Tensor? qv=None, "
+        f"Tensor? out_=None, {_KEYS}, bool causal=False, {_WINDOW}, {{int}} attention_chunk=0, "
+        "float softcap=0., bool rotary_interleaved=True, Tensor? scheduler_metadata=None, "
+        "{int} num_splits=1, bool? pack_gqa=None, {int} sm_margin=0) "
+        "-> (Tensor, Tensor, Tensor, Tensor)"
+    ).replace("{int}", "SymInt"),
+    BACKWARD: (
+        "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor softmax_lse, "
+        "Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, Tensor? sequed_q=None, "
+        "Tensor? sequed_k=None, SymInt? max_seqlen_q=None, SymInt? max_seqlen_k=None, "
+        "Tensor(a!)? dq=None, Tensor(b!)? dk=None, Tensor(c!)? dv=None, "
+        f"float? softmax_scale=None, bool is_causal=False, {_WINDOW}, float softcap=0., "
+        "bool deterministic=False, SymInt sm_margin=0) -> Tensor"
+    ).replace("{int}", "SymInt"),
+    FWD: (
+        "(Tensor q, Tensor k, Tensor v, Tensor(k_new!)? k_new=None, Tensor(v_new!)? v_new=None, "
+        f"Tensor? q_v=None, Tensor(out!)? out=None, {_KEYS}, bool is_causal=False, {_WINDOW}, "
+        "{int} attention_chunk=0, float softcap=0., bool is_rotary_interleaved=False, "
+        "Tensor? scheduler_metadata=None, {int} num_splits=0, bool? pack_gqa=None, "
+        "{int} sm_margin=0) -> (Tensor(out!), Tensor, Tensor, Tensor)"
+    ).replace("{int}", "int"),
+    BWD: (
+        "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor softmax_lse, "
+        "Tensor(dq!)? dq=None, Tensor(dk!)? dk=None, Tensor(dv!)? dv=None, "
+        "Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, Tensor? seqused_q=None, "
+        "Tensor? seqused_k=None, int? max_seqlen_q=None, int? max_seqlen_k=None, "
+        f"float? softmax_scale=None, bool is_causal=False, {_WINDOW}, float softcap=0., "
+        "bool deterministic=False, {int} sm_margin=0) -> "
+        "(Tensor(dq!), Tensor(dk!), Tensor(dv!), Tensor, Tensor, Tensor, Tensor, Tensor)"
+    ).replace("{int}", "int"),
+    COMBINE: (
+        "(Tensor out_partial, Tensor lse_partial, Tensor(out!)? out=None, "
+        "ScalarType? out_dtype=None) -> (Tensor(out!), Tensor)"
+    ),
+    METADATA: (
+        "(int batch_size, int max_seqlen_q, int max_seqlen_k, int num_heads, int num_heads_k, "
+        "int headdim, int headdim_v, ScalarType qkv_dtype, Tensor seqused_k, "
+        "Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, Tensor? cu_seqlens_k_new=None, "
+        "Tensor? seqused_q=None, Tensor? leftpad_k=None, int? page_size=None, "
+        "int max_seqlen_k_new=0, bool is_causal=False, int window_size_left=-1, "
+        "int window_size_right=-1, int attention_chunk=0, bool has_softcap=False, "
+        "int num_splits=0, bool? pack_gqa=None, int sm_margin=0) -> Tensor"
+    ),
+}
+
+
+def default_scale(q: Tensor, qv: Optional[Tensor]) -> float:
+    """(d + dv of qv) ** -0.5."""
+    head_dim = q.shape[-1] if qv is None else q.shape[-1] + qv.shape[-1]
+    return float(head_dim**-0.5)
+
+
+def check_metadata(name: str, scheduler_metadata: Optional[Tensor], q: Tensor) -> None:
+    """Metadata of `get_scheduler_metadata` is int32 on q's device."""
+    x = scheduler_metadata
+    if x is not None and (x.dtype != torch.int32 or x.device != q.device):
+        _checks.fail(
+            name,
+            f"scheduler_metadata must be int32 on {q.device}, as get_scheduler_metadata returns it",
+            f"{x.dtype} on {x.device}",
+        )
+
+
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_new: Optional[Tensor] = None,
+    v_new: Optional[Tensor] = None,
+    qv: Optional[Tensor] = None,
+    out_: Optional[Tensor] = None,
+    cu_seqlens_q: Optional[Tensor] = None,
+    cu_seqlens_k: Optional[Tensor] = None,
+    cu_seqlens_k_new: Optional[Tensor] = None,
+    seqused_q: Optional[Tensor] = None,
+    seqused_k: Optional[Tensor] = None,
+    max_seqlen_q: Optional[int] = None,
+    max_seqlen_k: Optional[int] = None,
+    page_table: Optional[Tensor] = None,
+    kv_batch_idx: Optional[Tensor] = None,
+    leftpad_k: Optional[Tensor] = None,
+    rotary_cos: Optional[Tensor] = None,
+    rotary_sin: Optional[Tensor] = None,
+    seqlens_rotary: Optional[Tensor] = None,
+    q_descale: Optional[Tensor] = None,
+    k_descale: Optional[Tensor] = None,
+    v_descale: Optional[Tensor] = None,
+    softmax_scale: Optional[float] = None,
+    causal: bool = False,
+    window_size_left: int = -1,
+    window_size_right: int = -1,
+    attention_chunk: int = 0,
+    softcap: float = 0.0,
+    rotary_interleaved: bool = True,
+    scheduler_metadata: Optional[Tensor] = None,
+    num_splits: int = 1,
+    pack_gqa: Optional[bool] = None,
+    sm_margin: int = 0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if k_new is not None or out_ is not None:
+        _checks.fail(
+            FORWARD,
+            "the operator writes no argument, so that compilers may trace it: append through "
+            "flash_attn_with_kvcache, and write into `out_` through flash_attn_3::fwd",
+            "k_new" if k_new is not None else "out_",
+        )
+    mask = Mask.of(causal, window_size_left, window_size_right, attention_chunk)
+    scale = default_scale(q, qv) if softmax_scale is None else softmax_scale
+    call = Forward(
+        q,
+        k,
+        v,
+        Scores(scale, mask, softcap),
+        Sequences(
+            cu_seqlens_q,
+            cu_seqlens_k,
+            seqused_q,
+            seqused_k,
+            leftpad_k,
+            page_table,
+            kv_batch_idx,
+            max_seqlen_q,
+            max_seqlen_k,
+        ),
+        qv=qv,
+        descale=Descale(q_descale, k_descale, v_descale),
+        num_splits=num_splits,
+    )
+    check_forward(FORWARD, call)
+    check_metadata(FORWARD, scheduler_metadata, q)
+    out, lse, _ = backends.forward(call, FORWARD)
+    return out, lse, *no_partials(q)
+
+
+def no_partials(q: Tensor) -> tuple[Tensor, Tensor]:
+    """out_accum and softmax_lse_accum of a call that was not split."""
+    return q.new_empty(0, dtype=torch.float32), q.new_empty(0, dtype=torch.float32)
+
+
+def _fake_forward(
+    q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return (*_ops.fake_out_and_lse(q, v), *no_partials(q))
+
+
+def _backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    softmax_lse: Tensor,
+    cu_seqlens_q: Optional[Tensor] = None,
+    cu_seqlens_k: Optional[Tensor] = None,
+    sequed_q: Optional[Tensor] = None,
+    sequed_k: Optional[Tensor] = None,
+    max_seqlen_q: Optional[int] = None,
+    max_seqlen_k: Optional[int] = None,
+    dq: Optional[Tensor] = None,
+    dk: Optional[Tensor] = None,
+    dv: Optional[Tensor] = None,
+    softmax_scale: Optional[float] = None,
+    is_causal: bool = False,
+    window_size_left: int = -1,
+    window_size_right: int = -1,
+    softcap: float = 0.0,
+    deterministic: bool = False,
+    sm_margin: int = 0,
+) -> Tensor:
+    scale = default_scale(q, None) if softmax_scale is None else softmax_scale
+    scores = Scores(scale, Mask.of(is_causal, window_size_left, window_size_right), softcap)
+    sequences = Sequences(
+        cu_seqlens_q,
+        cu_seqlens_k,
+        sequed_q,
+        sequed_k,
+        max_seqlen_q=max_seqlen_q,
+        max_seqlen_k=max_seqlen_k,
+    )
+    return _ops.run_backward(
+        BACKWARD, (dout, q, k, v, out, softmax_lse), (dq, dk, dv), scores, sequences, deterministic
+    )
+
+
+def _fake_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    softmax_lse: Tensor,
+    cu_seqlens_q: Optional[Tensor] = None,
+    *args: Any,
+    **kwargs: Any,
+) -> Tensor:
+    return _ops.fake_softmax_d(q, cu_seqlens_q)
+
+
+def _fwd(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_new: Optional[Tensor] = None,
+    v_new: Optional[Tensor] = None,
+    q_v: Optional[Tensor] = None,
+    out: Optional[Tensor] = None,
+    cu_seqlens_q: Optional[Tensor] = None,
+    cu_seqlens_k: Optional[Tensor] = None,
+    cu_seqlens_k_new: Optional[Tensor] = None,
+    seqused_q: Optional[Tensor] = None,
+    seqused_k: Optional[Tensor] = None,
+    max_seqlen_q: Optional[int] = None,
+    max_seqlen_k: Optional[int] = None,
+    page_table: Optional[Tensor] = None,
+    kv_batch_idx: Optional[Tensor] = None,
+    leftpad_k: Optional[Tensor] = None,
+    rotary_cos: Optional[Tensor] = None,
+    rotary_sin: Optional[Tensor] = None,
+    seqlens_rotary: Optional[Tensor] = None,
+    q_descale: Optional[Tensor] = None,
+    k_descale: Optional[Tensor] = None,
+    v_descale: Optional[Tensor] = None,
+    softmax_scale: Optional[float] = None,
+    is_causal: bool = False,
+    window_size_left: int = -1,
+    window_size_right: int = -1,
+    attention_chunk: int = 0,
+    softcap: float = 0.0,
+    is_rotary_interleaved: bool = False,
+    scheduler_metadata: Optional[Tensor] = None,
+    num_splits: int = 0,
+    pack_gqa: Optional[bool] = None,
+    sm_margin: int = 0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    check_metadata(FWD, scheduler_metadata, q)
+    if k_new is None:
+        result = torch.ops.flash_attn_3._flash_attn_forward(
+            q,
+            k,
+            v,
+            None,
+            None,
+            q_v,
+            None,
+            cu_seqlens_q,
+            cu_seqlens_k,
+            None,
+            seqused_q,
+            seqused_k,
+            max_seqlen_q,
+            max_seqlen_k,
+            page_table,
+            kv_batch_idx,
+            leftpad_k,
+            None,
+            None,
+            None,
+            q_descale,
+            k_descale,
+            v_descale,
+            softmax_scale,
+            is_causal,
+            window_size_left,
+            window_size_right,
+            attention_chunk,
+            softcap,
+            num_splits=num_splits,
+        )[:2]
+    else:
+        result = with_kvcache(
+            FWD,
+            q,
+            k,
+            v,
+            k=k_new,
+            v=v_new,
+            qv=q_v,
+            rotary_cos=rotary_cos,
+            rotary_sin=rotary_sin,
+            cache_seqlens=seqused_k,
+            cache_batch_idx=kv_batch_idx,
+            cache_leftpad=leftpad_k,
+            block_table=page_table,
+            cu_seqlens_q=cu_seqlens_q,
+            cu_seqlens_k_new=cu_seqlens_k_new,
+            max_seqlen_q=max_seqlen_q,
+            rotary_seqlens=seqlens_rotary,
+            q_descale=q_descale,
+            k_descale=k_descale,
+            v_descale=v_descale,
+            softmax_scale=softmax_scale,
+            causal=is_causal,
+            window_size=(window_size_left, window_size_right),
+            attention_chunk=attention_chunk,
+            softcap=softcap,
+            rotary_interleaved=is_rotary_interleaved,
+            num_splits=num_splits,
+        )
+    first, lse = result
+    return first if out is None else out.copy_(first), lse, *no_partials(q)
+
+
+def _bwd(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    softmax_lse: Tensor,
+    dq: Optional[Tensor] = None,
+    dk: Optional[Tensor] = None,
+    dv: Optional[Tensor] = None,
+    cu_seqlens_q: Optional[Tensor] = None,
+    cu_seqlens_k: Optional[Tensor] = None,
+    seqused_q: Optional[Tensor] = None,
+    seqused_k: Optional[Tensor] = None,
+    max_seqlen_q: Optional[int] = None,
+    max_seqlen_k: Optional[int] = None,
+    softmax_scale: Optional[float] = None,
+    is_causal: bool = False,
+    window_size_left: int = -1,
+    window_size_right: int = -1,
+    softcap: float = 0.0,
+    deterministic: bool = False,
+    sm_margin: int = 0,
+) -> tuple[Tensor, ...]:
+    grads = [torch.empty_like(x) if g is None else g for g, x in zip((dq, dk, dv), (q, k, v))]
+    softmax_d = torch.ops.flash_attn_3._flash_attn_backward(
+        dout,
+        q,
+        k,
+        v,
+        out,
+        softmax_lse,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        seqused_q,
+        seqused_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        *grads,
+        softmax_scale,
+        is_causal,
+        window_size_left,
+        window_size_right,
+        softcap,
+        deterministic,
+        sm_margin,
+    )
+    # dq_accum, dk_accum and dv_accum are scratch of the published kernels; this has none.
+    scratch = (q.new_empty(0, dtype=torch.float32) for _ in range(3))
+    return (*grads, softmax_d, softmax_lse * math.log2(math.e), *scratch)
+
+
+def _fwd_combine(
+    out_partial: Tensor,
+    lse_partial: Tensor,
+    out: Optional[Tensor] = None,
+    out_dtype: Optional[torch.dtype] = None,
+) -> tuple[Tensor, Tensor]:
+    for argument, x in (("out_partial", out_partial), ("lse_partial", lse_partial)):
+        if x.dtype != torch.float32:
+            _checks.fail(COMBINE, f"{argument} must have dtype float32", f"{x.dtype}")
+    if out_partial.dim() != 5 or lse_partial.shape != out_partial.shape[:-1]:
+        _checks.fail(
+            COMBINE,
+            "out_partial must have shape (num_splits, b, s, h, d) and lse_partial the same without "
+            "d",
+            f"shapes {tuple(out_partial.shape)} and {tuple(lse_partial.shape)}",
+        )
+    result, lse = backends.combine(out_partial, lse_partial)
+    if out is not None:
+        return out.copy_(result), lse
+    return result.to(torch.float32 if out_dtype is None else out_dtype), lse
+
+
+def _get_scheduler_metadata(
+    batch_size: int,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    num_heads: int,
+    num_heads_k: int,
+    headdim: int,
+    headdim_v: int,
+    qkv_dtype: torch.dtype,
+    seqused_k: Tensor,
+    cu_seqlens_q: Optional[Tensor] = None,
+    cu_seqlens_k: Optional[Tensor] = None,
+    cu_seqlens_k_new: Optional[Tensor] = None,
+    seqused_q: Optional[Tensor] = None,
+    leftpad_k: Optional[Tensor] = None,
+    page_size: Optional[int] = None,
+    max_seqlen_k_new: int = 0,
+    is_causal: bool = False,
+    window_size_left: int = -1,
+    window_size_right: int = -1,
+    attention_chunk: int = 0,
+    has_softcap: bool = False,
+    num_splits: int = 0,
+    pack_gqa: Optional[bool] = None,
+    sm_margin: int = 0,
+) -> Tensor:
+    if seqused_k.dtype != torch.int32 or tuple(seqused_k.shape) != (batch_size,):
+        _checks.fail(
+            METADATA,
+            f"cache_seqlens must be int32 of shape (batch_size,) = ({batch_size},)",
+            f"{seqused_k.dtype} of shape {tuple(seqused_k.shape)}",
+        )
+    return torch.full_like(seqused_k, max(num_splits, 1))
+
+
+_LIBRARY = torch.library.Library("flash_attn_3", "FRAGMENT")
+_ops.define(_LIBRARY, FORWARD, SCHEMAS[FORWARD], _forward, _fake_forward)
+_ops.define(_LIBRARY, BACKWARD, SCHEMAS[BACKWARD], _backward, _fake_backward)
+_ops.define(_LIBRARY, FWD, SCHEMAS[FWD], _fwd)
+_ops.define(_LIBRARY, BWD, SCHEMAS[BWD], _bwd)
+_ops.define(_LIBRARY, COMBINE, SCHEMAS[COMBINE], _fwd_combine)
+_ops.define(_LIBRARY, METADATA, SCHEMAS[METADATA], _get_scheduler_metadata)
+
+
+@register_flop_formula(torch.ops.flash_attn_3._flash_attn_forward)
+def _forward_flops(q: Any, k: Any, v: Any, *args: Any, **kwargs: Any) -> int:
+    return _ops.attention_flops(q, k, v, (1, 1))
+
+
+@register_flop_formula(torch.ops.flash_attn_3._flash_attn_backward)
+def _backward_flops(dout: Any, q: Any, k: Any, v: Any, *args: Any, **kwargs: Any) -> int:
+    return _ops.attention_flops(q, k, v, (3, 2))

@@ -1,0 +1,110 @@
+"""TRUTH: what can run where. Dispatch, argument checks, `python -m flash_attn`, the tests and the
+README tables all read this file. Standard library only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+MAX_HEAD_DIM = 256
+# FlashAttention-3 takes a wider V beside a narrow QK head (the absorbed form of latent attention).
+NARROW_QK_HEAD_DIM = 64
+MAX_HEAD_DIM_V_OF_NARROW_QK = 512
+
+MAX_SPLITS_FA2 = 128
+MAX_SPLITS_FA3 = 256
+
+# The published kernels round these sizes up; the shapes of `S_dmask` and `softmax_d` show it.
+ROUND_TO = 128
+
+HALF_DTYPES = ("float16", "bfloat16")
+FP8_DTYPE = "float8_e4m3fn"
+
+
+@dataclass(frozen=True)
+class Feature:
+    """One thing a call can ask for beyond plain softmax(q k^T) v.
+
+    Args:
+        name: identifier used in `Problem.features`.
+        title: words for tables.
+        in_sdpa: whether `torch.nn.functional.scaled_dot_product_attention` offers it without an
+            attention mask of size s x s.
+    """
+
+    name: str
+    title: str
+    in_sdpa: bool
+
+
+FEATURES: tuple[Feature, ...] = (
+    Feature("backward", "gradients of q, k, v", True),
+    Feature("deterministic", "bitwise reproducible gradients on request", False),
+    Feature("gqa", "grouped and multi-query heads (GQA, MQA)", True),
+    Feature("causal", "causal mask, aligned to the last key", False),
+    Feature("window", "sliding window, both sides", False),
+    Feature("alibi", "ALiBi slopes", False),
+    Feature("softcap", "softcap", False),
+    Feature("dropout", "dropout that a saved state reproduces", True),
+    Feature("varlen", "packed sequences (`cu_seqlens`)", False),
+    Feature("seqused", "shorter use of longer buffers (`seqused_q`, `seqused_k`)", False),
+    Feature("leftpad", "left padding of the cache", False),
+    Feature("kv_append", "KV cache with in-place append", False),
+    Feature("rotary", "rotary embedding fused into the append", False),
+    Feature("cache_batch_idx", "cache rows chosen by index", False),
+    Feature("paged_kv", "paged KV cache, any page size", False),
+    Feature("head_dim_v", "head dim of V other than that of Q and K", True),
+    Feature("attention_chunk", "chunked local attention", False),
+    Feature("qv", "second query against V (`qv`)", False),
+    Feature("fp8", "FP8 (e4m3) inputs with descale, forward", False),
+)
+FEATURE_NAMES = frozenset(feature.name for feature in FEATURES)
+
+
+@dataclass(frozen=True)
+class BackendSupport:
+    """What one backend of this release runs.
+
+    Args:
+        name: value of `FLASH_ATTN_BACKEND`.
+        device_types: torch device types it takes.
+        dtypes: names of torch dtypes of q, k and v.
+        features: names of the features it runs.
+        note: one line for tables.
+    """
+
+    name: str
+    device_types: tuple[str, ...]
+    dtypes: tuple[str, ...]
+    features: frozenset[str]
+    note: str
+
+
+# Best first: `backends.choose` takes the first row that fits. A backend without features is a
+# place that a later release fills; its reasons tell the user so.
+BACKENDS: tuple[BackendSupport, ...] = (
+    BackendSupport(
+        "cuda", ("cuda",), HALF_DTYPES, frozenset(), "compiled CUDA kernels: not in this release"
+    ),
+    BackendSupport(
+        "triton", ("cuda", "xpu"), HALF_DTYPES, frozenset(), "Triton kernels: not in this release"
+    ),
+    BackendSupport(
+        "cpu",
+        ("cpu",),
+        ("float64", "float32", "float16", "bfloat16", FP8_DTYPE),
+        FEATURE_NAMES,
+        "blockwise, exact, memory linear in sequence length",
+    ),
+)
+
+
+def dtypes_of_device(device_type: str) -> tuple[str, ...]:
+    """Names of the dtypes that some backend takes on `device_type`, in table order."""
+    rows = [row.dtypes for row in BACKENDS if device_type in row.device_types]
+    return tuple(dict.fromkeys(dtype for dtypes in rows for dtype in dtypes))
+
+
+def backend_support(name: str) -> BackendSupport:
+    """The row of backend `name`."""
+    return next(row for row in BACKENDS if row.name == name)

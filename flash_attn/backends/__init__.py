@@ -1,0 +1,121 @@
+"""Which backend runs a call, and why each other one does not.
+
+A backend is a module with `why_not(problem)`, the reasons why it cannot run a problem (none: it
+can), and, where it can run any, `forward(call, name)`, `backward(call, name)` and
+`combine(out_partial, lse_partial)`. `_support.BACKENDS` lists them, best first.
+"""
+
+from __future__ import annotations
+
+import sys
+from functools import lru_cache
+from types import ModuleType
+from typing import Optional
+
+from torch import Tensor
+
+from flash_attn import _env, _support
+from flash_attn._problem import Backward, Forward, Problem
+from flash_attn.backends import cpu, cuda, triton
+
+_MODULES: dict[str, ModuleType] = {"cuda": cuda, "triton": triton, "cpu": cpu}
+
+
+def explain(problem: Problem) -> list[tuple[str, list[str]]]:
+    """(backend, reasons why it is not taken) for each backend, best first; the first one without
+    reasons runs.
+    """
+    return [
+        (row.name, _excluded(row, problem) + _MODULES[row.name].why_not(problem))
+        for row in _support.BACKENDS
+    ]
+
+
+def choose(problem: Problem) -> str:
+    """The name of the backend that runs `problem`.
+
+    Raises:
+        RuntimeError: none does; the message lists every backend with its reasons and the remedy.
+    """
+    rows = explain(problem)
+    for name, reasons in rows:
+        if not reasons:
+            return name
+    told = "\n".join(f"  {name}: {'; '.join(reasons)}" for name, reasons in rows)
+    remedy = _MODULES[_support.BACKENDS[0].name].REMEDY if problem.device_type == "cuda" else ""
+    raise RuntimeError(
+        f"no backend of this installation runs: {problem}\n{told}\n"
+        f"hint: {remedy}move the tensors to the CPU (`.cpu()`), which every installation serves; "
+        "`python -m flash_attn` shows what is installed."
+    )
+
+
+def forward(call: Forward, name: str) -> tuple[Tensor, Tensor, Tensor]:
+    """(out, softmax_lse, s_dmask) by the backend that fits; `name` is the op in messages."""
+    result: tuple[Tensor, Tensor, Tensor] = _backend_for(call.problem(), name).forward(call, name)
+    return result
+
+
+def backward(call: Backward, name: str) -> Tensor:
+    """softmax_d by the backend that fits; the call's dq, dk and dv are written in place."""
+    result: Tensor = _backend_for(call.problem(), name).backward(call, name)
+    return result
+
+
+def combine(out_partial: Tensor, lse_partial: Tensor) -> tuple[Tensor, Tensor]:
+    """(out, lse) of partial results over the keys, float32."""
+    for row in _support.BACKENDS:
+        if out_partial.device.type in row.device_types and hasattr(_MODULES[row.name], "combine"):
+            result: tuple[Tensor, Tensor] = _MODULES[row.name].combine(out_partial, lse_partial)
+            return result
+    raise RuntimeError(
+        f"flash_attn_combine: no backend of this installation serves {out_partial.device}"
+    )
+
+
+def _backend_for(problem: Problem, name: str) -> ModuleType:
+    chosen = _cached_choice(problem, forced_backend(), prefers_triton())
+    if _env.FLASH_ATTN_LOG.get():
+        _log_once(problem, chosen, name)
+    return _MODULES[chosen]
+
+
+def forced_backend() -> Optional[str]:
+    """The backend that `FLASH_ATTN_BACKEND` names, or None."""
+    name = _env.FLASH_ATTN_BACKEND.get()
+    return None if name == "auto" else name
+
+
+def prefers_triton() -> Optional[bool]:
+    """`FLASH_ATTENTION_USE_FLAGGEMS`: Triton (True) or CUDA (False) for GPU tensors, or None."""
+    return _env.FLASH_ATTENTION_USE_FLAGGEMS.get()
+
+
+def _excluded(row: _support.BackendSupport, problem: Problem) -> list[str]:
+    """Reasons that the environment and the truth table give."""
+    reasons = []
+    forced, use_triton = forced_backend(), prefers_triton()
+    if forced is not None and forced != row.name:
+        reasons.append(f"FLASH_ATTN_BACKEND={forced} forces another")
+    is_for_gpu = forced is None and use_triton is not None and problem.device_type != "cpu"
+    if is_for_gpu and row.name != ("triton" if use_triton else "cuda"):
+        reasons.append(f"FLASH_ATTENTION_USE_FLAGGEMS={str(use_triton).upper()} asks for another")
+    if problem.device_type not in row.device_types:
+        reasons.append(f"takes {', '.join(row.device_types)} tensors, not {problem.device_type}")
+    if problem.dtype not in row.dtypes:
+        reasons.append(f"takes {', '.join(row.dtypes)}, not {problem.dtype}")
+    missing = sorted(problem.features - row.features) if row.features else []
+    if missing:
+        reasons.append(f"lacks {', '.join(missing)}")
+    return reasons
+
+
+@lru_cache(maxsize=1024)
+def _cached_choice(problem: Problem, forced: Optional[str], use_triton: Optional[bool]) -> str:
+    """`choose`, remembered; the environment is part of the key because `choose` reads it."""
+    return choose(problem)
+
+
+@lru_cache(maxsize=1024)
+def _log_once(problem: Problem, chosen: str, name: str) -> None:
+    print(f"flash_attn: {name} on {chosen}: {problem}", file=sys.stderr)
