@@ -28,7 +28,7 @@ from typing import Any, Optional, Union
 import torch
 from torch import Tensor
 
-from flash_attn import _checks, _ops_fa3, _support
+from flash_attn import _checks, _fakes, _ops_fa3, _support
 from flash_attn._attention_fa3 import attend
 from flash_attn._kvcache import with_kvcache
 from flash_attn.flash_attn_interface import maybe_contiguous, round_multiple
@@ -273,7 +273,7 @@ def flash_attn_with_kvcache(
     )
     if not return_softmax_lse:
         return out
-    return (out, softmax_lse, *_ops_fa3.no_partials(q))
+    return (out, softmax_lse, *_fakes.no_partials(q))
 
 
 def flash_attn_combine(

@@ -1,20 +1,20 @@
-"""The `flash_attn::` operators: published schemas, fake (shape) rules and FLOP formulas.
+"""The `flash_attn::` operators: published schemas, and what they do.
 
-Each runs on the backend that `backends` chooses. They are not differentiable by themselves:
-`_attention` holds the autograd rule, and selective checkpointing, FLOP counters and compilers see
-the operators. Arguments and results: docstrings of `flash_attn.flash_attn_interface`.
+Each runs on the backend that `backends` chooses; `_fakes` and `_flops` know its shapes and cost.
+They are not differentiable by themselves: `_attention` holds the autograd rule, and selective
+checkpointing, FLOP counters and compilers see the operators. Arguments and results: docstrings of
+`flash_attn.flash_attn_interface`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, Callable, Optional
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from flash_attn import _support, backends
+from flash_attn import _fakes, _flops, backends
 from flash_attn._checks import check_backward, check_forward
 from flash_attn._problem import Append, Backward, Descale, Forward, Mask, Scores, Sequences
 
@@ -329,197 +329,41 @@ def _with_kvcache(
     return out, lse
 
 
-def lse_dtype(dtype: torch.dtype) -> torch.dtype:
-    """softmax_lse is float32, and float64 for float64 inputs."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def fake_out_and_lse(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Shapes of out and softmax_lse; q is (b, sq, hq, d), or (total_q, hq, d) if packed."""
-    out_dtype = torch.bfloat16 if q.dtype == torch.float8_e4m3fn else q.dtype
-    out = q.new_empty((*q.shape[:-1], v.shape[-1]), dtype=out_dtype)
-    is_packed = q.dim() == 3
-    shape = (q.shape[1], q.shape[0]) if is_packed else (q.shape[0], q.shape[2], q.shape[1])
-    return out, q.new_empty(shape, dtype=lse_dtype(q.dtype))
-
-
-def round_up(n: int) -> int:
-    """n rounded up as in the shapes of S_dmask and softmax_d."""
-    step = _support.ROUND_TO
-    return (n + step - 1) // step * step
-
-
-def _fake_forward(
-    q: Tensor, k: Tensor, v: Tensor, *args: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return_softmax = args[-1]
-    shape = (q.shape[0], q.shape[2], round_up(q.shape[1]), round_up(k.shape[1]))
-    s_dmask = q.new_empty(shape if return_softmax else (0,))
-    return (*fake_out_and_lse(q, v), s_dmask, q.new_empty(2, dtype=torch.int64))
-
-
-def _fake_varlen_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    dropout_p: float,
-    softmax_scale: float,
-    causal: bool,
-    window_size_left: int = -1,
-    window_size_right: int = -1,
-    softcap: float = 0.0,
-    alibi_slopes: Optional[Tensor] = None,
-    return_softmax: bool = False,
-    *args: Any,
-    **kwargs: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    b = cu_seqlens_q.shape[0] - 1
-    shape = (b, q.shape[1], round_up(max_seqlen_q), round_up(max_seqlen_k))
-    s_dmask = q.new_empty(shape if return_softmax else (0,))
-    return (*fake_out_and_lse(q, v), s_dmask, q.new_empty(2, dtype=torch.int64))
-
-
-def fake_softmax_d(q: Tensor, cu_seqlens_q: Optional[Tensor]) -> Tensor:
-    """Shape of softmax_d: (b, hq, round128(sq)), or (hq, total_q + 128 b) if packed."""
-    if cu_seqlens_q is None:
-        shape = (q.shape[0], q.shape[2], round_up(q.shape[1]))
-    else:
-        shape = (q.shape[1], q.shape[0] + _support.ROUND_TO * (cu_seqlens_q.shape[0] - 1))
-    return q.new_empty(shape, dtype=lse_dtype(q.dtype))
-
-
-def _fake_backward(dout: Tensor, q: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    return fake_softmax_d(q, None)
-
-
-def _fake_varlen_backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    softmax_lse: Tensor,
-    dq: Optional[Tensor],
-    dk: Optional[Tensor],
-    dv: Optional[Tensor],
-    cu_seqlens_q: Tensor,
-    *args: Any,
-    **kwargs: Any,
-) -> Tensor:
-    return fake_softmax_d(q, cu_seqlens_q)
-
-
-def _fake_with_kvcache(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, *args: Any
-) -> tuple[Tensor, Tensor]:
-    return fake_out_and_lse(q, v_cache)
-
-
-def attention_flops(
-    q_shape: Sequence[int], k_shape: Sequence[int], v_shape: Sequence[int], passes: tuple[int, int]
-) -> int:
-    """FLOPs of the matrix products of one call, counted as torch counts them: no mask taken off.
-
-    `passes` is the number of products over the head dim of q, k and over that of v: (1, 1)
-    forward, (3, 2) backward. Packed shapes (total, h, d) count every pair of rows, an upper bound
-    that torch's counter uses too where it can't see the lengths.
-    """
-    b = q_shape[0] if len(q_shape) == 4 else 1
-    pairs = b * q_shape[-3] * k_shape[-3] * q_shape[-2]
-    return 2 * pairs * (passes[0] * q_shape[-1] + passes[1] * v_shape[-1])
-
-
-def varlen_flops(
-    q: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, passes: tuple[int, int]
-) -> int:
-    """FLOPs over the sequences of a packed call; over all pairs of rows for fake tensors."""
-    if not isinstance(cu_seqlens_q, torch._subclasses.FakeTensor) and not cu_seqlens_q.is_meta:
-        lengths = zip(cu_seqlens_q.diff().tolist(), cu_seqlens_k.diff().tolist())
-        pairs = q.shape[-2] * sum(sq * sk for sq, sk in lengths)
-        return int(2 * pairs * (passes[0] * q.shape[-1] + passes[1] * v.shape[-1]))
-    return attention_flops(q.shape, v.shape, v.shape, passes)
-
-
 def define(
     library: torch.library.Library,
     name: str,
     schema: str,
     implementation: Callable[..., Any],
     fake: Optional[Callable[..., Any]] = None,
+    flops: Optional[Callable[..., int]] = None,
     draws: bool = False,
 ) -> None:
-    """Define operator `name` for every device type; `draws` says that it uses torch's generator."""
+    """Define operator `name` for every device type.
+
+    Args:
+        fake: shape rule; an operator without one is for eager calls only.
+        flops: FLOP formula, of the operator's own arguments.
+        draws: whether it uses torch's random generator.
+    """
+    namespace, short_name = name.split("::")
     tags = [torch.Tag.pt2_compliant_tag] if fake is not None else []
     if draws:
         tags.append(torch.Tag.nondeterministic_seeded)
-    short_name = name.split("::")[1]
     library.define(short_name + schema, tags=tuple(tags))
     library.impl(short_name, implementation, "CompositeExplicitAutograd")
     if fake is not None:
         torch.library.register_fake(name, fake, lib=library)
+    if flops is not None:
+        op = getattr(getattr(torch.ops, namespace), short_name)
+        register_flop_formula(op, get_raw=True)(flops)
 
 
 _LIBRARY = torch.library.Library("flash_attn", "FRAGMENT")
-define(_LIBRARY, FORWARD, SCHEMAS[FORWARD], _forward, _fake_forward, draws=True)
-define(
-    _LIBRARY,
-    VARLEN_FORWARD,
-    SCHEMAS[VARLEN_FORWARD],
-    _varlen_forward,
-    _fake_varlen_forward,
-    draws=True,
-)
-define(_LIBRARY, BACKWARD, SCHEMAS[BACKWARD], _backward, _fake_backward)
-define(_LIBRARY, VARLEN_BACKWARD, SCHEMAS[VARLEN_BACKWARD], _varlen_backward, _fake_varlen_backward)
-define(_LIBRARY, WITH_KVCACHE, SCHEMAS[WITH_KVCACHE], _with_kvcache, _fake_with_kvcache)
-
-
-@register_flop_formula(torch.ops.flash_attn._flash_attn_forward)
-def _forward_flops(q: Any, k: Any, v: Any, *args: Any, **kwargs: Any) -> int:
-    return attention_flops(q, k, v, (1, 1))
-
-
-@register_flop_formula(torch.ops.flash_attn._flash_attn_backward)
-def _backward_flops(dout: Any, q: Any, k: Any, v: Any, *args: Any, **kwargs: Any) -> int:
-    return attention_flops(q, k, v, (3, 2))
-
-
-@register_flop_formula(torch.ops.flash_attn._flash_attn_varlen_forward, get_raw=True)
-def _varlen_forward_flops(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    *args: Any,
-    **kwargs: Any,
-) -> int:
-    return varlen_flops(q, v, cu_seqlens_q, cu_seqlens_k, (1, 1))
-
-
-@register_flop_formula(torch.ops.flash_attn._flash_attn_varlen_backward, get_raw=True)
-def _varlen_backward_flops(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    softmax_lse: Tensor,
-    dq: Any,
-    dk: Any,
-    dv: Any,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    *args: Any,
-    **kwargs: Any,
-) -> int:
-    return varlen_flops(q, v, cu_seqlens_q, cu_seqlens_k, (3, 2))
-
-
-@register_flop_formula(torch.ops.flash_attn._flash_attn_with_kvcache)
-def _with_kvcache_flops(q: Any, k_cache: Any, v_cache: Any, *args: Any, **kwargs: Any) -> int:
-    return attention_flops(q, k_cache, v_cache, (1, 1))
+for _name, _implementation, _fake, _flop_formula, _draws in (
+    (FORWARD, _forward, _fakes.forward, _flops.forward, True),
+    (VARLEN_FORWARD, _varlen_forward, _fakes.varlen_forward, _flops.varlen_forward, True),
+    (BACKWARD, _backward, _fakes.backward, _flops.backward, False),
+    (VARLEN_BACKWARD, _varlen_backward, _fakes.varlen_backward, _flops.varlen_backward, False),
+    (WITH_KVCACHE, _with_kvcache, _fakes.with_kvcache, _flops.forward, False),
+):
+    define(_LIBRARY, _name, SCHEMAS[_name], _implementation, _fake, _flop_formula, draws=_draws)

@@ -2,19 +2,18 @@
 
 `_flash_attn_forward` and `_flash_attn_backward` are the traceable pair behind the public functions.
 `fwd`, `bwd`, `fwd_combine` and `get_scheduler_metadata` have the published C++ schemas, for
-projects that call them by position. Shapes and options: docstrings of the module `flash_attn_interface`.
+projects that call them by position. Shapes and options: docstrings of `flash_attn_interface`.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any, Optional
+from typing import Optional
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
-from flash_attn import _checks, _ops, backends
+from flash_attn import _checks, _fakes, _flops, _ops, backends
 from flash_attn._checks import check_forward
 from flash_attn._kvcache import with_kvcache
 from flash_attn._problem import Descale, Forward, Mask, Scores, Sequences
@@ -167,18 +166,7 @@ def _forward(
     check_forward(FORWARD, call)
     check_metadata(FORWARD, scheduler_metadata, q)
     out, lse, _ = backends.forward(call, FORWARD)
-    return out, lse, *no_partials(q)
-
-
-def no_partials(q: Tensor) -> tuple[Tensor, Tensor]:
-    """out_accum and softmax_lse_accum of a call that was not split."""
-    return q.new_empty(0, dtype=torch.float32), q.new_empty(0, dtype=torch.float32)
-
-
-def _fake_forward(
-    q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return (*_ops.fake_out_and_lse(q, v), *no_partials(q))
+    return out, lse, *_fakes.no_partials(q)
 
 
 def _backward(
@@ -218,20 +206,6 @@ def _backward(
     return _ops.run_backward(
         BACKWARD, (dout, q, k, v, out, softmax_lse), (dq, dk, dv), scores, sequences, deterministic
     )
-
-
-def _fake_backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    softmax_lse: Tensor,
-    cu_seqlens_q: Optional[Tensor] = None,
-    *args: Any,
-    **kwargs: Any,
-) -> Tensor:
-    return _ops.fake_softmax_d(q, cu_seqlens_q)
 
 
 def _fwd(
@@ -335,7 +309,7 @@ def _fwd(
             num_splits=num_splits,
         )
     first, lse = result
-    return first if out is None else out.copy_(first), lse, *no_partials(q)
+    return first if out is None else out.copy_(first), lse, *_fakes.no_partials(q)
 
 
 def _bwd(
@@ -448,19 +422,11 @@ def _get_scheduler_metadata(
 
 
 _LIBRARY = torch.library.Library("flash_attn_3", "FRAGMENT")
-_ops.define(_LIBRARY, FORWARD, SCHEMAS[FORWARD], _forward, _fake_forward)
-_ops.define(_LIBRARY, BACKWARD, SCHEMAS[BACKWARD], _backward, _fake_backward)
+_ops.define(_LIBRARY, FORWARD, SCHEMAS[FORWARD], _forward, _fakes.forward_fa3, _flops.forward_fa3)
+_ops.define(
+    _LIBRARY, BACKWARD, SCHEMAS[BACKWARD], _backward, _fakes.backward_fa3, _flops.backward_fa3
+)
 _ops.define(_LIBRARY, FWD, SCHEMAS[FWD], _fwd)
 _ops.define(_LIBRARY, BWD, SCHEMAS[BWD], _bwd)
 _ops.define(_LIBRARY, COMBINE, SCHEMAS[COMBINE], _fwd_combine)
 _ops.define(_LIBRARY, METADATA, SCHEMAS[METADATA], _get_scheduler_metadata)
-
-
-@register_flop_formula(torch.ops.flash_attn_3._flash_attn_forward)
-def _forward_flops(q: Any, k: Any, v: Any, *args: Any, **kwargs: Any) -> int:
-    return _ops.attention_flops(q, k, v, (1, 1))
-
-
-@register_flop_formula(torch.ops.flash_attn_3._flash_attn_backward)
-def _backward_flops(dout: Any, q: Any, k: Any, v: Any, *args: Any, **kwargs: Any) -> int:
-    return _ops.attention_flops(q, k, v, (3, 2))

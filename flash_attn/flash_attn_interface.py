@@ -566,9 +566,8 @@ class FlashAttnVarlenFunc:
         """`options`: dropout_p, ..., return_softmax, block_table, is_grad_enabled."""
         lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
         *rest, block_table, is_grad_enabled = options
-        return attend(
-            "flash_attn_varlen_func", (q, k, v), lengths, *rest, is_grad_enabled, block_table
-        )
+        name = "flash_attn_varlen_func"
+        return attend(name, (q, k, v), lengths, *rest, is_grad_enabled, block_table=block_table)
 
 
 class FlashAttnVarlenKVPackedFunc:

@@ -151,7 +151,9 @@ def signed_softmax(x: Operands, s_dmask: Tensor) -> None:
         for cols in _key_blocks(x, rows):
             s = query.scores(cols)
             p = torch.exp(s - row_max).clamp_min(tiny)
-            signed = torch.where(query.kept(cols), p, -p).masked_fill(s == -torch.inf, 0.0)
+            kept = query.kept(cols)
+            signed = p if kept is None else torch.where(kept, p, -p)
+            signed = signed.masked_fill(s == -torch.inf, 0.0)
             heads = signed.unflatten(2, (-1, len(rows))).flatten(1, 2)
             s_dmask[:, :, rows.start : rows.stop, cols.start : cols.stop] = heads
 

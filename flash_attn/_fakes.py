@@ -1,0 +1,120 @@
+"""Shapes and dtypes of the operators' results, for tracing: each rule mirrors one operator."""
+
+from __future__ import annotations
+
+from typing import Any, Optional
+
+import torch
+from torch import Tensor
+
+from flash_attn import _support
+
+
+def _lse_dtype(dtype: torch.dtype) -> torch.dtype:
+    """softmax_lse is float32, and float64 for float64 inputs."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def out_and_lse(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Shapes of out and softmax_lse; q is (b, sq, hq, d), or (total_q, hq, d) if packed."""
+    out_dtype = torch.bfloat16 if q.dtype == torch.float8_e4m3fn else q.dtype
+    out = q.new_empty((*q.shape[:-1], v.shape[-1]), dtype=out_dtype)
+    is_packed = q.dim() == 3
+    shape = (q.shape[1], q.shape[0]) if is_packed else (q.shape[0], q.shape[2], q.shape[1])
+    return out, q.new_empty(shape, dtype=_lse_dtype(q.dtype))
+
+
+def _round_up(n: int) -> int:
+    """n rounded up as in the shapes of S_dmask and softmax_d."""
+    step = _support.ROUND_TO
+    return (n + step - 1) // step * step
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return_softmax = args[-1]
+    shape = (q.shape[0], q.shape[2], _round_up(q.shape[1]), _round_up(k.shape[1]))
+    s_dmask = q.new_empty(shape if return_softmax else (0,))
+    return (*out_and_lse(q, v), s_dmask, q.new_empty(2, dtype=torch.int64))
+
+
+def varlen_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float,
+    softmax_scale: float,
+    causal: bool,
+    window_size_left: int = -1,
+    window_size_right: int = -1,
+    softcap: float = 0.0,
+    alibi_slopes: Optional[Tensor] = None,
+    return_softmax: bool = False,
+    *args: Any,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    b = cu_seqlens_q.shape[0] - 1
+    shape = (b, q.shape[1], _round_up(max_seqlen_q), _round_up(max_seqlen_k))
+    s_dmask = q.new_empty(shape if return_softmax else (0,))
+    return (*out_and_lse(q, v), s_dmask, q.new_empty(2, dtype=torch.int64))
+
+
+def softmax_d(q: Tensor, cu_seqlens_q: Optional[Tensor]) -> Tensor:
+    """Shape of softmax_d: (b, hq, round128(sq)), or (hq, total_q + 128 b) if packed."""
+    shape: tuple[int, ...] = (q.shape[0], q.shape[-2], _round_up(q.shape[1]))
+    if cu_seqlens_q is not None:
+        shape = (q.shape[1], q.shape[0] + _support.ROUND_TO * (cu_seqlens_q.shape[0] - 1))
+    return q.new_empty(shape, dtype=_lse_dtype(q.dtype))
+
+
+def backward(dout: Tensor, q: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    return softmax_d(q, None)
+
+
+def varlen_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    softmax_lse: Tensor,
+    dq: Optional[Tensor],
+    dk: Optional[Tensor],
+    dv: Optional[Tensor],
+    cu_seqlens_q: Tensor,
+    *args: Any,
+    **kwargs: Any,
+) -> Tensor:
+    return softmax_d(q, cu_seqlens_q)
+
+
+def with_kvcache(q: Tensor, k_cache: Tensor, v_cache: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    return out_and_lse(q, v_cache)
+
+
+def no_partials(q: Tensor) -> tuple[Tensor, Tensor]:
+    """out_accum and softmax_lse_accum of a FlashAttention-3 call that was not split."""
+    return q.new_empty(0, dtype=torch.float32), q.new_empty(0, dtype=torch.float32)
+
+
+def forward_fa3(
+    q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return (*out_and_lse(q, v), *no_partials(q))
+
+
+def backward_fa3(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    softmax_lse: Tensor,
+    cu_seqlens_q: Optional[Tensor] = None,
+    *args: Any,
+    **kwargs: Any,
+) -> Tensor:
+    return softmax_d(q, cu_seqlens_q)
