@@ -114,18 +114,16 @@ def attend(
     name: str,
     packed: tuple[Tensor, ...],
     lengths: Lengths,
-    dropout_p: float,
-    softmax_scale: Optional[float],
-    causal: bool,
-    window_size: tuple[int, int],
-    softcap: float,
-    alibi_slopes: Optional[Tensor],
-    deterministic: bool,
-    return_attn_probs: bool,
-    is_grad_enabled: bool,
+    options: tuple[Any, ...],
     block_table: Optional[Tensor] = None,
 ) -> Any:
-    """The result of public function `name`: out, or (out, softmax_lse, S_dmask) if asked for."""
+    """The result of public function `name`: out, or (out, softmax_lse, S_dmask) if asked for.
+
+    `options` are dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes,
+    deterministic, return_attn_probs, is_grad_enabled, in the published order.
+    """
+    dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes = options[:6]
+    deterministic, return_attn_probs, is_grad_enabled = options[6:]
     _check_packing(name, packed, is_varlen=lengths[0] is not None)
     if softmax_scale is None:
         softmax_scale = packed[0].shape[-1] ** -0.5

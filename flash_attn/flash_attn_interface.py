@@ -528,7 +528,7 @@ class FlashAttnFunc:
     @staticmethod
     def apply(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> Any:
         """`options`: dropout_p, ..., return_softmax, is_grad_enabled, as the function has them."""
-        return attend("flash_attn_func", (q, k, v), DENSE, *options)
+        return attend("flash_attn_func", (q, k, v), DENSE, options)
 
 
 class FlashAttnKVPackedFunc:
@@ -537,7 +537,7 @@ class FlashAttnKVPackedFunc:
     @staticmethod
     def apply(q: Tensor, kv: Tensor, *options: Any) -> Any:
         """`options`: as `FlashAttnFunc.apply`."""
-        return attend("flash_attn_kvpacked_func", (q, kv), DENSE, *options)
+        return attend("flash_attn_kvpacked_func", (q, kv), DENSE, options)
 
 
 class FlashAttnQKVPackedFunc:
@@ -546,7 +546,7 @@ class FlashAttnQKVPackedFunc:
     @staticmethod
     def apply(qkv: Tensor, *options: Any) -> Any:
         """`options`: as `FlashAttnFunc.apply`."""
-        return attend("flash_attn_qkvpacked_func", (qkv,), DENSE, *options)
+        return attend("flash_attn_qkvpacked_func", (qkv,), DENSE, options)
 
 
 class FlashAttnVarlenFunc:
@@ -566,8 +566,8 @@ class FlashAttnVarlenFunc:
         """`options`: dropout_p, ..., return_softmax, block_table, is_grad_enabled."""
         lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
         *rest, block_table, is_grad_enabled = options
-        name = "flash_attn_varlen_func"
-        return attend(name, (q, k, v), lengths, *rest, is_grad_enabled, block_table=block_table)
+        options = (*rest, is_grad_enabled)
+        return attend("flash_attn_varlen_func", (q, k, v), lengths, options, block_table)
 
 
 class FlashAttnVarlenKVPackedFunc:
@@ -585,7 +585,7 @@ class FlashAttnVarlenKVPackedFunc:
     ) -> Any:
         """`options`: as `FlashAttnFunc.apply`."""
         lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-        return attend("flash_attn_varlen_kvpacked_func", (q, kv), lengths, *options)
+        return attend("flash_attn_varlen_kvpacked_func", (q, kv), lengths, options)
 
 
 class FlashAttnVarlenQKVPackedFunc:
@@ -595,4 +595,4 @@ class FlashAttnVarlenQKVPackedFunc:
     def apply(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, *options: Any) -> Any:
         """`options`: as `FlashAttnFunc.apply`."""
         lengths = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
-        return attend("flash_attn_varlen_qkvpacked_func", (qkv,), lengths, *options)
+        return attend("flash_attn_varlen_qkvpacked_func", (qkv,), lengths, options)
