@@ -15,6 +15,7 @@ from flash_attn._cpu.pieces import Piece, batch_size, cut
 from flash_attn._problem import Backward, Descale, Forward
 
 
+@torch.no_grad()
 def forward(call: Forward, name: str) -> tuple[Tensor, Tensor, Tensor]:
     """(out, softmax_lse, s_dmask) of one call; an append has been written to the cache before.
 
@@ -43,6 +44,7 @@ def forward(call: Forward, name: str) -> tuple[Tensor, Tensor, Tensor]:
     return out, lse, s_dmask
 
 
+@torch.no_grad()
 def backward(call: Backward, name: str) -> Tensor:
     """softmax_d = rowsum(dout * out); dq, dk and dv of the call are written in place.
 
@@ -80,12 +82,15 @@ def backward(call: Backward, name: str) -> Tensor:
 def combine(out_partial: Tensor, lse_partial: Tensor) -> tuple[Tensor, Tensor]:
     """Merge attention over parts of the keys: (splits, b, s, h, d) and (splits, b, s, h).
 
-    Parts without keys carry lse -inf or, as the published calls return it, +inf.
+    Parts without keys carry lse -inf or, as the published calls return it, +inf; what stands in
+    their out_partial is not read.
     """
-    lse_partial = lse_partial.masked_fill(lse_partial == torch.inf, -torch.inf)
+    is_empty = lse_partial.isinf()
+    lse_partial = lse_partial.masked_fill(is_empty, -torch.inf)
     lse = torch.logsumexp(lse_partial, dim=0)
     weight = torch.exp(lse_partial - lse.masked_fill(lse == -torch.inf, 0.0))
-    out = (out_partial * weight.unsqueeze(-1)).sum(dim=0)
+    weighted = out_partial * weight.unsqueeze(-1)
+    out = weighted.masked_fill(is_empty.unsqueeze(-1), 0.0).sum(dim=0)
     return out, lse.masked_fill(lse == -torch.inf, torch.inf)
 
 

@@ -73,14 +73,15 @@ class Operands:
         stacked = block.unflatten(2, (self.num_heads_k, -1)).permute(0, 2, 3, 1, 4).flatten(2, 3)
         return stacked if descale is None else stacked * descale.to(self.dtype)[..., None, None]
 
-    def unstack(self, block: Tensor, num_rows: int) -> Tensor:
-        """The inverse of `rows`: (B, hk, g * num_rows, d) to (B, num_rows, hk * g, d)."""
-        return block.unflatten(2, (-1, num_rows)).permute(0, 3, 1, 2, 4).flatten(2, 3)
+    def unstack(self, block: Tensor, num_heads: int, num_rows: int) -> Tensor:
+        """The inverse of `rows`: (B, hk, g * num_rows, d) to (B, num_rows, num_heads, d)."""
+        group = num_heads // self.num_heads_k
+        return block.unflatten(2, (group, num_rows)).permute(0, 3, 1, 2, 4).flatten(2, 3)
 
 
 def forward(x: Operands, out: Tensor, lse: Tensor) -> None:
     """Write out (B, sq, hq, dv) and lse (B, hq, sq) in place."""
-    p_scale = 1.0 / (1.0 - x.scores.dropout_p)
+    hq, p_scale = x.q.shape[2], 1.0 / (1.0 - x.scores.dropout_p)
     for rows in _row_blocks(x):
         query = _Query(x, rows)
         shape = (*query.q.shape[:-1], 1)
@@ -100,8 +101,10 @@ def forward(x: Operands, out: Tensor, lse: Tensor) -> None:
         is_empty = row_sum == 0
         acc = acc * p_scale / row_sum.masked_fill(is_empty, 1.0)
         row_lse = (row_max + torch.log(row_sum)).masked_fill(is_empty, torch.inf)
-        out[:, rows.start : rows.stop] = x.unstack(acc, len(rows)).to(out.dtype)
-        lse[:, :, rows.start : rows.stop] = x.unstack(row_lse, len(rows))[..., 0].transpose(1, 2)
+        out[:, rows.start : rows.stop] = x.unstack(acc, hq, len(rows)).to(out.dtype)
+        lse[:, :, rows.start : rows.stop] = x.unstack(row_lse, hq, len(rows))[..., 0].transpose(
+            1, 2
+        )
 
 
 def backward(
@@ -131,9 +134,9 @@ def backward(
                 ds = ds * (1.0 - query.tanh(cols) ** 2)
             dq_rows += ds @ x.rows(x.k, cols)
             dk_sum[:, :, block] += ds.transpose(-1, -2) @ query.q
-        dq[:, rows.start : rows.stop] = x.unstack(dq_rows, len(rows)).to(dq.dtype)
-    dk.copy_(x.unstack(dk_sum, x.sk))
-    dv.copy_(x.unstack(dv_sum, x.sk))
+        dq[:, rows.start : rows.stop] = x.unstack(dq_rows, x.q.shape[2], len(rows)).to(dq.dtype)
+    dk.copy_(x.unstack(dk_sum, x.num_heads_k, x.sk))
+    dv.copy_(x.unstack(dv_sum, x.num_heads_k, x.sk))
 
 
 def signed_softmax(x: Operands, s_dmask: Tensor) -> None:

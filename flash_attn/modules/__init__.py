@@ -1,0 +1,1 @@
+"""Attention modules: `flash_attn.modules.mha`."""

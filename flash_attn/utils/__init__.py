@@ -1,0 +1,1 @@
+"""Helpers for models built on this package: text generation."""
