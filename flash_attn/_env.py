@@ -32,11 +32,16 @@ class Variable(Generic[T]):
 
     def get(self) -> T:
         """The value now in force; ValueError if the text set is not one of `choices`."""
+        found = self.setting()
+        return self.default if found is None else self._parse(*found)
+
+    def setting(self) -> Optional[tuple[str, str]]:
+        """The name it is set under and the text set, or None."""
         for name in (self.name, *self.aliases):
             text = os.environ.get(name, "").strip()
             if text:
-                return self._parse(name, text)
-        return self.default
+                return name, text
+        return None
 
     def _parse(self, name: str, text: str) -> T:
         for choice, value in self.choices.items():
