@@ -22,7 +22,7 @@ from torch import Tensor
 from flash_attn._cpu.philox import keep_mask
 from flash_attn._problem import Mask, Scores
 
-_BLOCK_ENTRIES = 1 << 21
+_BLOCK_ENTRIES = 1 << 18
 _KEY_BLOCK = 512
 _MIN_ROW_BLOCK = 16
 
