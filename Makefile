@@ -1,0 +1,83 @@
+# Everything here runs on a bare machine: Python >= 3.9 with venv, git and make. Virtual environments
+# live under build/. `make help` lists the commands.
+
+PYTHON ?= python3
+# What pip installs as torch, e.g. TORCH=torch for the newest, TORCH='torch==2.8.*' for an older one.
+TORCH ?= torch==2.13.0
+# Processes of the test run; each runs torch on one thread.
+JOBS ?= $(shell cores=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2); \
+	if [ $$cores -gt 8 ]; then echo 8; else echo $$cores; fi)
+# More arguments for pytest, e.g. ARGS='-k causal'.
+ARGS ?=
+
+VENV := build/venv
+DEMO := build/demo-venv
+BIN := $(VENV)/bin
+
+.PHONY: help demo test test-gpu lint format bench clean FORCE
+.DEFAULT_GOAL := help
+
+help: ## list the commands
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
+	@echo
+	@echo "Variables: PYTHON=$(PYTHON) TORCH=$(TORCH) JOBS=$(JOBS) ARGS=$(ARGS)"
+
+demo: ## install as a user would, run the quickstart and compare with standard attention
+	rm -rf $(DEMO) build/lib build/bdist.*
+	$(PYTHON) -m venv $(DEMO)
+	$(DEMO)/bin/python -m pip install --upgrade pip
+	$(DEMO)/bin/python -m pip install '$(TORCH)'
+	$(DEMO)/bin/python -m pip install . matplotlib rich
+	$(DEMO)/bin/python benchmarks/demo.py --plot build/demo.png
+
+test: $(VENV)/.test ## run every test that needs no GPU
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not gpu' -n $(JOBS) $(ARGS)
+
+test-gpu: $(VENV)/.test ## run the tests that need a GPU (see TORCH)
+	@$(BIN)/python -c 'import torch; assert torch.cuda.is_available()' 2>/dev/null || \
+		{ echo "make test-gpu: torch sees no GPU here; on a GPU machine, TORCH=torch" >&2; exit 1; }
+	$(BIN)/python -m pytest -m gpu $(ARGS)
+
+lint: $(VENV)/.lint ## check format, style, types, spelling and rendered tables
+	@status=0; \
+	for step in 'ruff check .' 'ruff format --check .' mypy typos 'shellcheck .ci/run' \
+			'python tools/render_docs.py --check'; do \
+		echo "$$step"; \
+		$(BIN)/$$step || status=1; \
+	done; \
+	exit $$status
+
+format: $(VENV)/.lint ## rewrite sources and rendered tables in place
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/python tools/render_docs.py
+
+bench: $(VENV)/.test ## measure this machine and add the result to benchmarks/
+	$(BIN)/python benchmarks/bench.py
+	$(BIN)/python tools/render_docs.py
+
+clean: ## remove everything that was built
+	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# A step is done when its stamp stands. Stamps live in the environment they speak of, and making the
+# environment anew starts by removing it, so an install that failed is never taken for a good one.
+$(VENV)/.torch: build/settings
+	rm -rf $(VENV)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --upgrade pip
+	$(BIN)/python -m pip install '$(TORCH)'
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.torch pyproject.toml
+	$(BIN)/python -m pip install -e '.[test]'
+	@touch $@
+
+$(VENV)/.lint: $(VENV)/.test
+	$(BIN)/python -m pip install -e '.[dev]'
+	@touch $@
+
+# Rewritten only when a setting differs from the last run, so that only then it is newer.
+build/settings: FORCE
+	@mkdir -p build
+	@echo '$(PYTHON) $(TORCH)' | cmp -s - $@ || echo '$(PYTHON) $(TORCH)' > $@

@@ -1,0 +1,97 @@
+"""`make bench`: time and peak extra memory on the CPU, against PyTorch SDPA and standard attention.
+
+Writes benchmarks/results/<date>-<processor>.json, from which tools/render_docs.py makes the tables.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import re
+import sys
+from dataclasses import asdict
+from itertools import product
+from pathlib import Path
+
+import torch
+from measure import METHODS, PASSES, Case, available_bytes, measure
+from rich.console import Console
+from rich.progress import Progress
+
+import flash_attn
+
+RESULTS = Path(__file__).resolve().parent / "results"
+HEAD_DIM = 64
+# Length and heads: the long one is a single head, so that standard attention fits as well.
+SIZES = ((2048, 8), (4096, 4), (16384, 1))
+DTYPE = "float32"
+
+
+def processor() -> str:
+    """The processor's name, as its maker gives it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    text = cpuinfo.read_text("utf-8") if cpuinfo.exists() else ""
+    match = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    return match[1].strip() if match else platform.processor() or platform.machine()
+
+
+def plan(threads: int) -> list[Case]:
+    """Every case, in the order of the table."""
+    return [
+        Case(method, passes, seqlen, heads, HEAD_DIM, DTYPE, causal, "cpu", threads)
+        for (seqlen, heads), causal, passes, method in product(
+            SIZES, (False, True), PASSES, METHODS
+        )
+    ]
+
+
+def row(case: Case) -> dict[str, object]:
+    """One measured row of the result file."""
+    facts = asdict(case)
+    kept = ("method", "seqlen", "heads", "head_dim", "dtype", "causal")
+    return {"pass": case.passes, **{key: facts[key] for key in kept}, **asdict(measure(case))}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    threads = parser.parse_args().threads
+    console = Console(stderr=True)
+    cases = plan(threads)
+    rows = []
+    with Progress(console=console) as progress:
+        task = progress.add_task("measuring", total=len(cases))
+        for case in cases:
+            what = f"{case.seqlen} {'causal ' * case.causal}{case.passes}, {case.method}"
+            progress.update(task, description=what)
+            if case.method == "standard" and case.standard_bytes > available_bytes():
+                console.print(f"no room for {what}", highlight=False)
+            else:
+                rows.append(row(case))
+            progress.advance(task)
+    versions = {
+        "flash-attn": flash_attn.__version__,
+        "torch": torch.__version__,
+        "Python": platform.python_version(),
+    }
+    date = datetime.date.today().isoformat()
+    name = re.sub(r"[^a-z0-9]+", "-", processor().lower()).strip("-")
+    path = RESULTS / f"{date}-{name}.json"
+    result = {
+        "date": date,
+        "device": processor(),
+        "threads": threads,
+        "versions": versions,
+        "rows": rows,
+    }
+    RESULTS.mkdir(exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+    console.print(f"wrote {path.relative_to(Path.cwd())}", highlight=False)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,272 @@
+"""The FlashAttention-3 names: their arguments, their returned forms, and what they add."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from cache_problem import CacheProblem
+from compare import check, poisoned_memory
+from oracle import attention, combine
+from problem_types import BF16, FP8, FP16, FP32, FP64, Problem, varlen
+from problems import FA3, FA3_KVCACHE
+from running import (
+    assert_cache_follows_rule,
+    assert_follows_rule,
+    assert_types,
+    oracle_results,
+    published_cache_results,
+    published_results,
+)
+from torch import Tensor
+
+import flash_attn_interface as fa3
+
+
+def is_differentiable(problem: Problem) -> bool:
+    """FlashAttention-3 has no backward for FP8, attention_chunk and qv."""
+    return problem.dtype != FP8 and not problem.attention_chunk and not problem.qv
+
+
+@pytest.mark.parametrize("problem", FA3, ids=str)
+def test_output_lse_and_gradients_follow_the_rule(problem: Problem, device: str) -> None:
+    tensors = problem.tensors(device)
+    backward = is_differentiable(problem)
+    got = published_results(problem, tensors, fa3, backward=backward)
+    assert_types(problem, tensors, got)
+    assert_follows_rule(problem, got, backward=backward)
+
+
+@pytest.mark.parametrize(
+    "problem",
+    [
+        Problem(dtype=BF16, attention_chunk=16),
+        Problem(dtype=BF16, d=64, dv=256, qv=True, hk=1),
+        varlen((9, 4), (9, 4), dtype=BF16, attention_chunk=3),
+    ],
+    ids=str,
+)
+def test_what_has_no_backward_says_so(problem: Problem, device: str) -> None:
+    option = "qv" if problem.qv else "attention_chunk"
+    with pytest.raises(RuntimeError, match=option):
+        published_results(problem, problem.tensors(device), fa3)
+
+
+def test_unused_rows_and_keys_have_no_effect_and_no_gradient(device: str) -> None:
+    problem = varlen(
+        (40, 30), (50, 30), used_q=(33, 0), used_k=(20, 30), dtype=BF16, hq=4, hk=2, causal=True
+    )
+    tensors = problem.tensors(device)
+    clean = published_results(problem, tensors, fa3)
+    for x, lens, used in zip(
+        tensors.leaves,
+        (problem.lens_q, *[problem.lens_k] * 2),
+        (problem.used_q, *[problem.used_k] * 2),
+    ):
+        x[used[0] : lens[0]] = 1e4
+        x[lens[0] + used[1] :] = 1e4
+    got = published_results(problem, tensors, fa3)
+    for name, value in clean.items():
+        assert torch.equal(got[name], value), name
+
+
+@pytest.mark.parametrize("num_splits", [0, 1, 3, 256])
+@pytest.mark.parametrize("pack_gqa", [None, True, False])
+def test_scheduling_hints_change_rounding_only(num_splits: int, pack_gqa: Any, device: str) -> None:
+    problem = Problem(sq=5, sk=300, hq=4, hk=2, d=64, dtype=BF16, causal=True)
+    tensors = problem.tensors(device)
+    out, lse = fa3.flash_attn_func(
+        *tensors.leaves,
+        causal=True,
+        num_splits=num_splits,
+        pack_gqa=pack_gqa,
+        sm_margin=2,
+        return_attn_probs=True,
+    )
+    assert_follows_rule(problem, {"out": out, "lse": lse}, backward=False)
+
+
+def test_returned_forms(device: str) -> None:
+    problem = Problem(dtype=BF16, hq=4, hk=2)
+    tensors = problem.tensors(device)
+    out = fa3.flash_attn_func(*tensors.leaves)
+    pair = fa3.flash_attn_func(*tensors.leaves, return_attn_probs=True)
+    assert torch.equal(out, pair[0])
+    assert pair[1].shape == (problem.b, problem.hq, problem.sq)
+    assert len(pair) == 2
+    packed = varlen((9, 4), hq=4, hk=2, dtype=BF16)
+    tensors = packed.tensors(device)
+    _, lse = fa3.flash_attn_varlen_func(
+        *tensors.leaves, tensors.cu_seqlens_q, tensors.cu_seqlens_k, 9, 9, return_attn_probs=True
+    )
+    assert lse.shape == (packed.hq, 13)
+    tensors = CacheProblem(dtype=BF16).tensors(device)
+    out = fa3.flash_attn_with_kvcache(**tensors)
+    results = fa3.flash_attn_with_kvcache(**tensors, return_softmax_lse=True)
+    assert torch.equal(out, results[0])
+    assert results[1].shape == (2, 4, 1)
+    assert len(results) == 4
+
+
+def test_no_gradient_flows_through_the_lse(device: str) -> None:
+    leaves = [x.requires_grad_() for x in Problem(dtype=BF16).tensors(device).leaves]
+    out, lse = fa3.flash_attn_func(*leaves, return_attn_probs=True)
+    assert out.requires_grad
+    assert not lse.requires_grad
+
+
+@pytest.mark.parametrize(
+    "problem",
+    [
+        Problem(b=1, sq=5, sk=7, hq=2, hk=1, d=3, dv=5, dtype=FP64, causal=True),
+        varlen((3, 4), (5, 4), used_q=(2, 4), used_k=(4, 0), hq=2, hk=2, d=2, dtype=FP64),
+        Problem(b=1, sq=5, sk=5, hq=4, hk=2, d=2, dtype=FP64, packing="qkvheads", window=(2, 0)),
+    ],
+    ids=str,
+)
+def test_gradients_are_the_derivative_of_the_output(problem: Problem) -> None:
+    tensors = problem.tensors()
+    leaves = [x.requires_grad_() for x in tensors.leaves]
+
+    def output(*inputs: Tensor) -> Tensor:
+        options = {"causal": problem.causal, "window_size": problem.window}
+        if problem.packing == "qkvheads":
+            return fa3.flash_attn_qkvpacked_func(*inputs, num_heads_q=problem.hq, **options)
+        if not problem.is_varlen:
+            return fa3.flash_attn_func(*inputs, **options)
+        sequences = (tensors.cu_seqlens_q, tensors.cu_seqlens_k, problem.sq, problem.sk)
+        used = (tensors.seqused_q, tensors.seqused_k)
+        return fa3.flash_attn_varlen_func(*inputs, *sequences, *used, **options)
+
+    assert torch.autograd.gradcheck(output, leaves)
+
+
+@pytest.mark.parametrize("problem", FA3_KVCACHE, ids=str)
+def test_cache_output_lse_and_caches_follow_the_rule(problem: CacheProblem, device: str) -> None:
+    got = published_cache_results(problem, device, fa3)
+    assert got["out"].dtype == problem.low_dtype
+    assert_cache_follows_rule(problem, got)
+
+
+def test_scheduler_metadata_serves_the_call_it_was_made_for(device: str) -> None:
+    problem = CacheProblem(dtype=BF16, sq=2, causal=True)
+    tensors = problem.tensors(device)
+    metadata = fa3.get_scheduler_metadata(
+        problem.b,
+        problem.sq,
+        problem.capacity,
+        problem.hq,
+        problem.hk,
+        problem.d,
+        tensors["cache_seqlens"],
+        causal=True,
+        num_splits=3,
+    )
+    assert metadata.dtype == torch.int32
+    assert metadata.device.type == device
+    out, lse, *_ = fa3.flash_attn_with_kvcache(
+        **tensors,
+        causal=True,
+        num_splits=3,
+        scheduler_metadata=metadata,
+        return_softmax_lse=True,
+    )
+    caches = {name: tensors[name] for name in ("k_cache", "v_cache")}
+    assert_cache_follows_rule(problem, {"out": out, "lse": lse, **caches})
+
+
+def partials(device: str) -> tuple[Tensor, Tensor]:
+    """Attention over four parts of the keys; the third is empty, and row 0 sees no key at all."""
+    problem = Problem(sq=9, sk=40, hq=4, hk=4, dtype=FP32)
+    q, k, v = (x.to(device) for x in problem.tensors().leaves)
+    outs, lses = [], []
+    for keys in (slice(0, 10), slice(10, 11), slice(11, 11), slice(11, 40)):
+        out, lse = attention(q.cpu(), k.cpu()[:, keys], v.cpu()[:, keys], dtype=FP32)
+        out[:, 0], lse[:, :, 0] = float("nan"), float("-inf")
+        outs.append(out)
+        lses.append(lse.transpose(1, 2))
+    lses[2] = torch.full_like(lses[2], float("-inf"))
+    return torch.stack(outs).to(device), torch.stack(lses).to(device)
+
+
+@pytest.mark.parametrize("dtype", [None, FP32, BF16, FP16])
+@pytest.mark.parametrize("preallocated", [False, True])
+def test_combine_merges_parts_by_their_lse(dtype: Any, preallocated: bool, device: str) -> None:
+    out_partial, lse_partial = partials(device)
+    target = dtype or FP32
+    given = (
+        torch.empty(out_partial.shape[1:], dtype=target, device=device) if preallocated else None
+    )
+    with poisoned_memory():
+        out, lse = fa3.flash_attn_combine(
+            out_partial, lse_partial, out=given, out_dtype=None if preallocated else dtype
+        )
+    assert out.dtype == target
+    assert given is None or out.data_ptr() == given.data_ptr()
+    clean = out_partial.cpu().nan_to_num(0.0)
+    reference = combine(clean, lse_partial.cpu())
+    low = combine(clean, lse_partial.cpu(), dtype=FP32)
+    check("out", out, reference[0], low[0].to(target))
+    check("lse", lse, reference[1], low[1])
+
+
+def test_combine_of_real_splits_is_attention(device: str) -> None:
+    problem = Problem(sq=33, sk=90, hq=4, hk=2, dtype=BF16)
+    q, k, v = problem.tensors(device).leaves
+    parts = [
+        fa3.flash_attn_func(q, k[:, keys], v[:, keys], return_attn_probs=True)
+        for keys in (slice(0, 40), slice(40, 41), slice(41, 90))
+    ]
+    out, lse = fa3.flash_attn_combine(
+        torch.stack([out.float() for out, _ in parts]),
+        torch.stack([lse.transpose(1, 2) for _, lse in parts]),
+        out_dtype=BF16,
+    )
+    runs = [oracle_results(problem, problem.tensors(), t, backward=False) for t in (FP64, BF16)]
+    check("out", out, runs[0]["out"], runs[1]["out"])
+    check("lse", lse.transpose(1, 2), runs[0]["lse"], runs[1]["lse"])
+
+
+@pytest.mark.parametrize(
+    "problem",
+    [
+        Problem(sq=33, sk=47, hq=4, hk=2, d=64, dtype=BF16, causal=True),
+        varlen((9, 30), (20, 17), used_q=(9, 21), used_k=(3, 17), dtype=BF16, window=(8, 2)),
+    ],
+    ids=str,
+)
+def test_private_functions_give_what_autograd_gives(problem: Problem, device: str) -> None:
+    tensors = problem.tensors(device)
+    expected = published_results(problem, tensors, fa3)
+    lengths = {
+        "cu_seqlens_q": tensors.cu_seqlens_q,
+        "cu_seqlens_k": tensors.cu_seqlens_k,
+        "max_seqlen_q": problem.sq if problem.is_varlen else None,
+        "max_seqlen_k": problem.sk if problem.is_varlen else None,
+    }
+    window = {"window_size_left": problem.window[0], "window_size_right": problem.window[1]}
+    with poisoned_memory():
+        out, lse, *_ = fa3._flash_attn_forward(
+            *tensors.leaves,
+            **lengths,
+            **window,
+            seqused_q=tensors.seqused_q,
+            seqused_k=tensors.seqused_k,
+            causal=problem.causal,
+        )
+        gradients = [torch.empty_like(x) for x in tensors.leaves]
+        fa3._flash_attn_backward(
+            tensors.dout,
+            *tensors.leaves,
+            out,
+            lse,
+            **lengths,
+            **window,
+            sequed_q=tensors.seqused_q,
+            sequed_k=tensors.seqused_k,
+            **dict(zip(("dq", "dk", "dv"), gradients)),
+            is_causal=problem.causal,
+        )
+    for name, value in zip(("out", "lse", "dq", "dk", "dv"), (out, lse, *gradients)):
+        assert torch.equal(value, expected[name]), name
