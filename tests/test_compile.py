@@ -1,0 +1,639 @@
+"""Compilers, exporters, checkpointing, counters and transforms see well-behaved operators."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
+from torch.utils.flop_counter import FlopCounterMode
+
+import flash_attn
+import flash_attn_interface as fa3
+from flash_attn import _ops
+from flash_attn import flash_attn_interface as fa2
+
+# torch's compilers warn about parts of torch itself.
+pytestmark = pytest.mark.filterwarnings(r"ignore::DeprecationWarning:torch\..*")
+
+OPS, OPS_3 = torch.ops.flash_attn, torch.ops.flash_attn_3
+B, S, HQ, HK, D = 2, 9, 4, 2, 16
+CU = torch.tensor([0, 4, 9], dtype=torch.int32)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    generator = torch.Generator().manual_seed(sum(shape))
+    return torch.randn(*shape, generator=generator, dtype=dtype)
+
+
+def dense() -> tuple[Tensor, ...]:
+    return normal(B, S, HQ, D), normal(B, S + 3, HK, D), normal(B, S + 3, HK, D) + 1
+
+
+def packed() -> tuple[Tensor, ...]:
+    return normal(S, HQ, D), normal(S, HK, D), normal(S, HK, D) + 1
+
+
+# --- Every public function, compiled ------------------------------------------------------------
+
+Row = tuple[str, Callable[..., Any], tuple[Tensor, ...]]
+
+OPTIONS: dict[str, Any] = {"causal": True, "window_size": (5, 0), "softcap": 8.0}
+OPTIONS_2 = {**OPTIONS, "alibi_slopes": torch.linspace(0.1, 0.4, HQ)}
+
+FUNCTIONS: list[Row] = [
+    ("func", lambda q, k, v: flash_attn.flash_attn_func(q, k, v, **OPTIONS_2), dense()),
+    (
+        "kvpacked",
+        lambda q, kv: flash_attn.flash_attn_kvpacked_func(q, kv, **OPTIONS_2),
+        (normal(B, S, HQ, D), normal(B, S, 2, HK, D)),
+    ),
+    (
+        "qkvpacked",
+        lambda qkv: flash_attn.flash_attn_qkvpacked_func(qkv, **OPTIONS_2),
+        (normal(B, S, 3, HQ, D),),
+    ),
+    (
+        "varlen",
+        lambda q, k, v: flash_attn.flash_attn_varlen_func(
+            q, k, v, CU, CU.clone(), 5, 5, **OPTIONS_2
+        ),
+        packed(),
+    ),
+    (
+        "varlen_kvpacked",
+        lambda q, kv: flash_attn.flash_attn_varlen_kvpacked_func(
+            q, kv, CU, CU.clone(), 5, 5, **OPTIONS_2
+        ),
+        (normal(S, HQ, D), normal(S, 2, HK, D)),
+    ),
+    (
+        "varlen_qkvpacked",
+        lambda qkv: flash_attn.flash_attn_varlen_qkvpacked_func(qkv, CU, 5, **OPTIONS_2),
+        (normal(S, 3, HQ, D),),
+    ),
+    (
+        "triple",
+        lambda q, k, v: flash_attn.flash_attn_func(q, k, v, return_attn_probs=True)[:2],
+        dense(),
+    ),
+    ("class", lambda q, k, v: fa2.FlashAttnFunc.apply(
+        q, k, v, 0.0, None, True, (-1, -1), 0.0, None, False, False, torch.is_grad_enabled()
+    ), dense()),
+    ("fa3_func", lambda q, k, v: fa3.flash_attn_func(q, k, v, **OPTIONS), dense()),
+    (
+        "fa3_varlen",
+        lambda q, k, v: fa3.flash_attn_varlen_func(q, k, v, CU, CU.clone(), 5, 5, **OPTIONS),
+        packed(),
+    ),
+    (
+        "fa3_qkvpacked",
+        lambda qkv: fa3.flash_attn_qkvpacked_func(qkv, **OPTIONS),
+        (normal(B, S, 3, HQ, D),),
+    ),
+    (
+        "fa3_qkvpacked_heads",
+        lambda qkv: fa3.flash_attn_qkvpacked_func(qkv, num_heads_q=HQ, **OPTIONS),
+        (normal(B, S, HQ + 2 * HK, D),),
+    ),
+]  # fmt: skip
+IDS = [row[0] for row in FUNCTIONS]
+
+
+def outputs_and_gradients(
+    function: Callable[..., Any], inputs: tuple[Tensor, ...]
+) -> list[Tensor]:
+    leaves = [x.detach().clone().requires_grad_() for x in inputs]
+    result = function(*leaves)
+    results = result if isinstance(result, tuple) else (result,)
+    weights = torch.linspace(-1.0, 1.0, results[0].numel()).view_as(results[0])
+    return [*results, *torch.autograd.grad(results[0], leaves, weights)]
+
+
+def equal(got: list[Tensor], expected: list[Tensor]) -> bool:
+    return len(got) == len(expected) and all(torch.equal(a, b) for a, b in zip(got, expected))
+
+
+@pytest.mark.parametrize(("name", "function", "inputs"), FUNCTIONS, ids=IDS)
+def test_compiled_call_and_gradients_equal_eager(
+    name: str, function: Callable[..., Any], inputs: tuple[Tensor, ...]
+) -> None:
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    assert equal(outputs_and_gradients(compiled, inputs), outputs_and_gradients(function, inputs))
+
+
+@pytest.mark.parametrize(("name", "function", "inputs"), FUNCTIONS, ids=IDS)
+def test_compiled_inference_equals_eager(
+    name: str, function: Callable[..., Any], inputs: tuple[Tensor, ...]
+) -> None:
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        got, expected = compiled(*inputs), function(*inputs)
+    if isinstance(got, Tensor):
+        got, expected = (got,), (expected,)
+    assert equal([*got], [*expected])
+
+
+SAME_TENSOR_TWICE: list[Row] = [
+    ("cu_seqlens", lambda q, k, v: flash_attn.flash_attn_varlen_func(q, k, v, CU, CU, 5, 5), packed()),
+    ("qkv", lambda x: flash_attn.flash_attn_func(x, x, x), (normal(B, S, HQ, D),)),
+    ("k_is_v", lambda q, x: flash_attn.flash_attn_func(q, x, x), dense()[:2]),
+    ("fa3_cu_seqlens", lambda q, k, v: fa3.flash_attn_varlen_func(q, k, v, CU, CU, 5, 5), packed()),
+    ("fa3_qkv", lambda x: fa3.flash_attn_func(x, x, x), (normal(B, S, HQ, D),)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "function", "inputs"), SAME_TENSOR_TWICE, ids=[row[0] for row in SAME_TENSOR_TWICE]
+)
+def test_compiled_call_may_get_one_tensor_twice(
+    name: str, function: Callable[..., Any], inputs: tuple[Tensor, ...]
+) -> None:
+    # Self-attention over packed sequences passes its cu_seqlens for queries and for keys.
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    assert equal(outputs_and_gradients(compiled, inputs), outputs_and_gradients(function, inputs))
+
+
+def test_compiled_max_seqlen_may_be_read_from_a_tensor() -> None:
+    def function(q: Tensor, k: Tensor, v: Tensor, cu: Tensor) -> Tensor:
+        longest = cu.diff().max().item()
+        return flash_attn.flash_attn_varlen_func(q, k, v, cu, cu.clone(), longest, longest)
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    # transformers says so to its users: without it a graph may not read numbers from tensors.
+    with torch.no_grad(), torch._dynamo.config.patch(capture_scalar_outputs=True):
+        assert torch.equal(compiled(*packed(), CU), function(*packed(), CU))
+
+
+def test_dynamic_shapes_need_one_compilation() -> None:
+    graphs = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph
+
+    def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return flash_attn.flash_attn_func(q, k, v, causal=True) * 2
+
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=backend)
+    for s in (7, 12, 130):
+        x = normal(B, s, HQ, D), normal(B, s + 3, HK, D), normal(B, s + 3, HK, D)
+        got, expected = outputs_and_gradients(compiled, x), outputs_and_gradients(function, x)
+        assert equal(got, expected)
+    assert len(graphs) == 1
+
+
+@pytest.mark.skipif(
+    not any(shutil.which(name) for name in ("g++", "clang++", "c++", "cl")),
+    reason="inductor needs a C++ compiler",
+)
+def test_inductor_runs_forward_and_backward() -> None:
+    def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return flash_attn.flash_attn_func(q * 2, k, v.sin(), causal=True) + 1
+
+    compiled = torch.compile(function, fullgraph=True)
+    got, expected = (outputs_and_gradients(f, dense()) for f in (compiled, function))
+    for a, b in zip(got, expected):
+        torch.testing.assert_close(a, b)  # inductor's own sine rounds otherwise
+
+
+def test_compiled_dropout_draws_anew_in_each_call() -> None:
+    def function(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        # The keys of the second call differ in name only: torch joins calls that are equal in
+        # every argument, random or not, its own attention included.
+        first = flash_attn.flash_attn_func(q, k, v, 0.4)
+        return first, flash_attn.flash_attn_func(q, k * 1.0, v, 0.4)
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    inputs = [x.requires_grad_() for x in dense()]
+    torch.manual_seed(3)
+    drawn = [*compiled(*inputs), *compiled(*inputs)]
+    for i in range(4):
+        for j in range(i):
+            assert not torch.equal(drawn[i], drawn[j])
+    torch.manual_seed(3)
+    assert equal([*compiled(*inputs)], drawn[:2])
+
+
+def test_compiled_dropout_has_the_gradients_of_its_own_mask() -> None:
+    def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return flash_attn.flash_attn_func(q, k, v, 0.4)
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    results = []
+    for f in (compiled, function):
+        torch.manual_seed(3)
+        results.append(outputs_and_gradients(f, dense()))
+    assert equal(*results)
+
+
+# --- The cache ----------------------------------------------------------------------------------
+
+
+def cache_call(is_fa3: bool, q: Tensor, k: Tensor, v: Tensor, *caches: Tensor) -> Any:
+    *caches, lengths = caches
+    function = fa3.flash_attn_with_kvcache if is_fa3 else flash_attn.flash_attn_with_kvcache
+    return function(q, *caches, k, v, cache_seqlens=lengths, causal=True, return_softmax_lse=True)
+
+
+@pytest.mark.parametrize("is_fa3", [False, True], ids=["fa2", "fa3"])
+def test_compiled_append_writes_the_cache(is_fa3: bool) -> None:
+    q, k, v = normal(B, 2, HQ, D), normal(B, 2, HK, D), normal(B, 2, HK, D) + 1
+    lengths = torch.tensor([3, 0], dtype=torch.int32)
+    function = partial(cache_call, is_fa3)
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    runs = []
+    for f in (compiled, function):
+        caches = [normal(B, 12, HK, D), normal(B, 12, HK, D) * 2]
+        with torch.no_grad():
+            runs.append([*f(q, k, v, *caches, lengths), *caches])
+    assert equal(*runs)
+    assert torch.equal(runs[0][-1][0, 3:5], v[0])
+
+
+def test_compiled_int_length_may_change() -> None:
+    q, k, v = normal(B, 1, HQ, D), normal(B, 1, HK, D), normal(B, 1, HK, D) + 1
+
+    def function(length: int, *caches: Tensor) -> Tensor:
+        return flash_attn.flash_attn_with_kvcache(q, *caches, k, v, cache_seqlens=length)
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    for length in (2, 3, 4):
+        caches = [normal(B, 12, HK, D), normal(B, 12, HK, D) * 2]
+        with torch.no_grad():
+            expected = function(length, *(x.clone() for x in caches))
+            assert torch.equal(compiled(length, *caches), expected)
+        assert torch.equal(caches[1][:, length], v[:, 0])
+
+
+def test_combine_and_metadata_compile() -> None:
+    out, lse = normal(3, B, S, HQ, D), normal(3, B, S, HQ)
+    compiled = torch.compile(fa3.flash_attn_combine, fullgraph=True, backend="aot_eager")
+    assert equal([*compiled(out, lse)], [*fa3.flash_attn_combine(out, lse)])
+    lengths = torch.tensor([3, 0], dtype=torch.int32)
+    plan = partial(fa3.get_scheduler_metadata, B, 1, 12, HQ, HK, D)
+    compiled = torch.compile(plan, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(lengths), plan(lengths))
+
+
+def test_cache_call_has_no_gradient_and_says_so() -> None:
+    q = normal(B, 2, HQ, D).requires_grad_()
+    caches = [normal(B, 12, HK, D), normal(B, 12, HK, D) * 2]
+    out = flash_attn.flash_attn_with_kvcache(q, *caches)
+    with pytest.raises(RuntimeError):
+        out.sum().backward()
+
+
+# --- Export, shapes -----------------------------------------------------------------------------
+
+
+class Call(torch.nn.Module):
+    """A row's function as a module."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, *inputs: Tensor) -> Any:
+        return self.function(*inputs)
+
+
+@pytest.mark.parametrize("strict", [False, True], ids=["nonstrict", "strict"])
+@pytest.mark.parametrize("name", ["func", "varlen_qkvpacked", "fa3_func"])
+def test_exported_program_holds_the_operator_and_equals_eager(name: str, strict: bool) -> None:
+    _, function, inputs = FUNCTIONS[IDS.index(name)]
+    program = torch.export.export(Call(function), inputs, strict=strict)
+    targets = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+    assert any(target.startswith("flash_attn") for target in targets), targets
+    assert torch.equal(program.module()(*inputs), function(*inputs))
+
+
+@pytest.mark.parametrize("strict", [False, True], ids=["nonstrict", "strict"])
+def test_exported_shapes_may_be_dynamic(strict: bool) -> None:
+    s = torch.export.Dim("s", min=2, max=512)
+    call = Call(lambda q, k, v: flash_attn.flash_attn_func(q, k, v, causal=True))
+    inputs = normal(B, 8, HQ, D), normal(B, 8, HK, D), normal(B, 8, HK, D)
+    shapes = {"inputs": ({1: s},) * 3}
+    program = torch.export.export(call, inputs, dynamic_shapes=shapes, strict=strict)
+    others = normal(B, 200, HQ, D), normal(B, 200, HK, D), normal(B, 200, HK, D)
+    assert torch.equal(program.module()(*others), call(*others))
+
+
+def test_exported_layer_with_parameters() -> None:
+    class Layer(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv = torch.nn.Linear(D, 3 * D)
+
+        def forward(self, x: Tensor) -> Tensor:
+            qkv = self.qkv(x).unflatten(-1, (3, 1, D))
+            return flash_attn.flash_attn_qkvpacked_func(qkv, causal=True)
+
+    layer, x = Layer(), normal(B, S, D)
+    for strict in (False, True):
+        program = torch.export.export(layer, (x,), strict=strict)
+        assert torch.equal(program.module()(x), layer(x))
+
+
+@pytest.mark.parametrize(("name", "function", "inputs"), FUNCTIONS, ids=IDS)
+def test_meta_tensors_give_the_shapes(
+    name: str, function: Callable[..., Any], inputs: tuple[Tensor, ...]
+) -> None:
+    expected = function(*inputs)
+    metas = [x.to("meta") for x in inputs]
+    if "varlen" in name or "slopes" in name:
+        pytest.skip("the row closes over tensors of the CPU")
+    with torch.device("meta"):
+        got = function(*metas)
+    for a, b in zip(got, expected):
+        assert (a.shape, a.dtype, a.device.type) == (b.shape, b.dtype, "meta")
+
+
+# --- Operators ----------------------------------------------------------------------------------
+
+_SCORES = (0.25, True, 5, 0, 0.0)
+
+
+def operator_rows() -> list[tuple[str, Any, tuple[Any, ...], dict[str, Any]]]:
+    q, k, v = dense()
+    slopes = torch.linspace(0.1, 0.4, HQ)
+    rng_state = torch.tensor([5, 7])
+    out, lse, _, _ = OPS._flash_attn_forward(q, k, v, 0.0, *_SCORES, slopes, False)
+    grads = [torch.empty_like(x) for x in (q, k, v)]
+    pq, pk, pv = packed()
+    lengths = (CU, CU.clone(), 5, 5)
+    pout, plse, _, _ = OPS._flash_attn_varlen_forward(pq, pk, pv, *lengths, 0.0, *_SCORES)
+    pgrads = [torch.empty_like(x) for x in (pq, pk, pv)]
+    caches = (normal(B, 12, HK, D), normal(B, 12, HK, D) * 2)
+    new = (normal(B, 2, HK, D), normal(B, 2, HK, D))
+    used = torch.tensor([3, 0], dtype=torch.int32)
+    cache_tail = (0.25, True, -1, -1, 0, 0.0, True, None, 0)
+    pages = (normal(5, 4, HK, D), normal(5, 4, HK, D))
+    table = torch.tensor([[4, 0], [1, 2]], dtype=torch.int32)
+    return [
+        ("forward", OPS._flash_attn_forward, (q, k, v, 0.0, *_SCORES, slopes, False), {}),
+        ("forward-dropout", OPS._flash_attn_forward, (q, k, v, 0.2, *_SCORES, None, True), {}),
+        ("backward", OPS._flash_attn_backward,
+         (out, q, k, v, out, lse, *grads, 0.0, *_SCORES, slopes, False), {}),
+        ("backward-dropout", OPS._flash_attn_backward,
+         (out, q, k, v, out, lse, *grads, 0.2, *_SCORES, None, True, rng_state), {}),
+        ("backward-without-buffers", OPS._flash_attn_backward,
+         (out, q, k, v, out, lse, None, None, None, 0.0, *_SCORES, None, False), {}),
+        ("varlen_forward", OPS._flash_attn_varlen_forward,
+         (pq, pk, pv, *lengths, 0.0, *_SCORES), {}),
+        ("varlen_forward-dropout", OPS._flash_attn_varlen_forward,
+         (pq, pk, pv, *lengths, 0.2, *_SCORES, None, True), {}),
+        ("varlen_forward-pages", OPS._flash_attn_varlen_forward,
+         (pq, *pages, *lengths, 0.0, *_SCORES), {"block_table": table}),
+        ("varlen_forward-seqused", OPS._flash_attn_varlen_forward,
+         (pq, pk, pv, *lengths, 0.0, *_SCORES), {"seqused_k": used}),
+        ("varlen_backward", OPS._flash_attn_varlen_backward,
+         (pout, pq, pk, pv, pout, plse, *pgrads, *lengths, 0.0, *_SCORES, None, False), {}),
+        ("kvcache", OPS._flash_attn_with_kvcache,
+         (q[:, :2], *caches, *new, *[None] * 3, used, *[None] * 10, *cache_tail), {}),
+        ("kvcache-pages", OPS._flash_attn_with_kvcache,
+         (q[:, :2], *pages, *new, *[None] * 3, used, None, None, table, *[None] * 7, *cache_tail),
+         {}),
+        ("fa3_forward", OPS_3._flash_attn_forward, (q, k, v),
+         {"causal": True, "attention_chunk": 4}),
+        ("fa3_forward-varlen", OPS_3._flash_attn_forward, (pq, pk, pv),
+         {"cu_seqlens_q": CU, "cu_seqlens_k": CU.clone(), "max_seqlen_q": 5, "max_seqlen_k": 5}),
+        ("fa3_backward", OPS_3._flash_attn_backward, (out, q, k, v, out, lse),
+         dict(zip(("dq", "dk", "dv"), grads))),
+    ]  # fmt: skip
+
+
+OPERATORS = operator_rows()
+
+
+@pytest.mark.parametrize(
+    ("name", "op", "args", "kwargs"), OPERATORS, ids=[row[0] for row in OPERATORS]
+)
+def test_operator_passes_opcheck(
+    name: str, op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    result = torch.library.opcheck(op.default, args, kwargs)
+    assert set(result.values()) == {"SUCCESS"}
+
+
+def test_every_operator_with_a_fake_rule_is_checked() -> None:
+    checked = {row[1].default._schema.name for row in OPERATORS}
+    named = {
+        str(torch._C.parse_schema(name + schema).name)
+        for name, schema in (*_ops.SCHEMAS.items(),)
+    }
+    assert named <= checked
+    assert {f"flash_attn_3::_flash_attn_{x}" for x in ("forward", "backward")} <= checked
+
+
+def with_dropout_of(seed: int, function: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*inputs: Tensor) -> Any:
+        torch.manual_seed(seed)
+        return function(*inputs)
+
+    return call
+
+
+FP64 = torch.float64
+SLOPES = torch.tensor([[0.3, 0.1], [0.2, 0.7]])
+CU_5 = torch.tensor([0, 2, 2, 5], dtype=torch.int32)
+GRADCHECKS: list[Row] = [
+    ("varlen-causal", lambda q, k, v: flash_attn.flash_attn_varlen_func(
+        q, k, v, CU_5, CU_5, 3, 3, causal=True),
+     (normal(5, 2, 3, dtype=FP64), normal(5, 1, 3, dtype=FP64), normal(5, 1, 3, dtype=FP64))),
+    ("varlen_kvpacked-window", lambda q, kv: flash_attn.flash_attn_varlen_kvpacked_func(
+        q, kv, CU_5, CU_5, 3, 3, window_size=(1, 1), softcap=3.0),
+     (normal(5, 2, 3, dtype=FP64), normal(5, 2, 2, 3, dtype=FP64))),
+    ("varlen_qkvpacked-alibi", lambda qkv: flash_attn.flash_attn_varlen_qkvpacked_func(
+        qkv, torch.tensor([0, 2, 5], dtype=torch.int32), 3, alibi_slopes=SLOPES),
+     (normal(5, 3, 2, 3, dtype=FP64),)),
+    ("varlen-dropout", with_dropout_of(1, lambda q, k, v: flash_attn.flash_attn_varlen_func(
+        q, k, v, CU_5, CU_5, 3, 3, 0.4)),
+     (normal(5, 2, 3, dtype=FP64), normal(5, 2, 3, dtype=FP64), normal(5, 2, 3, dtype=FP64))),
+    ("kvpacked-gqa-dropout", with_dropout_of(2, lambda q, kv: flash_attn.flash_attn_kvpacked_func(
+        q, kv, 0.4, causal=True)),
+     (normal(1, 4, 4, 2, dtype=FP64), normal(1, 5, 2, 2, 2, dtype=FP64))),
+    ("same-tensor", lambda x: flash_attn.flash_attn_func(x, x, x, causal=True),
+     (normal(1, 4, 2, 3, dtype=FP64),)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "function", "inputs"), GRADCHECKS, ids=[row[0] for row in GRADCHECKS]
+)
+def test_gradients_are_the_derivative(
+    name: str, function: Callable[..., Any], inputs: tuple[Tensor, ...]
+) -> None:
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    assert torch.autograd.gradcheck(function, leaves)
+
+
+# --- FLOPs --------------------------------------------------------------------------------------
+
+
+def flops_of(function: Callable[..., Any], inputs: tuple[Tensor, ...], backward: bool) -> int:
+    leaves = [x.clone().requires_grad_(backward) for x in inputs]
+    with FlopCounterMode(display=False) as counter:
+        out = function(*leaves)
+        if backward:
+            out.sum().backward()
+    return counter.get_total_flops()
+
+
+_PAIRS = B * HQ * S * (S + 3)
+_PAIRS_PACKED = HQ * (4 * 4 + 5 * 5)
+FLOPS = [
+    ("func", lambda q, k, v: flash_attn.flash_attn_func(q, k, v, causal=True), dense(), _PAIRS),
+    ("varlen", lambda q, k, v: flash_attn.flash_attn_varlen_func(q, k, v, CU, CU, 5, 5), packed(),
+     _PAIRS_PACKED),
+    ("fa3_func", fa3.flash_attn_func, dense(), _PAIRS),
+    ("fa3_varlen", lambda q, k, v: fa3.flash_attn_varlen_func(q, k, v, CU, CU, 5, 5), packed(),
+     _PAIRS_PACKED),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "function", "inputs", "pairs"), FLOPS, ids=[row[0] for row in FLOPS]
+)
+def test_flops_are_those_of_the_matrix_products(
+    name: str, function: Callable[..., Any], inputs: tuple[Tensor, ...], pairs: int
+) -> None:
+    # 2 products of 2 d FLOPs a pair forward, 5 backward: torch counts its own attention so.
+    assert flops_of(function, inputs, backward=False) == 4 * D * pairs
+    assert flops_of(function, inputs, backward=True) == (4 + 10) * D * pairs
+
+
+def test_flops_agree_with_those_of_torchs_attention() -> None:
+    q, k, v = normal(B, S, HQ, D), normal(B, S, HQ, D), normal(B, S, HQ, D)
+
+    def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        # torch counts no operator of its CPU kernels; the plain products are what it counts.
+        scores = q.transpose(1, 2) @ k.permute(0, 2, 3, 1)
+        return scores.softmax(dim=-1) @ v.transpose(1, 2)
+
+    ours = flops_of(flash_attn.flash_attn_func, (q, k, v), backward=False)
+    assert ours == flops_of(sdpa, (q, k, v), backward=False)
+
+
+@pytest.mark.parametrize("is_paged", [False, True], ids=["dense", "paged"])
+def test_flops_of_the_cache_count_its_whole_length(is_paged: bool) -> None:
+    q = normal(B, 2, HQ, D)
+    cache = normal(B, 12, HK, D)
+    table = None
+    if is_paged:
+        cache, table = cache.reshape(6, 4, HK, D), torch.arange(6, dtype=torch.int32).view(B, 3)
+
+    def function(q: Tensor) -> Tensor:
+        return flash_attn.flash_attn_with_kvcache(q, cache, cache, block_table=table)
+
+    assert flops_of(function, (q,), backward=False) == 4 * D * B * HQ * 2 * 12
+
+
+# --- Checkpointing ------------------------------------------------------------------------------
+
+
+class Names(TorchDispatchMode):
+    """Counts the operators of this package that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "flash_attn" in func.namespace:
+            self.seen.append(func._schema.name.split("_flash_attn_")[-1])
+        return func(*args, **(kwargs or {}))
+
+
+def dropping(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return flash_attn.flash_attn_func(q * 2, k, v, 0.3, causal=True)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpointing_repeats_the_dropout(use_reentrant: bool) -> None:
+    results = []
+    for function in (dropping, partial(checkpoint, dropping, use_reentrant=use_reentrant)):
+        leaves = [x.requires_grad_() for x in dense()]
+        torch.manual_seed(5)
+        out = function(*leaves)
+        torch.rand(3)  # the recomputation must not depend on what is drawn in between
+        out.square().sum().backward()
+        results.append([out, *(x.grad for x in leaves)])
+    assert equal(*results)
+
+
+@pytest.mark.parametrize("saves", [False, True], ids=["recompute", "save"])
+def test_selective_checkpointing_obeys_the_policy(saves: bool) -> None:
+    def policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        if saves and op is OPS._flash_attn_forward.default:
+            return CheckpointPolicy.MUST_SAVE
+        return CheckpointPolicy.PREFER_RECOMPUTE
+
+    contexts = partial(create_selective_checkpoint_contexts, policy)
+    leaves = [x.requires_grad_() for x in dense()]
+    torch.manual_seed(5)
+    out = checkpoint(dropping, *leaves, use_reentrant=False, context_fn=contexts)
+    with Names() as names:
+        got = torch.autograd.grad(out.square().sum(), leaves)
+    assert names.seen == ["backward"] if saves else ["forward", "backward"]
+    torch.manual_seed(5)
+    expected = torch.autograd.grad(dropping(*leaves).square().sum(), leaves)
+    assert equal([*got], [*expected])
+
+
+# --- Transforms ---------------------------------------------------------------------------------
+
+
+def test_vmap_equals_a_loop() -> None:
+    x = normal(3, B, S, HQ, D)
+    function = partial(flash_attn.flash_attn_func, causal=True)
+    with torch.no_grad():
+        got = torch.vmap(function)(x, x, x)
+        expected = torch.stack([function(row, row, row) for row in x])
+    assert torch.equal(got, expected)
+
+
+def test_a_second_derivative_is_an_error() -> None:
+    leaves = [x.requires_grad_() for x in dense()]
+    out = flash_attn.flash_attn_func(*leaves)
+    gradients = torch.autograd.grad(out.square().sum(), leaves, create_graph=True)
+    # A loss may join first derivatives with what does have a graph: no silent part of a gradient.
+    with pytest.raises(RuntimeError, match=r"differentiate twice|once_differentiable"):
+        (sum(g.sum() for g in gradients) + leaves[0].sum()).backward()
+
+
+def test_forward_mode_is_an_error() -> None:
+    q, k, v = dense()
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        torch.func.jvp(lambda x: flash_attn.flash_attn_func(x, k, v), (q,), (torch.ones_like(q),))
+
+
+def test_functional_gradient_works_or_says_why_not() -> None:
+    q, k, v = dense()
+    with pytest.raises(RuntimeError, match="setup_context"):
+        torch.func.grad(lambda x: flash_attn.flash_attn_func(x, k, v).sum())(q)
+
+
+def test_autocast_leaves_the_operands_as_they_are() -> None:
+    q, k, v = dense()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert flash_attn.flash_attn_func(q, k, v).dtype == torch.float32
+        with pytest.raises(RuntimeError, match="query and key must have the same dtype"):
+            flash_attn.flash_attn_func(q.bfloat16(), k, v)
