@@ -17,7 +17,7 @@ from itertools import product
 from pathlib import Path
 
 import torch
-from measure import METHODS, PASSES, Case, available_bytes, measure
+from measure import METHODS, PASSES, SCORES, Case, available_bytes, measure
 from rich.console import Console
 from rich.progress import Progress
 
@@ -40,19 +40,11 @@ def processor() -> str:
 
 def plan(threads: int) -> list[Case]:
     """Every case, in the order of the table."""
-    return [
-        Case(method, passes, seqlen, heads, HEAD_DIM, DTYPE, causal, "cpu", threads)
-        for (seqlen, heads), causal, passes, method in product(
-            SIZES, (False, True), PASSES, METHODS
-        )
+    cases = [
+        Case(method, passes, scores, seqlen, heads, HEAD_DIM, DTYPE, "cpu", threads)
+        for (seqlen, heads), scores, passes, method in product(SIZES, SCORES, PASSES, METHODS)
     ]
-
-
-def row(case: Case) -> dict[str, object]:
-    """One measured row of the result file."""
-    facts = asdict(case)
-    kept = ("method", "seqlen", "heads", "head_dim", "dtype", "causal")
-    return {"pass": case.passes, **{key: facts[key] for key in kept}, **asdict(measure(case))}
+    return [case for case in cases if case.is_possible]
 
 
 def main() -> int:
@@ -65,12 +57,12 @@ def main() -> int:
     with Progress(console=console) as progress:
         task = progress.add_task("measuring", total=len(cases))
         for case in cases:
-            what = f"{case.seqlen} {'causal ' * case.causal}{case.passes}, {case.method}"
+            what = f"{case.seqlen} {case.scores}, {case.passes}, {case.method}"
             progress.update(task, description=what)
             if case.method == "standard" and case.standard_bytes > available_bytes():
                 console.print(f"no room for {what}", highlight=False)
             else:
-                rows.append(row(case))
+                rows.append({**asdict(case), **asdict(measure(case))})
             progress.advance(task)
     versions = {
         "flash-attn": flash_attn.__version__,

@@ -128,7 +128,7 @@ def run_growth(console: Console, device: str, plot: Path) -> bool:
     dtype_name = str(dtype).replace("torch.", "")
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     cases = [
-        Case(method, passes, seqlen, HEADS, HEAD_DIM, dtype_name, True, device, threads or 1)
+        Case(method, passes, "causal", seqlen, HEADS, HEAD_DIM, dtype_name, device, threads or 1)
         for seqlen, passes, method in product(LENGTHS[device], PASSES, METHODS)
     ]
     results: dict[Case, Result] = {}

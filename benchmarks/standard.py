@@ -33,11 +33,14 @@ def standard_attention(
     v: Tensor,
     causal: bool = False,
     window: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
 ) -> Tensor:
     """Attention of q (b, sq, hq, d) over k, v (b, sk, hk, d), computed in the inputs' dtype."""
     groups = q.shape[2] // k.shape[2]
     k, v = (x.repeat_interleave(groups, dim=2) if groups > 1 else x for x in (k, v))
     scores = torch.einsum("bihd,bjhd->bhij", q, k) / math.sqrt(q.shape[-1])
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
     if causal or max(window) >= 0:
         seen = visible(q.shape[1], k.shape[1], causal, window, q.device)
         scores = scores.masked_fill(~seen, -math.inf)

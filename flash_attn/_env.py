@@ -91,3 +91,63 @@ VARIABLES: tuple[Variable[Any], ...] = (
     FLASH_ATTENTION_USE_FLAGGEMS,
     FLASH_ATTN_LOG,
 )
+
+
+@dataclass(frozen=True)
+class BuildVariable:
+    """A variable that only building reads: free text, listed in docs/building.md."""
+
+    name: str
+    doc: str
+    aliases: tuple[str, ...] = ()
+
+    def text(self) -> Optional[str]:
+        """The text set, or None; an empty one counts as unset."""
+        for name in (self.name, *self.aliases):
+            text = os.environ.get(name, "").strip()
+            if text:
+                return text
+        return None
+
+    def count(self) -> Optional[int]:
+        """The positive number set, or None; ValueError for anything else."""
+        text = self.text()
+        if text is None:
+            return None
+        if not text.isdecimal() or int(text) == 0:
+            raise ValueError(f"{self.name} is set to {text!r}; it must be a positive number")
+        return int(text)
+
+
+FLASH_ATTN_CUDA_ARCHS = BuildVariable(
+    name="FLASH_ATTN_CUDA_ARCHS",
+    doc="Architectures to build kernels for, e.g. `80;90` or `8.0;9.0+PTX`; `all` takes every one "
+    "that the compiler knows. Unset: those of the GPUs here, else all.",
+    aliases=("TORCH_CUDA_ARCH_LIST",),
+)
+
+MAX_JOBS = BuildVariable(
+    name="MAX_JOBS",
+    doc="Compiler processes at a time. Unset: as many as cores and memory allow.",
+)
+
+NVCC_THREADS = BuildVariable(
+    name="NVCC_THREADS",
+    doc="nvcc's `--threads` for each process; with NVRTC it has no meaning.",
+)
+
+CXX = BuildVariable(name="CXX", doc="The C++ compiler of the host library and the shims.")
+
+CUDA_HOME = BuildVariable(
+    name="CUDA_HOME",
+    doc="A CUDA toolkit, for `--compiler nvcc` and for disassembly; the default one needs none.",
+    aliases=("CUDA_PATH",),
+)
+
+BUILD_VARIABLES: tuple[BuildVariable, ...] = (
+    FLASH_ATTN_CUDA_ARCHS,
+    MAX_JOBS,
+    NVCC_THREADS,
+    CXX,
+    CUDA_HOME,
+)

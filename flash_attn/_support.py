@@ -108,3 +108,39 @@ def dtypes_of_device(device_type: str) -> tuple[str, ...]:
 def backend_support(name: str) -> BackendSupport:
     """The row of backend `name`."""
     return next(row for row in BACKENDS if row.name == name)
+
+
+@dataclass(frozen=True)
+class KernelFamily:
+    """Kernels of one design: `csrc/device/NAME`, or `csrc/device/common` for every family's.
+
+    Args:
+        name: folder and namespace of the device code.
+        kinds: what it computes; `build_tools.codegen` has the template of each kind.
+        head_dims: widths that kernels are built for, a call takes the next wider one; empty where
+            one kernel serves them all.
+        dtypes: names of torch dtypes.
+        archs: what to compile for, as nvcc's `sm_` and `compute_` names spell it: "90" is code for
+            compute capability 9.0 and "80+ptx" is PTX that later devices translate.
+    """
+
+    name: str
+    kinds: tuple[str, ...]
+    head_dims: tuple[int, ...]
+    dtypes: tuple[str, ...]
+    archs: tuple[str, ...]
+
+
+_SINCE_SM80 = ("80", "86", "89", "90", "100", "120", "80+ptx")
+
+# Best first. sm80's code runs on every later architecture too, compiled for it.
+KERNEL_FAMILIES: tuple[KernelFamily, ...] = (
+    KernelFamily(
+        "sm80",
+        ("forward", "backward", "convert"),
+        (64, 96, 128, 192, 256),
+        HALF_DTYPES,
+        _SINCE_SM80,
+    ),
+    KernelFamily("common", ("delta",), (), HALF_DTYPES, _SINCE_SM80),
+)

@@ -39,7 +39,7 @@ class Device:
 
 @dataclass(frozen=True)
 class Plan:
-    """What runs a typical problem on a device: a backend, or the reasons why none does."""
+    """What runs a typical problem on a device: a backend, or why none that takes it does."""
 
     device: str
     title: str
@@ -82,7 +82,9 @@ def plans() -> list[Plan]:
             problem = Problem(device.type, dtype, head_dim, head_dim, features, device.capability)
             rows = backends.explain(problem)
             chosen = next((name for name, reasons in rows if not reasons), None)
-            made.append(Plan(device.name, title, chosen, dict(rows)))
+            takers = [row.name for row in _support.BACKENDS if device.type in row.device_types]
+            reasons = {name: words for name, words in rows if name in takers}
+            made.append(Plan(device.name, title, chosen, reasons))
     return made
 
 

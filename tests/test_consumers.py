@@ -225,8 +225,13 @@ def test_transformers_paged_decoding() -> None:
     options = {"cache_seqlens": lengths, "block_table": table, "causal": True}
     runs = [
         kvcache_attention(
-            q, **{name: x.clone() for name, x in expected.items()}, k=k, v=v,
-            softmax_scale=SCALE, **options, dtype=dtype,
+            q,
+            **{name: x.clone() for name, x in expected.items()},
+            k=k,
+            v=v,
+            softmax_scale=SCALE,
+            **options,
+            dtype=dtype,
         )
         for dtype in (torch.float64, FP32)
     ]
@@ -377,9 +382,7 @@ def test_ring_of_two_chunks_equals_attention_over_all_keys(causal: bool) -> None
     out, lse = merged(parts)
     all_k, all_v = torch.cat((k_first, k), dim=1), torch.cat((v_first, v), dim=1)
     options = {"softmax_scale": SCALE, "causal": causal}
-    runs = [
-        attention(q, all_k, all_v, **options, dtype=dtype) for dtype in (torch.float64, FP32)
-    ]
+    runs = [attention(q, all_k, all_v, **options, dtype=dtype) for dtype in (torch.float64, FP32)]
     check("out", out, runs[0][0], runs[1][0])
     check("lse", lse, runs[0][1], runs[1][1])
 
@@ -430,9 +433,7 @@ def test_ring_varlen_by_keyword() -> None:
     )
     out, lse, _, rng_state = fa2._flash_attn_varlen_forward(**params)
     assert lse.shape == (4, 24)
-    agrees(
-        out, varlen_attention, q, k, v, cu_seqlens, cu_seqlens, softmax_scale=SCALE, causal=True
-    )
+    agrees(out, varlen_attention, q, k, v, cu_seqlens, cu_seqlens, softmax_scale=SCALE, causal=True)
     # llama3's ring writes the gradients of keys into a slice of a larger buffer.
     buffer = torch.full((2, 40, 2, 16), float("nan"))
     grads = (torch.empty_like(q), buffer[0, 8:32], buffer[1, 8:32])
@@ -732,9 +733,7 @@ def test_megatron_dynamic_batching() -> None:
         torch.cat([x[table[i].long()].flatten(0, 1)[:n] for i, n in enumerate((10, 260))])
         for x in (k_cache, v_cache)
     )
-    agrees(
-        out, varlen_attention, q, keys, values, cu_q, cu_k, softmax_scale=SCALE, causal=True
-    )
+    agrees(out, varlen_attention, q, keys, values, cu_q, cu_k, softmax_scale=SCALE, causal=True)
     last = torch.tensor([2, 6])
     pair = flash_attn.flash_attn_with_kvcache(
         q=q[last][:, None],

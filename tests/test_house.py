@@ -43,6 +43,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
 
 NOT_OURS = {"build", "dist", "__pycache__"}
+# What `python -m build_tools` leaves in the package; never committed.
+BUILT_FOLDER, BUILT_SUFFIXES = PACKAGE / "kernels", (".so", ".dll")
 MAX_BYTES, MAX_PATH, MAX_LINES = 1_000_000, 100, 400
 
 
@@ -54,9 +56,10 @@ def project_files() -> list[Path]:
             if path.is_dir():
                 hidden = path.name.startswith(".") and path.name not in (".ci", ".github")
                 is_ours = path.name not in NOT_OURS and not path.name.endswith(".egg-info")
+                is_ours = is_ours and path != BUILT_FOLDER
                 if is_ours and not hidden and not (path / "pyvenv.cfg").exists():
                     yield from walk(path)
-            elif path.suffix != ".pyc" and path.name != ".git":
+            elif path.suffix not in (".pyc", *BUILT_SUFFIXES) and path.name != ".git":
                 yield path.relative_to(ROOT)
 
     return sorted(walk(ROOT))

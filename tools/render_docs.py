@@ -104,22 +104,29 @@ def bench_table() -> str:
 
 
 def bench_section(result: dict[str, Any]) -> str:
+    """Heading and table of one result file: a line per call, a column per method."""
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
-    rows = [
-        (
-            f"{row['pass']}{', causal' if row['causal'] else ''}",
-            f"{row['seqlen']}",
-            f"{row['heads']} x {row['head_dim']}",
-            f"`{row['dtype']}`",
-            row["method"],
-            f"{row['seconds'] * 1e3:.0f}",
-            f"{row['extra_bytes'] / 2**20:.1f}",
-        )
-        for row in result["rows"]
+    methods = list(dict.fromkeys(row["method"] for row in result["rows"]))
+    calls: dict[tuple[str, ...], dict[str, dict[str, Any]]] = {}
+    for row in result["rows"]:
+        size = f"{row['seqlen']}, {row['heads']} x {row['head_dim']}"
+        call = (size, f"`{row['dtype']}`", row["scores"], row["passes"])
+        calls.setdefault(call, {})[row["method"]] = row
+
+    def cells(
+        by_method: dict[str, dict[str, Any]], field: str, unit: float, form: str
+    ) -> list[str]:
+        rows = [by_method.get(method) for method in methods]
+        return [format(row[field] / unit, form) if row else "-" for row in rows]
+
+    lines = [
+        (*call, *cells(rows, "seconds", 1e-3, ".0f"), *cells(rows, "extra_bytes", 2**20, ".0f"))
+        for call, rows in calls.items()
     ]
-    header = ("Pass", "Length", "Heads x dim", "dtype", "Method", "ms", "Extra MiB at peak")
+    columns = [f"{method}, {unit}" for unit in ("ms", "MiB") for method in methods]
+    header = ("Length, heads x dim", "dtype", "Scores", "Pass", *columns)
     title = f"### {result['device']}, {result['threads']} threads, {result['date']}"
-    return f"{title}\n\n{versions}\n\n{table(header, rows)}"
+    return f"{title}\n\n{versions}\n\n{table(header, lines)}"
 
 
 RENDERERS = {

@@ -1,15 +1,179 @@
-"""The CUDA backend's place: it says what is missing until a release carries its kernels."""
+"""The CUDA backend: loads the compiled shim, if one was built, and says what it can run.
+
+Once loaded, the shim serves the published operators for CUDA tensors without passing through
+Python. What comes here is the rest: FlashAttention-3's operators, and every call while
+`FLASH_ATTN_LOG` or another backend is asked for by the environment at import.
+"""
 
 from __future__ import annotations
 
-from flash_attn._problem import Problem
+import ctypes
+from pathlib import Path
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+from flash_attn import _checks, _env, _support
+from flash_attn._problem import Append, Backward, Forward, Problem
 
 REMEDY = (
-    "install a release with CUDA kernels once there is one "
+    "build the CUDA kernels for this machine (docs/building.md), install a release that has them "
     "(`pip install --upgrade --force-reinstall flash-attn`), or meanwhile "
 )
 
+_PACKAGE = Path(__file__).resolve().parents[1]
+_HOST_LIBRARY = _PACKAGE / "libflash_attn_host.so"
+_KERNELS = _PACKAGE / "kernels"
+# csrc/host/api.h numbers kinds and dtypes in this order.
+_KINDS = ("forward", "combine", "append", "delta", "backward", "convert")
+_DTYPES = _support.HALF_DTYPES
+
+
+def shim_file(version: str) -> Path:
+    """Where the shim for a torch version stands: one for all from 2.10 on, one a minor before."""
+    major, minor = (int(word) for word in version.split("+")[0].split(".")[:2])
+    name = "_shim_stable.so" if (major, minor) >= (2, 10) else f"_shim_torch{major}_{minor}.so"
+    return _PACKAGE / name
+
+
+def _serves_directly() -> bool:
+    """Whether the environment leaves the published operators to the shim alone."""
+    try:
+        wants_cuda = _env.FLASH_ATTN_BACKEND.get() in ("auto", "cuda")
+        return (
+            wants_cuda
+            and _env.FLASH_ATTENTION_USE_FLAGGEMS.get() is not True
+            and not _env.FLASH_ATTN_LOG.get()
+        )
+    except ValueError:
+        return False  # the first call through Python tells what is wrong
+
+
+def _load() -> tuple[Optional[ctypes.CDLL], str]:
+    """The host library behind a loaded shim, or None with the reason."""
+    shim = shim_file(torch.__version__)
+    if not shim.exists():
+        return None, f"this installation has no compiled kernels for torch {torch.__version__}"
+    try:
+        # By its path and first: the shim then takes this one, whatever LD_LIBRARY_PATH has.
+        host = ctypes.CDLL(str(_HOST_LIBRARY))
+        host.flash_last_error.restype = ctypes.c_char_p
+        serve = ctypes.CDLL(str(shim)).flash_attn_serve
+        serve.restype = ctypes.c_char_p
+        error = serve(str(_KERNELS).encode(), int(_serves_directly()))
+        if error is not None:
+            return None, f"the compiled kernels cannot be used: {error.decode()}"
+        return host, ""
+    except OSError as error:
+        return None, f"{shim.name} does not load under torch {torch.__version__}: {error}"
+
+
+_HOST, _WHY_NOT_LOADED = _load()
+
 
 def why_not(problem: Problem) -> list[str]:
-    """This release carries no compiled kernels, whatever the device."""
-    return ["this release carries no compiled CUDA kernels"]
+    """What keeps this installation from running a problem on a CUDA device."""
+    if _HOST is None:
+        return [_WHY_NOT_LOADED]
+    if problem.dtype not in _DTYPES or problem.capability is None:
+        return []  # the truth table tells
+    reasons = [
+        f"no compiled kernel takes {name}" for name in ("qv", "fp8") if name in problem.features
+    ]
+    kinds = ["forward"]
+    if "backward" in problem.features:
+        kinds = ["delta", "backward", "convert"]
+    elif "kv_append" in problem.features:
+        kinds.append("append")
+    head_dim = max(problem.head_dim, problem.head_dim_v)
+    major, minor = problem.capability
+    for kind in kinds:
+        wanted = (_KINDS.index(kind), head_dim, _DTYPES.index(problem.dtype), 10 * major + minor)
+        if not _HOST.flash_find(*wanted):
+            reasons.append(_HOST.flash_last_error().decode())
+    return reasons
+
+
+def forward(call: Forward, name: str) -> tuple[Tensor, Tensor, Tensor]:
+    """(out, softmax_lse, s_dmask) by the compiled kernels."""
+    scores, seqs, mask = call.scores, call.sequences, call.scores.mask
+    try:
+        result: tuple[Tensor, Tensor, Tensor] = torch.ops.flash_attn_cuda.forward(
+            call.q,
+            call.k,
+            call.v,
+            call.out,
+            *_append_arguments(call.append),
+            seqs.cu_seqlens_q,
+            seqs.cu_seqlens_k,
+            seqs.seqused_q,
+            seqs.seqused_k,
+            seqs.leftpad_k,
+            seqs.block_table,
+            seqs.kv_batch_idx,
+            seqs.max_seqlen_q,
+            seqs.max_seqlen_k,
+            scores.softmax_scale,
+            mask.left,
+            mask.right,
+            mask.chunk,
+            scores.softcap,
+            scores.alibi_slopes,
+            scores.dropout_p,
+            scores.rng_state,
+            call.return_softmax,
+            call.num_splits,
+        )
+    except (RuntimeError, ValueError) as error:
+        raise _checks.renamed(error, "flash_attn_cuda::forward", name) from None
+    return result
+
+
+def _append_arguments(append: Optional[Append]) -> tuple[object, ...]:
+    if append is None:
+        return (None,) * 6 + (True,)
+    return (
+        append.k,
+        append.v,
+        append.cu_seqlens,
+        append.rotary_cos,
+        append.rotary_sin,
+        append.rotary_seqlens,
+        append.rotary_interleaved,
+    )
+
+
+def backward(call: Backward, name: str) -> Tensor:
+    """softmax_d; the call's dq, dk and dv are written in place."""
+    scores, seqs, mask = call.scores, call.sequences, call.scores.mask
+    try:
+        result: Tensor = torch.ops.flash_attn_cuda.backward(
+            call.dout,
+            call.q,
+            call.k,
+            call.v,
+            call.out,
+            call.softmax_lse,
+            call.dq,
+            call.dk,
+            call.dv,
+            seqs.cu_seqlens_q,
+            seqs.cu_seqlens_k,
+            seqs.seqused_q,
+            seqs.seqused_k,
+            seqs.max_seqlen_q,
+            seqs.max_seqlen_k,
+            scores.dropout_p,
+            scores.softmax_scale,
+            False,
+            mask.left,
+            mask.right,
+            scores.softcap,
+            scores.alibi_slopes,
+            call.deterministic,
+            scores.rng_state,
+        )
+    except (RuntimeError, ValueError) as error:
+        raise _checks.renamed(error, "flash_attn_cuda::backward", name) from None
+    return result

@@ -1,0 +1,67 @@
+"""The build front: `python -m build_tools kernels | host | shim | all`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Optional
+
+from build_tools import kernels, native
+from build_tools.ninja import BuildError
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(prog="python -m build_tools", description=__doc__)
+    commands = made.add_subparsers(dest="command", required=True)
+    k = commands.add_parser("kernels", help="compile the CUDA kernels into flash_attn/kernels")
+    a = commands.add_parser("all", help="kernels, host library and shim")
+    for command in (k, a):
+        command.add_argument("--arch", help="e.g. 80,90 or 80+ptx or all; default: the GPUs here")
+        command.add_argument("--compiler", choices=("nvrtc", "nvcc"), default="nvrtc")
+        command.add_argument("--compiler-path", help="the NVRTC library or the nvcc to use")
+        command.add_argument("--jobs", type=int, help="compilers at a time; default: what fits")
+        command.add_argument("--only", help="only kernels with this text in their name")
+        command.add_argument("--report", action="store_true", help="print what each kernel uses")
+    commands.add_parser("host", help="build the host library")
+    s = commands.add_parser("shim", help="build the shim for a torch")
+    for command in (s, a):
+        command.add_argument("--python", help="a Python with the torch to build for")
+    return made
+
+
+def run(options: argparse.Namespace) -> int:
+    if options.command in ("host", "all"):
+        print(native.host())
+    if options.command in ("shim", "all"):
+        print(native.shim(torch=native.find_torch(options.python or sys.executable)))
+    if options.command in ("kernels", "all"):
+        return build_kernels(options)
+    return 0
+
+
+def build_kernels(options: argparse.Namespace) -> int:
+    parts = kernels.build(
+        options.arch, options.compiler, options.compiler_path, options.jobs, options.only
+    )
+    if options.report:
+        text = kernels.report(parts)
+        Path(kernels.PARTS, "report.md").write_text(text, "utf-8")
+        print(text)
+    spilling = kernels.spills(parts)
+    for part in spilling:
+        print(f"warning: {part.unit.symbol} {part.arch} spills registers", file=sys.stderr)
+    return 0
+
+
+def main(arguments: Optional[Sequence[str]] = None) -> int:
+    try:
+        return run(parser().parse_args(arguments))
+    except (BuildError, FileNotFoundError, ValueError) as error:
+        print(f"build_tools: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,147 @@
+"""Device units from the truth table: one small file for each kernel.
+
+A unit instantiates one template under an `extern "C"` name that says what it is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from string import Template
+from typing import Any
+
+from build_tools.paths import support
+
+# Short names in symbols and in the manifest, and the tags of csrc/device/ptx/math.cuh.
+DTYPES = {"float16": ("fp16", "Half"), "bfloat16": ("bf16", "Bfloat16")}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a kernel computes: where its template stands and how it is called.
+
+    Args:
+        name: the manifest's word; csrc/host/registry.cpp has the same list.
+        short: in symbols.
+        headers: under `csrc/device`.
+        call: the template's name with its arguments.
+        threads: of a CTA.
+        params: the parameter struct of csrc/host/flash.h.
+
+    `{family}`, `{dtype}` and `{head_dim}` stand for a unit's own.
+    """
+
+    name: str
+    short: str
+    headers: tuple[str, ...]
+    call: str
+    threads: str
+    params: str
+
+
+def _of_config(config: str) -> str:
+    return "flash::{family}::" + config + "<flash::ptx::{dtype}, {head_dim}>"
+
+
+_FORWARD, _BACKWARD = _of_config("ForwardConfig"), _of_config("BackwardConfig")
+
+KINDS = {
+    kind.name: kind
+    for kind in (
+        Kind(
+            "forward",
+            "fwd",
+            ("{family}/forward.cuh",),
+            f"flash::{{family}}::forward<{_FORWARD}>",
+            f"{_FORWARD}::kThreads",
+            "ForwardParams",
+        ),
+        Kind(
+            "combine",
+            "combine",
+            ("common/combine.cuh",),
+            "flash::common::combine<flash::ptx::{dtype}>",
+            "flash::common::kCombineThreads",
+            "CombineParams",
+        ),
+        Kind(
+            "append",
+            "append",
+            ("common/append.cuh",),
+            "flash::common::append<flash::ptx::{dtype}>",
+            "flash::common::kAppendThreads",
+            "AppendParams",
+        ),
+        Kind(
+            "delta",
+            "delta",
+            ("common/delta.cuh",),
+            "flash::common::delta<flash::ptx::{dtype}>",
+            "flash::common::kDeltaThreads",
+            "BackwardParams",
+        ),
+        Kind(
+            "backward",
+            "bwd",
+            ("{family}/backward.cuh",),
+            f"flash::{{family}}::backward<{_BACKWARD}>",
+            f"{_BACKWARD}::kThreads",
+            "BackwardParams",
+        ),
+        Kind(
+            "convert",
+            "convert",
+            ("common/convert_dq.cuh", "{family}/backward.cuh"),
+            f"flash::common::convert_dq<{_BACKWARD}>",
+            f"{_BACKWARD}::kThreads",
+            "BackwardParams",
+        ),
+    )
+}
+
+UNIT = Template("""\
+$includes
+
+extern "C" __global__ void __launch_bounds__($threads)
+    $symbol(const __grid_constant__ flash::$params params) {
+  $call(params);
+}
+""")
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One kernel to compile, for each of `archs`."""
+
+    symbol: str
+    kind: str
+    family: str
+    head_dim: int
+    dtype: str
+    archs: tuple[str, ...]
+    source: str
+
+
+def units() -> list[Unit]:
+    """Every kernel of the truth table, in the table's order."""
+    return [
+        _unit(family, KINDS[kind], head_dim, dtype)
+        for family in support.KERNEL_FAMILIES
+        for kind in family.kinds
+        for head_dim in family.head_dims or (0,)
+        for dtype in family.dtypes
+    ]
+
+
+def _unit(family: Any, kind: Kind, head_dim: int, dtype: str) -> Unit:
+    short, tag = DTYPES[dtype]
+    words = {"family": family.name, "dtype": tag, "head_dim": head_dim}
+    where = f"_{family.name}_d{head_dim}" if head_dim else ""
+    symbol = f"flash_{kind.short}{where}_{short}"
+    source = UNIT.substitute(
+        includes="\n".join(f'#include "device/{x.format(**words)}"' for x in kind.headers),
+        threads=kind.threads.format(**words),
+        symbol=symbol,
+        params=kind.params,
+        call=kind.call.format(**words),
+    )
+    return Unit(symbol, kind.name, family.name, head_dim, short, family.archs, source)

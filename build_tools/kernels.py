@@ -1,0 +1,126 @@
+"""`python -m build_tools kernels`: compiles every unit of the table and lays the kernels out."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Optional
+
+from build_tools import compilers, jobs, ninja
+from build_tools.arch import Arch, wanted
+from build_tools.codegen import Unit, units
+from build_tools.parts import Part, make_part
+from build_tools.paths import BUILD, KERNELS
+
+PARTS = BUILD / "parts"
+HEADER = "flash-attn-kernels 1"
+
+
+def plan(
+    compiler: compilers.Compiler, archs: Optional[list[Arch]], only: Optional[str] = None
+) -> list[Part]:
+    """The parts of a build: what the table has, what is asked for, what the compiler knows."""
+    chosen = [unit for unit in units() if only is None or only in unit.symbol]
+    return [
+        make_part(unit, arch, compiler.identity, PARTS)
+        for unit in chosen
+        for arch in archs_of(unit, archs)
+        if compiler.supports(arch)
+    ]
+
+
+def archs_of(unit: Unit, asked: Optional[list[Arch]]) -> list[Arch]:
+    """Architectures of a unit among those asked for; None asks for all.
+
+    A newer one than the table has gets the table's PTX, so that no GPU is left without.
+    """
+    has = [Arch.parse(text) for text in unit.archs]
+    if asked is None:
+        return has
+    return [arch for arch in has if _is_asked(arch, asked)]
+
+
+def _is_asked(arch: Arch, asked: list[Arch]) -> bool:
+    if arch in asked:
+        return True
+    return not arch.is_ptx and arch.suffix != "" and Arch(arch.number) in asked
+
+
+def index_text(parts: Iterable[Part], files: dict[Part, str]) -> str:
+    """The table that csrc/host/registry.h describes."""
+    rows = [HEADER]
+    for part in parts:
+        unit, arch = part.unit, part.arch
+        words = (unit.kind, unit.family, unit.head_dim, unit.dtype, f"{arch.number}{arch.suffix}")
+        rows.append(" ".join(map(str, (*words, arch.form, unit.symbol, files[part]))))
+    return "\n".join(rows) + "\n"
+
+
+def install(parts: list[Part], folder: Path) -> None:
+    """Copies parts into a folder with their table, in place of what was there."""
+    fresh = folder.with_name(f"{folder.name}.new")
+    shutil.rmtree(fresh, ignore_errors=True)
+    files = {}
+    for part in parts:
+        files[part] = f"{part.arch.flag}/{part.unit.symbol}.{part.arch.form}"
+        target = fresh / files[part]
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(part.code, target)
+    (fresh / "index.txt").write_text(index_text(parts, files), "utf-8")
+    shutil.rmtree(folder, ignore_errors=True)
+    fresh.replace(folder)
+
+
+def report(parts: list[Part]) -> str:
+    """A line for each part: registers, spills, stack, seconds, memory, bytes."""
+    head = ("kernel", "arch", "registers", "spill bytes", "stack", "seconds", "peak MB", "KB")
+    rows = [head, tuple("---" for _ in head)]
+    for part in parts:
+        f = part.facts()
+        cells = (f.registers, f.spill_stores + f.spill_loads, f.stack, f.seconds, f.peak_mb)
+        rows.append(
+            (part.unit.symbol, str(part.arch), *map(str, cells), f"{f.code_bytes / 1024:.0f}")
+        )
+    facts = [part.facts() for part in parts]
+    total = (
+        f"{len(parts)} images, {sum(f.seconds for f in facts):.0f} compiler seconds, peak "
+        f"{max((f.peak_mb for f in facts), default=0)} MB, "
+        f"{sum(f.code_bytes for f in facts) / 1e6:.1f} MB"
+    )
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows) + f"\n\n{total}\n"
+
+
+def spills(parts: list[Part]) -> list[Part]:
+    """Forward kernels that spill registers: none may be shipped."""
+    return [p for p in parts if p.unit.kind == "forward" and p.facts().spill_stores]
+
+
+def build(
+    arch: Optional[str] = None,
+    compiler: str = "nvrtc",
+    path: Optional[str] = None,
+    num_jobs: Optional[int] = None,
+    only: Optional[str] = None,
+    target: Path = KERNELS,
+) -> list[Part]:
+    """Builds and installs; returns the parts."""
+    start = time.monotonic()
+    made = compilers.make(compiler, path)
+    archs = wanted(arch)
+    parts = plan(made, archs, only)
+    if not parts:
+        raise ninja.BuildError(
+            f"nothing to build: no unit for {arch or 'this machine'} that {made.identity} knows"
+        )
+    PARTS.mkdir(parents=True, exist_ok=True)
+    count = jobs.choose(num_jobs, (p.facts().peak_mb for p in parts if p.is_built))
+    missing = sum(not part.is_built for part in parts)
+    print(
+        f"{made.identity}: {len(parts)} images, {missing} to compile, {count} at a time", flush=True
+    )
+    ninja.build(parts, compiler, path, PARTS, count)
+    install(parts, target)
+    print(f"{target}: {len(parts)} images in {time.monotonic() - start:.0f} s", flush=True)
+    return parts

@@ -1,0 +1,141 @@
+"""The host library and the torch shims: what a C++ compiler builds in seconds."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Optional
+
+from build_tools.ninja import BuildError
+from build_tools.paths import BUILD, CSRC, PACKAGE, ROOT, env
+
+HOST_LIBRARY = "libflash_attn_host.so"
+STABLE_SHIM = "_shim_stable.so"
+WARNINGS = ("-Wall", "-Wextra", "-Werror")
+# No C++ runtime: an exception, RTTI or a guarded static would pull it in.
+HOST_FLAGS = (
+    "-std=c++17", "-O2", "-fno-exceptions", "-fno-rtti", "-fno-threadsafe-statics",
+    "-fvisibility=hidden",
+)  # fmt: skip
+SHIM_FLAGS = ("-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden")
+
+
+@dataclass(frozen=True)
+class Torch:
+    """What a shim needs of an installed torch: headers, libraries, version."""
+
+    version: tuple[int, int]
+    include: Path
+    lib: Path
+    cxx11_abi: bool
+
+    @property
+    def is_stable(self) -> bool:
+        """Whether the one shim of the stable ABI serves it."""
+        return self.version >= (2, 10)
+
+
+def compiler() -> str:
+    """The C++ compiler: CXX, else the first of the usual names."""
+    asked = env.CXX.text()
+    found = asked or shutil.which("g++") or shutil.which("clang++") or shutil.which("c++")
+    if not found:
+        raise BuildError("no C++ compiler: install g++ or clang, or set CXX")
+    return found
+
+
+def run(command: Sequence[str]) -> None:
+    """Runs a compiler in the project's root, where sources have short names."""
+    child = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if child.returncode:
+        raise BuildError(f"{' '.join(command)}\n{child.stdout}{child.stderr}")
+
+
+def sources(folder: str) -> list[str]:
+    return sorted(path.relative_to(ROOT).as_posix() for path in (CSRC / folder).glob("*.cpp"))
+
+
+def host(target: Path = PACKAGE / HOST_LIBRARY, cxx: Optional[str] = None) -> Path:
+    """Builds the host library: needs libc, and nothing of CUDA, torch or C++ at run time."""
+    is_windows = target.suffix == ".dll"
+    flags = [*HOST_FLAGS, *WARNINGS, "-Icsrc", "-shared", "-Wl,-s"]
+    if is_windows:
+        flags += ["-static", "-static-libgcc"]
+    else:
+        flags += ["-fPIC", "-nodefaultlibs", f"-Wl,-soname,{target.name}", "-Wl,-z,defs"]
+    # -lgcc holds helpers of the compiler itself; it is static and hidden.
+    libraries = [] if is_windows else ["-lpthread", "-ldl", "-lc", "-lgcc"]
+    target.parent.mkdir(parents=True, exist_ok=True)
+    run([cxx or compiler(), *flags, *sources("host"), "-o", str(target), *libraries])
+    return target
+
+
+def find_torch(python: str = sys.executable) -> Torch:
+    """The torch of a Python, asked in a process of its own."""
+    program = (
+        "import torch, pathlib\n"
+        "base = pathlib.Path(torch.__file__).parent\n"
+        "print(torch.__version__, int(torch._C._GLIBCXX_USE_CXX11_ABI), base, sep='\\n')"
+    )
+    child = subprocess.run([python, "-c", program], capture_output=True, text=True, check=False)
+    if child.returncode:
+        raise BuildError(f"{python} cannot import torch, whose headers the shim needs")
+    version, abi, base = child.stdout.strip().split("\n")
+    major, minor = version.split(".")[:2]
+    return Torch((int(major), int(minor)), Path(base, "include"), Path(base, "lib"), abi == "1")
+
+
+def shim_name(torch: Torch) -> str:
+    """File of the shim that serves this torch; `backends/cuda.py` looks for the same names."""
+    major, minor = torch.version
+    return STABLE_SHIM if torch.is_stable else f"_shim_torch{major}_{minor}.so"
+
+
+def shim(
+    target: Optional[Path] = None,
+    host_library: Path = PACKAGE / HOST_LIBRARY,
+    torch: Optional[Torch] = None,
+    cxx: Optional[str] = None,
+) -> Path:
+    """Builds the shim for a torch, beside the host library that it finds through $ORIGIN.
+
+    The stable ABI passes no C++ types, so libstdc++ is linked in and hidden; with the full ABI both
+    sides must share one (strings of torch 2.4 to 2.6 are freed where they were not made). libgcc_s
+    stays shared: an exception that crosses two unwinders ends the process.
+    """
+    torch = torch or find_torch()
+    target = target or PACKAGE / shim_name(torch)
+    if not host_library.exists():
+        host(host_library)
+    flags = [*SHIM_FLAGS, *WARNINGS, *abi_flags(torch), "-Icsrc", *_torch_includes(torch)]
+    cxx = cxx or compiler()
+    objects = BUILD / "shim" / target.stem
+    objects.mkdir(parents=True, exist_ok=True)
+    made = {source: objects / f"{Path(source).stem}.o" for source in sources("torch")}
+    with ThreadPoolExecutor(2) as pool:
+        commands = [[cxx, *flags, "-c", src, "-o", str(obj)] for src, obj in made.items()]
+        list(pool.map(run, commands))
+    run([
+        cxx, "-shared", *map(str, made.values()), "-o", str(target),
+        f"-L{host_library.parent}", f"-l:{host_library.name}", "-Wl,-rpath,$ORIGIN",
+        f"-L{torch.lib}", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu",
+        *(["-static-libstdc++"] if torch.is_stable else ["-lc10"]),
+        "-Wl,--as-needed", "-Wl,--exclude-libs,ALL", "-Wl,-s",
+    ])  # fmt: skip
+    return target
+
+
+def abi_flags(torch: Torch) -> list[str]:
+    if torch.is_stable:
+        return ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DUSE_CUDA"]
+    return ["-DFLASH_FULL_ABI", f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.cxx11_abi)}"]
+
+
+def _torch_includes(torch: Torch) -> list[str]:
+    folders = (torch.include, torch.include / "torch/csrc/api/include")
+    return [word for folder in folders for word in ("-isystem", str(folder))]

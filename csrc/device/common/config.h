@@ -1,0 +1,16 @@
+// Launch shapes of the kernels that every family shares, read by the kernels and by the host.
+#pragma once
+
+namespace flash::common {
+
+constexpr int kDeltaRows = 64;
+constexpr int kDeltaThreads = 256;
+
+// Combine and append: a warp takes a row.
+constexpr int kCombineRows = 4;
+constexpr int kCombineThreads = 32 * kCombineRows;
+
+constexpr int kAppendRows = 4;
+constexpr int kAppendThreads = 32 * kAppendRows;
+
+}  // namespace flash::common

@@ -1,0 +1,65 @@
+// First step of the backward pass: delta = rowsum(dout * o), and zeroed sums for dQ.
+//
+// A CTA takes kDeltaRows rows of one head, 8 lanes a row with 16-byte loads; rows behind the
+// sequence, up to where the next one starts, get zero. Bound by memory: reads o and dout, writes
+// dq_accum.
+#pragma once
+
+#include "attn/sequence.cuh"
+#include "common/config.h"
+#include "ptx/math.cuh"
+
+namespace flash::common {
+
+// Sum of products of eight pairs of 16-bit values.
+template <class T>
+__device__ inline float dot(uint4 a, uint4 b) {
+  const uint32_t left[4] = {a.x, a.y, a.z, a.w};
+  const uint32_t right[4] = {b.x, b.y, b.z, b.w};
+  float sum = 0.0f;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float2 x = ptx::unpack<T>(left[i]);
+    const float2 y = ptx::unpack<T>(right[i]);
+    sum += x.x * y.x + x.y * y.y;
+  }
+  return sum;
+}
+
+// Grid: CTAs of a head (as many as the longest head has tiles of rows), times hq, times b.
+template <class T>
+__device__ inline void delta(const BackwardParams& params) {
+  const int blocks = gridDim.x / (params.hq * params.seqs.b);
+  const int head = blockIdx.x % params.hq;
+  const int block = blockIdx.x / params.hq % blocks;
+  const attn::Sequence seq(params.seqs, blockIdx.x / (params.hq * blocks));
+  const attn::PaddedRows padded(params, seq.index, head);
+  const uint16_t* o = attn::rows_of_q(params.o, params.seqs, seq, head);
+  const uint16_t* dout = attn::rows_of_q(params.dout, params.seqs, seq, head);
+  const int lane = threadIdx.x % 8;
+
+  for (int first = block * kDeltaRows; first < padded.count; first += blocks * kDeltaRows) {
+    const int end = min(first + kDeltaRows, padded.count);
+    for (int row = first + threadIdx.x / 8; row < first + kDeltaRows; row += kDeltaThreads / 8) {
+      float sum = 0.0f;
+      if (row < seq.sq) {
+        for (int col = 8 * lane; col < params.dv; col += 64) {
+          sum += dot<T>(*reinterpret_cast<const uint4*>(o + row * params.o.row + col),
+                        *reinterpret_cast<const uint4*>(dout + row * params.dout.row + col));
+        }
+      }
+#pragma unroll
+      for (int step = 1; step < 8; step *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
+      if (lane == 0 && row < end) params.delta[padded.first + row] = sum;
+    }
+    for (int copy = 0; copy < params.dq_copies; ++copy) {
+      float* sums =
+          params.dq_accum + copy * params.dq_accum_copy + (padded.first + first) * params.dq_cols;
+      for (int at = 4 * threadIdx.x; at < (end - first) * params.dq_cols; at += 4 * kDeltaThreads) {
+        *reinterpret_cast<float4*>(sums + at) = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+      }
+    }
+  }
+}
+
+}  // namespace flash::common

@@ -1,0 +1,77 @@
+// Tile sizes of the sm80 family: the one place that knows them, read by the kernels and by the host.
+#pragma once
+
+namespace flash::sm80 {
+
+struct ForwardTile {
+  int head_dim;
+  int block_m;
+  int block_n;
+  int warps;
+
+  constexpr int threads() const { return warps * 32; }
+  constexpr int rows_per_warp() const { return block_m / warps; }
+  // Q, K and V, each one buffer; O leaves through Q's.
+  constexpr int smem_bytes() const { return (block_m + 2 * block_n) * head_dim * 2; }
+};
+
+constexpr ForwardTile kForwardTiles[] = {
+    {64, 128, 128, 4}, {96, 128, 64, 4}, {128, 128, 64, 4}, {192, 128, 64, 8}, {256, 128, 64, 8},
+};
+
+constexpr ForwardTile forward_tile(int head_dim) {
+  for (const ForwardTile& tile : kForwardTiles) {
+    if (tile.head_dim == head_dim) return tile;
+  }
+  return {};
+}
+
+struct BackwardTile {
+  int head_dim;
+  int block_m;  // queries of a step
+  int block_n;  // keys of a CTA
+  int warps;
+  int warps_s;   // warps along the queries of S and dP; the others share their keys
+  int warps_kv;  // warps along the keys of dK and dV; the others share their columns
+  int warps_q;   // warps along the queries of dQ; the others share its columns
+  int stages;    // buffers of Q and dO: 1 or 2
+  int ctas;      // an SM
+
+  constexpr int threads() const { return warps * 32; }
+  // Q and dO in stages with lse and delta; K and V; P and dS.
+  constexpr int smem_bytes() const {
+    return stages * block_m * (2 * head_dim * 2 + 2 * 4) + 2 * block_n * head_dim * 2 +
+           2 * block_m * block_n * 2;
+  }
+};
+
+// For each head dim the preferred tile first: the first that fits is used.
+constexpr BackwardTile kBackwardTiles[] = {
+    {64, 128, 128, 8, 4, 4, 4, 2, 1},  //
+    {64, 64, 128, 8, 2, 4, 2, 1, 1},   //
+    {96, 64, 128, 8, 2, 4, 4, 2, 1},   //
+    {96, 64, 64, 8, 2, 4, 4, 1, 1},    //
+    {128, 64, 128, 8, 2, 4, 2, 2, 1},  //
+    {128, 64, 64, 8, 2, 2, 2, 1, 1},   //
+    {192, 64, 64, 8, 2, 2, 2, 2, 1},   //
+    {192, 32, 64, 8, 2, 2, 2, 1, 1},   //
+    {256, 64, 64, 8, 2, 2, 2, 2, 1},   //
+    {256, 64, 64, 8, 2, 2, 2, 1, 1},   //
+    {256, 32, 32, 4, 2, 1, 2, 1, 1},
+};
+
+// Shared memory of an SM of compute capability `cc` (80 for 8.0); a CTA costs 1 KB beyond its own.
+constexpr int smem_of_sm(int cc) {
+  if (cc == 80 || cc == 87) return 164 * 1024;
+  return cc < 90 || cc >= 120 ? 100 * 1024 : 228 * 1024;
+}
+
+constexpr BackwardTile backward_tile(int head_dim, int cc) {
+  for (const BackwardTile& tile : kBackwardTiles) {
+    const int smem = tile.ctas * (tile.smem_bytes() + 1024);
+    if (tile.head_dim == head_dim && smem <= smem_of_sm(cc)) return tile;
+  }
+  return {};
+}
+
+}  // namespace flash::sm80

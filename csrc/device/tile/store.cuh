@@ -1,0 +1,78 @@
+// How accumulators leave: rounded into a shared-memory tile, from there to global memory; or added
+// to floats in global memory, in an order of our own.
+#pragma once
+
+#include "tile/gemm.cuh"
+
+namespace flash::tile {
+
+// Rounds accumulators times `factor` into rows [row, ...), columns [col, ...) of a tile.
+template <class T, class Tile, int kM, int kN>
+__device__ inline void store_rounded(uint32_t smem, const Accumulators<kM, kN>& acc, float factor,
+                                     int row, int col, int lane) {
+#pragma unroll
+  for (int m = 0; m < kM; ++m) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int r = row + 16 * m + 8 * h + lane / 4;
+#pragma unroll
+      for (int n = 0; n < kN; ++n) {
+        ptx::st_shared_32(
+            smem + Tile::offset(r, col / kChunk + n) + lane % 4 * 4,
+            ptx::pack<T>(acc.c[m][n][2 * h] * factor, acc.c[m][n][2 * h + 1] * factor));
+      }
+    }
+  }
+}
+
+// Copies a tile to global memory, 16 bytes a thread.
+template <class Tile, int kThreads>
+__device__ inline void copy_out(uint16_t* to, int64_t row_stride, uint32_t smem, int num_rows,
+                                int num_cols, int thread) {
+  constexpr int kChunks = Tile::kCols / kChunk;
+  for (int at = thread; at < Tile::kRows * kChunks; at += kThreads) {
+    const int row = at / kChunks;
+    const int chunk = at % kChunks;
+    if (row < num_rows && chunk * kChunk < num_cols) {
+      *reinterpret_cast<uint4*>(to + row * row_stride + chunk * kChunk) =
+          ptx::ld_shared_128(smem + Tile::offset(row, chunk));
+    }
+  }
+}
+
+// Sums of a CTA's accumulators in global memory stand in register order: value i of all threads,
+// then value i + 1, so that a warp touches one line at a time. On an H200, red.v4 in place of red
+// was 1 % slower at head dim 64.
+template <int kThreads>
+struct RegisterOrder {
+  template <int kM, int kN>
+  __device__ static void add(float* to, const Accumulators<kM, kN>& acc, int thread) {
+    to += static_cast<uint32_t>(thread);
+#pragma unroll
+    for (int m = 0; m < kM; ++m) {
+#pragma unroll
+      for (int n = 0; n < kN; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          ptx::red_add_f32(to + ((m * kN + n) * 4 + i) * kThreads, acc.c[m][n][i]);
+        }
+      }
+    }
+  }
+
+  // acc += the sums.
+  template <int kM, int kN>
+  __device__ static void load_add(Accumulators<kM, kN>& acc, const float* from, int thread) {
+    from += static_cast<uint32_t>(thread);
+#pragma unroll
+    for (int m = 0; m < kM; ++m) {
+#pragma unroll
+      for (int n = 0; n < kN; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) acc.c[m][n][i] += from[((m * kN + n) * 4 + i) * kThreads];
+      }
+    }
+  }
+};
+
+}  // namespace flash::tile

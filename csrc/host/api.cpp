@@ -1,0 +1,170 @@
+#include "host/api.h"
+
+#include "host/driver.h"
+#include "host/launch.h"
+#include "host/plan.h"
+#include "host/registry.h"
+#include "host/text.h"
+
+using namespace flash;        // NOLINT: the C ABI stands in no namespace
+using namespace flash::host;  // NOLINT
+
+namespace {
+
+int wider(int x, int y) { return x > y ? x : y; }
+
+// One call on one device: kernels are found by the call's head dim and dtype.
+struct Call {
+  const Device& on;
+  void* stream;
+  int dtype;
+  int head_dim;
+
+  bool prepare(int kind, Ready* ready) const {
+    return flash::host::prepare(kind, head_dim, dtype, on, ready);
+  }
+
+  bool run(const Ready& ready, int64_t num_ctas, const void* params) const {
+    return launch(ready, on, stream, num_ctas, params);
+  }
+};
+
+bool combine(const Call& call, const CombineParams& params) {
+  Ready ready;
+  const int64_t rows = int64_t{params.b} * params.hq * params.sq;
+  return call.prepare(FLASH_COMBINE, &ready) &&
+         call.run(ready, ceil_div(rows, ready.shape.block_m), &params);
+}
+
+CombineParams combine_params(const ForwardParams& params) {
+  CombineParams merged = {};
+  merged.o_partial = params.o_partial;
+  merged.lse_partial = params.lse_partial;
+  merged.o = params.o;
+  merged.lse = params.lse;
+  merged.lse_batch = params.lse_batch;
+  merged.lse_head = params.lse_head;
+  merged.cu_seqlens_q = params.seqs.cu_seqlens_q;
+  merged.num_splits = params.num_splits;
+  merged.b = params.seqs.b;
+  merged.hq = params.hq;
+  merged.sq = params.seqs.sq;
+  merged.dv = params.dv;
+  return merged;
+}
+
+bool forward(const Call& call, const ForwardParams& params) {
+  Ready ready;
+  if (!call.prepare(FLASH_FORWARD, &ready) ||
+      !call.run(ready, num_ctas(params, ready.shape), &params)) {
+    return false;
+  }
+  return params.num_splits <= 1 || combine(call, combine_params(params));
+}
+
+bool backward(const Call& call, const BackwardParams& params) {
+  Ready delta;
+  Ready main;
+  Ready convert;
+  // All three are there before the first one runs.
+  if (!call.prepare(FLASH_DELTA, &delta) || !call.prepare(FLASH_BACKWARD, &main) ||
+      !call.prepare(FLASH_CONVERT, &convert)) {
+    return false;
+  }
+  const int64_t heads = int64_t{params.hq} * params.seqs.b;
+  return call.run(delta, ceil_div(params.seqs.sq, delta.shape.block_m) * heads, &params) &&
+         call.run(main, num_ctas(params, main.shape), &params) &&
+         call.run(convert, ceil_div(params.seqs.sq, convert.shape.block_m) * heads, &params);
+}
+
+bool append(const Call& call, const AppendParams& params) {
+  Ready ready;
+  // Tasks are rows: new keys and values of each key-value head, then queries of each query head.
+  const int64_t rows_k = int64_t{params.sk_new} * params.hk;
+  const int64_t rows_q = params.q_rotated.ptr == nullptr ? 0 : int64_t{params.seqs.sq} * params.hq;
+  return call.prepare(FLASH_APPEND, &ready) &&
+         call.run(ready, ceil_div((rows_k + rows_q) * params.seqs.b, ready.shape.block_m), &params);
+}
+
+// Runs one of the above in the device's context.
+template <class Params>
+int enter(int ordinal, void* stream, int dtype, const Params& params, int head_dim,
+          bool (*run)(const Call&, const Params&)) {
+  const Device* on = device(ordinal);
+  if (on == nullptr) return 0;
+  const ContextScope scope(*on);
+  return scope.ok() && run({*on, stream, dtype, head_dim}, params);
+}
+
+}  // namespace
+
+const char* flash_last_error() { return last_error().data; }
+
+int flash_open(const char* kernel_folder) { return open_registry(kernel_folder); }
+
+int flash_num_kernels() { return num_kernels(); }
+
+int flash_find(int kind, int head_dim, int dtype, int cc) {
+  return find({kind, head_dim, dtype, cc}) != nullptr;
+}
+
+int flash_compute_capability(int ordinal) {
+  const Device* on = device(ordinal);
+  return on == nullptr ? 0 : on->cc;
+}
+
+int flash_plan_forward(int ordinal, int dtype, int num_splits, ForwardParams* params,
+                       FlashWorkspace* workspace) {
+  const Device* on = device(ordinal);
+  Ready ready;
+  if (on == nullptr || !prepare(FLASH_FORWARD, wider(params->d, params->dv), dtype, *on, &ready)) {
+    return 0;
+  }
+  params->num_splits = num_splits;
+  if (num_splits == 0) {
+    const bool can_merge = find({FLASH_COMBINE, params->dv, dtype, on->cc}) != nullptr;
+    params->num_splits = can_merge ? choose_splits(*params, ready.shape, *on) : 1;
+  }
+  params->heads_per_section = choose_section(*params, *on);
+  *workspace = {};
+  if (params->num_splits > 1) {
+    const int64_t rows =
+        int64_t{params->num_splits} * params->seqs.b * params->hq * params->seqs.sq;
+    workspace->o_partial = rows * params->dv;
+    workspace->lse_partial = rows;
+  }
+  return 1;
+}
+
+int flash_forward(int ordinal, void* stream, int dtype, const ForwardParams* params) {
+  return enter(ordinal, stream, dtype, *params, wider(params->d, params->dv), forward);
+}
+
+int flash_plan_backward(int ordinal, int dtype, BackwardParams* params, FlashWorkspace* workspace) {
+  const Device* on = device(ordinal);
+  Ready ready;
+  if (on == nullptr || !prepare(FLASH_BACKWARD, wider(params->d, params->dv), dtype, *on, &ready)) {
+    return 0;
+  }
+  params->heads_per_section = choose_section(*params, *on);
+  params->dq_cols = ready.kernel->head_dim;
+  params->dq_copies = params->deterministic ? choose_columns(*params, ready.shape, *on) : 1;
+  const int64_t heads = params->seqs.cu_seqlens_q == nullptr ? int64_t{params->hq} * params->seqs.b
+                                                             : int64_t{params->hq};
+  params->dq_accum_copy = heads * params->delta_head * params->dq_cols;
+  *workspace = {};
+  workspace->dq_accum = params->dq_accum_copy * params->dq_copies;
+  return 1;
+}
+
+int flash_backward(int ordinal, void* stream, int dtype, const BackwardParams* params) {
+  return enter(ordinal, stream, dtype, *params, wider(params->d, params->dv), backward);
+}
+
+int flash_combine(int ordinal, void* stream, int dtype, const CombineParams* params) {
+  return enter(ordinal, stream, dtype, *params, params->dv, combine);
+}
+
+int flash_append(int ordinal, void* stream, int dtype, const AppendParams* params) {
+  return enter(ordinal, stream, dtype, *params, wider(params->d, params->dv), append);
+}

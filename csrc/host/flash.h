@@ -1,0 +1,143 @@
+// The whole contract between host and device: parameter structs, passed by value to the kernels.
+//
+// Plain data with fixed-width fields; NVRTC, nvcc and every host compiler must lay them out alike.
+// Strides count elements. A null pointer means that the call does not have the thing.
+//
+// b batch, sq / sk query and key rows, hq / hk query and key-value heads, d / dv head dims.
+#pragma once
+
+#ifdef __CUDACC_RTC__  // NVRTC has no standard headers
+using int32_t = int;
+using uint32_t = unsigned int;
+using int64_t = long long;
+using uint64_t = unsigned long long;
+using uint8_t = unsigned char;
+using uint16_t = unsigned short;
+#else
+#include <stdint.h>
+#endif
+
+namespace flash {
+
+// Rows of one operand: element (i, r, h, x) stands at ptr + i * batch + r * row + h * head + x.
+// In a packed operand (cu_seqlens given) `batch` is unused: r counts from the sequence's first row.
+struct Rows {
+  void* ptr;
+  int64_t batch;
+  int64_t row;
+  int64_t head;
+};
+
+// Which rows belong to which sequence.
+struct Sequences {
+  const int32_t* cu_seqlens_q;  // [b + 1]
+  const int32_t* cu_seqlens_k;  // [b + 1]
+  const int32_t* seqused_q;     // [b] rows in use, from the sequence's first
+  const int32_t* seqused_k;     // [b]
+  const int32_t* leftpad_k;     // [b] keys to skip
+  const int32_t* kv_batch_idx;  // [b] row of the cache, or of block_table
+  const int32_t* block_table;   // [b, max_pages]; k and v are then [num_pages, page_size, hk, d]
+  int64_t block_table_stride;
+  int32_t page_size;
+  int32_t num_pages;
+  int32_t max_pages;
+  int32_t b;
+  int32_t sq;  // rows of a dense q, else the longest sequence
+  int32_t sk;
+  // Keys just appended behind seqused_k: lengths of sequences, or one length for all.
+  const int32_t* cu_seqlens_k_new;  // [b + 1]
+  int32_t sk_new;
+};
+
+// How a score becomes a probability.
+struct Scores {
+  float softmax_scale;
+  float softcap;        // 0: none
+  int32_t window_left;  // -1: unbounded
+  int32_t window_right;
+  int32_t attention_chunk;    // 0: none
+  const float* alibi_slopes;  // [hq], or [b, hq]
+  int64_t alibi_batch_stride;
+  const int64_t* rng_state;  // [2] seed, offset; null: no dropout
+  float keep_scale;          // 1 / (1 - dropout_p)
+  uint32_t keep_threshold;   // keep iff byte <= threshold
+};
+
+struct ForwardParams {
+  Rows q, k, v, o;
+  float* lse;  // (i, h, r) at i * lse_batch + h * lse_head + r
+  int64_t lse_batch;
+  int64_t lse_head;
+  Sequences seqs;
+  Scores scores;
+  int32_t hq, hk;
+  int32_t d, dv;
+  void* s_dmask;  // [b, hq, s_dmask_rows, s_dmask_cols] of q's dtype, or null
+  int32_t s_dmask_rows;
+  int32_t s_dmask_cols;
+  // Split-KV: with num_splits > 1, unnormalised parts go to o_partial [split, b, hq, sq, dv] and
+  // lse_partial [split, b, hq, sq], float, and the combine kernel merges them.
+  float* o_partial;
+  float* lse_partial;
+  int32_t num_splits;
+  // Order of tiles: heads that share K and V in L2 run together, long rows first.
+  int32_t heads_per_section;
+};
+
+struct BackwardParams {
+  Rows q, k, v, o, dout;
+  Rows dq, dk, dv_grad;
+  const float* lse;
+  int64_t lse_batch;
+  int64_t lse_head;
+  // delta = rowsum(dout * o), the published softmax_d: (i, h, r) at i * delta_batch +
+  // h * delta_head + r, where delta_head is the number of rows of one head, rounded up. In a packed
+  // call delta_batch is unused and sequence i starts at row 128 * ((cu_seqlens_q[i] + 128 i) / 128).
+  float* delta;
+  int64_t delta_batch;
+  int64_t delta_head;
+  Sequences seqs;
+  Scores scores;
+  int32_t hq, hk;
+  int32_t d, dv;
+  // Sums of dQ, rows as in delta, of dq_cols (the kernel's head dim) floats each; within a tile of
+  // rows the order is the kernel's own. The delta kernel zeroes all copies.
+  float* dq_accum;
+  int64_t dq_accum_copy;
+  int32_t dq_cols;
+  int32_t dq_copies;
+  // Columns of CTAs: 0: a CTA for each block of keys, all add to one copy. Otherwise dq_copies:
+  // column c takes blocks c, c + dq_copies, ... and adds to copy c, so that sums have one order.
+  int32_t deterministic;
+  int32_t heads_per_section;  // of key-value heads, as in ForwardParams
+};
+
+struct CombineParams {
+  const float* o_partial;    // [split, b, hq, sq, dv]
+  const float* lse_partial;  // [split, b, hq, sq]
+  Rows o;
+  float* lse;
+  int64_t lse_batch;
+  int64_t lse_head;
+  const int32_t* cu_seqlens_q;
+  int32_t num_splits;
+  int32_t b, hq, sq, dv;
+};
+
+struct AppendParams {
+  Rows k_new, v_new, k, v, q, q_rotated;
+  Sequences seqs;
+  const int32_t* cu_seqlens_k_new;
+  const void* rotary_cos;  // [seqlen_ro, rotary_dim / 2] of q's dtype
+  const void* rotary_sin;
+  const int32_t* rotary_seqlens;
+  int32_t rotary_dim;
+  int32_t rotary_rows;
+  int32_t rotary_interleaved;
+  int32_t queries_stay;  // all queries are rotated as the first new key
+  int32_t sk_new;
+  int32_t hq, hk;
+  int32_t d, dv;
+};
+
+}  // namespace flash

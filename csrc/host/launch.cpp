@@ -1,0 +1,116 @@
+#include "host/launch.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+#include "host/platform.h"
+
+namespace flash::host {
+
+namespace {
+
+// One loading at a time: it happens once a kernel, and devices of one kind share the file's pages.
+Mutex g_mutex;
+
+// The kernel in an image, or null with the error set. Loading says nothing about the architecture
+// or the PTX version: only cuLibraryGetKernel does.
+CUkernel load_image(const Kernel& kernel, const Image& image) {
+  const Driver& api = *driver();
+  char path[2048];
+  snprintf(path, sizeof(path), "%s/%s", registry_folder(), image.file);
+  size_t size = 0;
+  char* code = read_file(path, &size);
+  if (code == nullptr) {
+    fail("%s cannot be read", path);
+    return nullptr;
+  }
+  CUlibrary library = nullptr;
+  CUkernel loaded = nullptr;
+  char what[2176];
+  snprintf(what, sizeof(what), "loading %s", path);
+  if (check(api.cuLibraryLoadData(&library, code, nullptr, nullptr, 0, nullptr, nullptr, 0),
+            what) &&
+      !check(api.cuLibraryGetKernel(&loaded, library, kernel.symbol), what)) {
+    api.cuLibraryUnload(library);
+    loaded = nullptr;
+  }
+  free(code);
+  return loaded;
+}
+
+// The best image is compiled code, of the latest architecture that the device runs.
+int score(const Image& image) {
+  return (image.is_ptx ? 0 : 10000) + 2 * image.arch + (image.is_exact ? 1 : 0);
+}
+
+const Image* load(const Kernel& kernel, const Device& device, CUkernel* loaded) {
+  bool is_tried[kMaxImages] = {};
+  for (;;) {
+    int best = -1;
+    for (int i = 0; i < kernel.num_images; ++i) {
+      if (is_tried[i] || !may_run(kernel.images[i], device.cc)) continue;
+      if (best < 0 || score(kernel.images[i]) > score(kernel.images[best])) best = i;
+    }
+    if (best < 0) return nullptr;
+    is_tried[best] = true;
+    *loaded = load_image(kernel, kernel.images[best]);
+    if (*loaded != nullptr) return &kernel.images[best];
+  }
+}
+
+// Loads a kernel and lets it use its shared memory on this device.
+bool load_once(Kernel* kernel, const Device& device) {
+  const Lock lock(g_mutex);
+  std::atomic<CUkernel>& slot = kernel->loaded[device.ordinal];
+  if (slot.load(std::memory_order_relaxed) != nullptr) return true;
+  CUkernel loaded = nullptr;
+  const Image* image = load(*kernel, device, &loaded);
+  if (image == nullptr) return false;
+  const int smem_bytes = shape_of(kernel->kind, kernel->head_dim, image->arch).smem_bytes;
+  if (smem_bytes > device.max_smem) {
+    return fail("%s needs %d bytes of shared memory; device %d has %d for a block", kernel->symbol,
+                smem_bytes, device.ordinal, device.max_smem);
+  }
+  constexpr int kAlwaysAllowed = 48 * 1024;
+  if (smem_bytes > kAlwaysAllowed &&
+      !check(driver()->cuKernelSetAttribute(kMaxDynamicSharedSizeBytes, smem_bytes, loaded,
+                                            device.handle),
+             kernel->symbol)) {
+    return false;
+  }
+  kernel->loaded_arch[device.ordinal] = image->arch;
+  slot.store(loaded, std::memory_order_release);
+  return true;
+}
+
+}  // namespace
+
+bool prepare(int kind, int head_dim, int dtype, const Device& device, Ready* ready) {
+  Kernel* kernel = find({kind, head_dim, dtype, device.cc});
+  if (kernel == nullptr) return false;
+  const std::atomic<CUkernel>& slot = kernel->loaded[device.ordinal];
+  if (slot.load(std::memory_order_acquire) == nullptr && !load_once(kernel, device)) return false;
+  *ready = {kernel, slot.load(std::memory_order_acquire),
+            shape_of(kind, kernel->head_dim, kernel->loaded_arch[device.ordinal])};
+  return true;
+}
+
+bool launch(const Ready& ready, const Device& device, void* stream, int64_t num_ctas,
+            const void* params) {
+  const char* symbol = ready.kernel->symbol;
+  if (num_ctas == 0) return true;
+  if (num_ctas > INT32_MAX) {
+    return fail("%s: too many tiles for one launch on device %d", symbol, device.ordinal);
+  }
+  CUlaunchConfig config = {};
+  config.gridDimX = static_cast<unsigned int>(num_ctas);
+  config.gridDimY = config.gridDimZ = 1;
+  config.blockDimX = static_cast<unsigned int>(ready.shape.threads);
+  config.blockDimY = config.blockDimZ = 1;
+  config.sharedMemBytes = static_cast<unsigned int>(ready.shape.smem_bytes);
+  config.hStream = static_cast<CUstream>(stream);
+  void* arguments[] = {const_cast<void*>(params)};
+  return check(driver()->cuLaunchKernelEx(&config, ready.handle, arguments, nullptr), symbol);
+}
+
+}  // namespace flash::host

@@ -1,0 +1,89 @@
+#include "host/plan.h"
+
+#include "device/common/config.h"
+#include "device/sm80/config.h"
+#include "host/api.h"
+
+namespace flash::host {
+
+namespace {
+
+int clamp(int64_t x, int64_t low, int64_t high) {
+  const int64_t clamped = x > high ? high : x;
+  return static_cast<int>(clamped < low ? low : clamped);
+}
+
+// How many heads of `bytes` each find room in the half of L2 that other traffic leaves.
+int64_t heads_in_l2(int64_t bytes, const Device& device) {
+  return bytes == 0 ? 1 : device.l2_bytes / 2 / bytes;
+}
+
+int64_t num_tiles(const ForwardParams& params, const Shape& shape) {
+  return ceil_div(params.seqs.sq, shape.block_m) * params.hq * params.seqs.b;
+}
+
+}  // namespace
+
+Shape shape_of(int kind, int head_dim, int arch) {
+  switch (kind) {
+    case FLASH_FORWARD: {
+      const sm80::ForwardTile tile = sm80::forward_tile(head_dim);
+      return {tile.block_m, tile.block_n, tile.threads(), tile.smem_bytes()};
+    }
+    case FLASH_BACKWARD:
+    case FLASH_CONVERT: {
+      const sm80::BackwardTile tile = sm80::backward_tile(head_dim, arch);
+      const int smem_bytes = kind == FLASH_BACKWARD ? tile.smem_bytes() : 0;
+      return {tile.block_m, tile.block_n, tile.threads(), smem_bytes};
+    }
+    case FLASH_DELTA:
+      return {common::kDeltaRows, 0, common::kDeltaThreads, 0};
+    case FLASH_COMBINE:
+      return {common::kCombineRows, 0, common::kCombineThreads, 0};
+    default:
+      return {common::kAppendRows, 0, common::kAppendThreads, 0};
+  }
+}
+
+int64_t num_ctas(const ForwardParams& params, const Shape& shape) {
+  return num_tiles(params, shape) * params.num_splits;
+}
+
+int64_t num_ctas(const BackwardParams& params, const Shape& shape) {
+  const int64_t columns =
+      params.deterministic ? params.dq_copies : ceil_div(params.seqs.sk, shape.block_n);
+  return columns * params.hk * params.seqs.b;
+}
+
+int choose_splits(const ForwardParams& params, const Shape& shape, const Device& device) {
+  const int64_t tiles = num_tiles(params, shape);
+  // Dropout keeps one order of keys, and S_dmask is relative to the maximum of whole rows.
+  if (tiles == 0 || params.scores.rng_state != nullptr) return 1;
+  // Below four blocks of keys a part, reading partial results back costs more than it hides.
+  constexpr int kMinBlocks = 4;
+  constexpr int kMaxSplits = 128;
+  const int64_t most = ceil_div(params.seqs.sk, shape.block_n) / kMinBlocks;
+  const int64_t wanted = device.num_sms / tiles;
+  return clamp(most < wanted ? most : wanted, 1, kMaxSplits);
+}
+
+int choose_section(const ForwardParams& params, const Device& device) {
+  const int64_t bytes = int64_t{2} * params.seqs.sk * (params.d + params.dv);
+  const int64_t heads_k = clamp(heads_in_l2(bytes, device), 1, INT32_MAX);
+  return clamp(heads_k * (params.hq / params.hk), 1, int64_t{params.hq} * params.seqs.b);
+}
+
+int choose_section(const BackwardParams& params, const Device& device) {
+  // Q and dO of a group, and its sums for dQ.
+  const int64_t row_bytes = int64_t{2} * (params.d + params.dv) + int64_t{4} * params.d;
+  const int64_t bytes = row_bytes * params.seqs.sq * (params.hq / params.hk);
+  return clamp(heads_in_l2(bytes, device), 1, int64_t{params.hk} * params.seqs.b);
+}
+
+int choose_columns(const BackwardParams& params, const Shape& shape, const Device& device) {
+  const int64_t blocks = ceil_div(params.seqs.sk, shape.block_n);
+  const int64_t heads = int64_t{params.hk} * params.seqs.b;
+  return clamp(ceil_div(device.num_sms, heads), 1, blocks < 1 ? 1 : blocks);
+}
+
+}  // namespace flash::host

@@ -1,0 +1,37 @@
+// How a call is cut into tiles: from the tables that the kernels read too.
+#pragma once
+
+#include "host/driver.h"
+#include "host/flash.h"
+
+namespace flash::host {
+
+// Tile and CTA of a kernel.
+struct Shape {
+  int block_m;  // rows of a CTA, or of a step
+  int block_n;
+  int threads;
+  int smem_bytes;
+};
+
+// The shape of a kernel built for head dim `head_dim` and architecture `arch` (80 for 8.0).
+Shape shape_of(int kind, int head_dim, int arch);
+
+inline int64_t ceil_div(int64_t x, int64_t y) { return (x + y - 1) / y; }
+
+// Parts into which the keys are cut so that a call with few rows still fills the device.
+int choose_splits(const ForwardParams& params, const Shape& shape, const Device& device);
+
+// Query heads that run together, so that their keys and values stay in L2.
+int choose_section(const ForwardParams& params, const Device& device);
+
+// Key-value heads that run together, so that the queries of their groups stay in L2.
+int choose_section(const BackwardParams& params, const Device& device);
+
+// Columns of CTAs that a deterministic backward call has, each with its own sums for dQ.
+int choose_columns(const BackwardParams& params, const Shape& shape, const Device& device);
+
+int64_t num_ctas(const ForwardParams& params, const Shape& shape);
+int64_t num_ctas(const BackwardParams& params, const Shape& shape);
+
+}  // namespace flash::host

@@ -1,0 +1,88 @@
+// A backward call: scratch memory, gradients in place, launch.
+#include "torch/operands.h"
+
+namespace flash::shim {
+
+namespace {
+
+constexpr int64_t kRoundTo = 128;  // of softmax_d's rows, as published
+
+// Where a gradient is written: the caller's tensor if the kernels can, else one of the kernels'
+// kind.
+class Gradient {
+ public:
+  Gradient(const Tensor& given, const Tensor& like)
+      : given_(given), last_(like.size(-1)), is_direct_(given && is_aligned(given)) {
+    written_ = is_direct_ ? given.share() : empty_like_rows(like, round_up(last_, 8));
+  }
+
+  Rows rows() const { return rows_of(written_); }
+
+  void finish() {
+    if (given_ && !is_direct_) copy(given_, without_padding(std::move(written_), last_));
+  }
+
+ private:
+  const Tensor& given_;
+  int64_t last_;
+  bool is_direct_;
+  Tensor written_;
+};
+
+}  // namespace
+
+Tensor run(Backward& call) {
+  check(call);
+  tidy(&call.lengths, &call.scores);
+  const int64_t b = call.batch_size();
+  const int64_t hq = call.q.size(-2);
+  const Tensor q = aligned(call.q);
+  const Tensor k = aligned(call.k);
+  const Tensor v = aligned(call.v);
+  const Tensor out = aligned(call.out);
+  const Tensor dout = aligned(call.dout);
+  const Tensor lse = contiguous(call.softmax_lse);
+  Gradient dq(call.dq, call.q);
+  Gradient dk(call.dk, call.k);
+  Gradient dv(call.dv, call.v);
+  Tensor softmax_d = call.is_packed()
+                         ? empty({hq, q.size(0) + kRoundTo * b}, Dtype::kFloat, q)
+                         : empty({b, hq, round_up(q.size(1), kRoundTo)}, Dtype::kFloat, q);
+
+  BackwardParams params = {};
+  params.q = rows_of(q);
+  params.k = rows_of(k);
+  params.v = rows_of(v);
+  params.o = rows_of(out);
+  params.dout = rows_of(dout);
+  params.dq = dq.rows();
+  params.dk = dk.rows();
+  params.dv_grad = dv.rows();
+  params.lse = pointer<const float>(lse);
+  params.lse_head = lse.stride(-2);
+  params.lse_batch = call.is_packed() ? 0 : lse.stride(0);
+  params.delta = pointer<float>(softmax_d);
+  params.delta_head = softmax_d.stride(-2);
+  params.delta_batch = call.is_packed() ? 0 : softmax_d.stride(0);
+  params.seqs = sequences_of(call.lengths, q, k, b);
+  params.scores = scores_of(call.scores, hq);
+  params.hq = static_cast<int32_t>(hq);
+  params.hk = static_cast<int32_t>(k.size(-2));
+  params.d = static_cast<int32_t>(q.size(-1));
+  params.dv = static_cast<int32_t>(v.size(-1));
+  params.deterministic = call.deterministic;
+
+  const int device = device_of(q);
+  const int dtype = dtype_of(q);
+  FlashWorkspace workspace = {};
+  run_or_throw(call.name, flash_plan_backward(device, dtype, &params, &workspace));
+  const Tensor dq_accum = empty({workspace.dq_accum}, Dtype::kFloat, q);
+  params.dq_accum = pointer<float>(dq_accum);
+  run_or_throw(call.name, flash_backward(device, current_stream(device), dtype, &params));
+  dq.finish();
+  dk.finish();
+  dv.finish();
+  return softmax_d;
+}
+
+}  // namespace flash::shim

@@ -1,0 +1,135 @@
+// A forward call: append to the cache if asked for, plan, allocate, launch.
+#include <climits>
+
+#include "torch/operands.h"
+
+namespace flash::shim {
+
+namespace {
+
+constexpr int64_t kRoundTo = 128;  // of S_dmask's rows and columns, as published
+
+// Writes new rows into the cache; returns the rotated queries, or q where nothing rotates.
+Tensor append_rows(const Forward& call, const Sequences& seqs, void* stream) {
+  const Append& append = call.append;
+  const Tensor k_new = aligned(append.k);
+  const Tensor v_new = aligned(append.v);
+  Tensor q_rotated;
+  AppendParams params = {};
+  params.k_new = rows_of(k_new);
+  params.v_new = rows_of(v_new);
+  params.k = rows_of(call.k);
+  params.v = rows_of(call.v);
+  params.seqs = seqs;
+  params.cu_seqlens_k_new = pointer<const int32_t>(append.cu_seqlens);
+  params.rotary_seqlens = pointer<const int32_t>(append.rotary_seqlens);
+  params.sk_new = static_cast<int32_t>(append.k.size(append.cu_seqlens ? 0 : 1));
+  params.hq = static_cast<int32_t>(call.q.size(-2));
+  params.hk = static_cast<int32_t>(call.k.size(-2));
+  params.d = static_cast<int32_t>(call.q.size(-1));
+  params.dv = static_cast<int32_t>(call.v.size(-1));
+  if (append.rotary_cos) {
+    q_rotated = empty_like_rows(call.q, call.q.size(-1));
+    params.q = rows_of(call.q);
+    params.q_rotated = rows_of(q_rotated);
+    params.rotary_cos = append.rotary_cos.data();
+    params.rotary_sin = append.rotary_sin.data();
+    params.rotary_dim = static_cast<int32_t>(2 * append.rotary_cos.size(1));
+    params.rotary_rows = static_cast<int32_t>(append.rotary_cos.size(0));
+    params.rotary_interleaved = append.rotary_interleaved;
+    // Without a mask every query stands where the first new key does.
+    const Mask& mask = call.scores.mask;
+    params.queries_stay = mask.left < 0 && mask.right < 0 && mask.chunk == 0;
+  }
+  run_or_throw(call.name, flash_append(device_of(call.q), stream, dtype_of(call.q), &params));
+  return q_rotated ? std::move(q_rotated) : call.q.share();
+}
+
+void tidy_append(Append* append) {
+  for (Tensor* x :
+       {&append->cu_seqlens, &append->rotary_cos, &append->rotary_sin, &append->rotary_seqlens}) {
+    if (*x) *x = contiguous(*x);
+  }
+}
+
+Tensor make_lse(const Forward& call) {
+  const Tensor& q = call.q;
+  return call.is_packed_q() ? empty({q.size(1), q.size(0)}, Dtype::kFloat, q)
+                            : empty({q.size(0), q.size(2), q.size(1)}, Dtype::kFloat, q);
+}
+
+// Entries that no row or key has are zero.
+Tensor make_s_dmask(const Forward& call, const Sequences& seqs) {
+  if (!call.return_softmax) return empty({0}, call.q.dtype(), call.q);
+  Tensor made = empty({call.batch_size(), call.q.size(-2), round_up(seqs.sq, kRoundTo),
+                       round_up(seqs.sk, kRoundTo)},
+                      call.q.dtype(), call.q);
+  zero(made);
+  return made;
+}
+
+}  // namespace
+
+ForwardResult run(Forward& call) {
+  check(call);
+  tidy(&call.lengths, &call.scores);
+  void* stream = current_stream(device_of(call.q));
+  Sequences seqs = sequences_of(call.lengths, call.q, call.k, call.batch_size());
+  Tensor queries = call.q.share();
+  if (call.append.k) {
+    tidy_append(&call.append);
+    queries = append_rows(call, seqs, stream);
+    seqs.cu_seqlens_k_new = pointer<const int32_t>(call.append.cu_seqlens);
+    seqs.sk_new = static_cast<int32_t>(call.append.cu_seqlens ? 0 : call.append.k.size(1));
+  }
+  const int64_t dv = call.v.size(-1);
+  const Tensor q = aligned(queries);
+  const Tensor k = aligned(call.k);
+  const Tensor v = aligned(call.v);
+  Tensor out =
+      call.out && is_aligned(call.out) ? call.out.share() : empty_like_rows(call.q, v.size(-1));
+  ForwardResult result = {Tensor(), make_lse(call), make_s_dmask(call, seqs)};
+
+  ForwardParams params = {};
+  params.q = rows_of(q);
+  params.k = rows_of(k);
+  params.v = rows_of(v);
+  params.o = rows_of(out);
+  params.lse = pointer<float>(result.softmax_lse);
+  params.lse_head = result.softmax_lse.stride(-2);
+  params.lse_batch = call.is_packed_q() ? 0 : result.softmax_lse.stride(0);
+  params.seqs = seqs;
+  params.scores = scores_of(call.scores, q.size(-2));
+  params.hq = static_cast<int32_t>(q.size(-2));
+  params.hk = static_cast<int32_t>(k.size(-2));
+  params.d = static_cast<int32_t>(q.size(-1));
+  params.dv = static_cast<int32_t>(v.size(-1));
+  if (call.return_softmax) {
+    params.s_dmask = result.s_dmask.data();
+    params.s_dmask_rows = static_cast<int32_t>(result.s_dmask.size(2));
+    params.s_dmask_cols = static_cast<int32_t>(result.s_dmask.size(3));
+  }
+
+  const int device = device_of(q);
+  const int dtype = dtype_of(q);
+  FlashWorkspace workspace = {};
+  run_or_throw(call.name, flash_plan_forward(device, dtype, static_cast<int>(call.num_splits),
+                                             &params, &workspace));
+  Tensor o_partial;
+  Tensor lse_partial;
+  if (workspace.o_partial > 0) {
+    o_partial = empty({workspace.o_partial}, Dtype::kFloat, q);
+    lse_partial = empty({workspace.lse_partial}, Dtype::kFloat, q);
+    params.o_partial = pointer<float>(o_partial);
+    params.lse_partial = pointer<float>(lse_partial);
+  }
+  run_or_throw(call.name, flash_forward(device, stream, dtype, &params));
+  result.out = without_padding(std::move(out), dv);
+  if (call.out && !is_aligned(call.out)) {
+    copy(call.out, result.out);
+    result.out = call.out.share();
+  }
+  return result;
+}
+
+}  // namespace flash::shim

@@ -1,0 +1,154 @@
+// A CUDA driver that runs nothing and writes down what it is asked, so that the host library's
+// paths run without a GPU. `STUB_LOG` names the file; `STUB_CC` the device's compute capability, 90
+// if unset.
+//
+// A loaded file that holds "wrong-arch" has no kernel for the device, as the driver finds out when
+// it is asked for the kernel and not before.
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "host/driver.h"
+#include "host/flash.h"
+
+using namespace flash::host;
+
+namespace {
+
+thread_local CUcontext t_current;
+
+struct StubLibrary {
+  bool is_wrong;
+};
+
+void note(const char* text) {
+  FILE* log = fopen(getenv("STUB_LOG"), "a");
+  fprintf(log, "%s\n", text);
+  fclose(log);
+}
+
+CUcontext context_of(CUdevice device) {
+  return reinterpret_cast<CUcontext>(static_cast<uintptr_t>(0x1000 + device));
+}
+
+}  // namespace
+
+extern "C" {
+
+CUresult cuInit(unsigned int) { return getenv("STUB_NO_DEVICE") != nullptr ? 100 : 0; }
+
+CUresult cuDriverGetVersion(int* version) {
+  *version = 13000;
+  return 0;
+}
+
+CUresult cuGetErrorName(CUresult error, const char** text) {
+  *text = error == 209 ? "CUDA_ERROR_NO_BINARY_FOR_GPU" : "CUDA_ERROR_STUB";
+  return 0;
+}
+
+CUresult cuGetErrorString(CUresult error, const char** text) {
+  *text = error == 100 ? "no CUDA-capable device is detected" : "the words of the driver";
+  return 0;
+}
+
+CUresult cuDeviceGet(CUdevice* device, int ordinal) {
+  *device = ordinal;
+  return ordinal < 2 ? 0 : 101;
+}
+
+CUresult cuDeviceGetAttribute(int* value, CUdevice_attribute attribute, CUdevice) {
+  const char* text = getenv("STUB_CC");
+  const int cc = text != nullptr ? atoi(text) : 90;
+  switch (attribute) {
+    case kMultiprocessorCount:
+      *value = 132;
+      break;
+    case kL2CacheSize:
+      *value = 50 << 20;
+      break;
+    case kComputeCapabilityMajor:
+      *value = cc / 10;
+      break;
+    case kComputeCapabilityMinor:
+      *value = cc % 10;
+      break;
+    case kMaxSharedMemoryPerBlockOptIn:
+      *value = 227 * 1024;
+      break;
+  }
+  return 0;
+}
+
+CUresult cuDevicePrimaryCtxRetain(CUcontext* context, CUdevice device) {
+  note("retain");
+  *context = context_of(device);
+  return 0;
+}
+
+CUresult cuCtxGetCurrent(CUcontext* context) {
+  *context = t_current;
+  return 0;
+}
+
+CUresult cuCtxSetCurrent(CUcontext context) {
+  t_current = context;
+  return 0;
+}
+
+CUresult cuLibraryLoadData(CUlibrary* library, const void* code, int*, void**, unsigned int, int*,
+                           void**, unsigned int) {
+  note("load");
+  usleep(20000);  // wide enough for other threads to come by
+  StubLibrary* made = new StubLibrary;
+  made->is_wrong = strstr(static_cast<const char*>(code), "wrong-arch") != nullptr;
+  *library = reinterpret_cast<CUlibrary>(made);
+  return 0;
+}
+
+CUresult cuLibraryGetKernel(CUkernel* kernel, CUlibrary library, const char* name) {
+  if (reinterpret_cast<StubLibrary*>(library)->is_wrong) return 209;
+  *kernel = reinterpret_cast<CUkernel>(strdup(name));
+  return 0;
+}
+
+CUresult cuLibraryUnload(CUlibrary library) {
+  note("unload");
+  delete reinterpret_cast<StubLibrary*>(library);
+  return 0;
+}
+
+CUresult cuKernelSetAttribute(CUfunction_attribute, int value, CUkernel, CUdevice) {
+  char line[64];
+  snprintf(line, sizeof(line), "smem %d", value);
+  note(line);
+  return 0;
+}
+
+CUresult cuLaunchKernelEx(const CUlaunchConfig* config, CUkernel kernel, void** params, void**) {
+  const size_t size = strstr(reinterpret_cast<const char*>(kernel), "fwd") != nullptr
+                          ? sizeof(flash::ForwardParams)
+                          : sizeof(flash::BackwardParams);
+  char line[4096];
+  int at = snprintf(line, sizeof(line), "launch %s %u %u %u %d %llu ",
+                    reinterpret_cast<const char*>(kernel), config->gridDimX, config->blockDimX,
+                    config->sharedMemBytes, t_current == context_of(0) ? 0 : 1,
+                    static_cast<unsigned long long>(reinterpret_cast<uintptr_t>(config->hStream)));
+  for (size_t i = 0; i < size; ++i) {
+    at += snprintf(line + at, sizeof(line) - at, "%02x",
+                   static_cast<const unsigned char*>(params[0])[i]);
+  }
+  note(line);
+  return 0;
+}
+
+CUresult cuMemsetD32Async(CUdeviceptr, unsigned int, size_t, CUstream) { return 0; }
+
+// Of libtorch_cuda, which a CPU build of torch lacks.
+int32_t aoti_torch_get_current_cuda_stream(int32_t, void** stream) {
+  *stream = reinterpret_cast<void*>(uintptr_t{0x5700});
+  return 0;
+}
+}

@@ -1,0 +1,269 @@
+"""The host library without a GPU: loading, choosing, launching and failing, on a stub driver."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+from native_tools import ROOT, Stub, launches, lay_out_kernels, lines_of, native, needs
+
+PREAMBLE = """
+import ctypes, sys, threading
+host = ctypes.CDLL({host!r})
+host.flash_last_error.restype = ctypes.c_char_p
+FORWARD, FP16, BF16 = 0, 0, 1
+def say(status):
+    print(status, host.flash_last_error().decode() if not status else "")
+"""
+
+
+def program(stub: Stub, text: str) -> str:
+    return PREAMBLE.format(host=str(stub.host)) + text
+
+
+def test_finds_the_narrowest_kernel_and_explains_what_there_is_not(
+    stub: Stub, tmp_path: Path
+) -> None:
+    text = f"""
+say(host.flash_open({str(stub.kernels)!r}.encode()))
+say(host.flash_find(FORWARD, 72, BF16, 90))
+say(host.flash_find(FORWARD, 257, BF16, 90))
+say(host.flash_find(FORWARD, 64, BF16, 75))
+say(host.flash_find(1, 64, BF16, 90) or host.flash_find(99, 64, BF16, 90))
+"""
+    child = stub.run(program(stub, text), tmp_path / "log")
+    opened, found, too_wide, too_old, unknown = child.stdout.splitlines()
+    assert (opened.strip(), found.strip()) == ("1", "1")
+    assert too_wide.endswith(
+        "no forward kernel for head dim 257, bf16, on cc 9.0: the widest of this build is 256"
+    )
+    assert too_old.endswith("on cc 7.5: flash_fwd_sm80_d64_bf16 was built for 8.0, 9.0, 8.0 (PTX)")
+    assert "none of kind unknown" in unknown
+
+
+@pytest.mark.parametrize(
+    ("index", "words"),
+    [
+        ("", "index.txt is empty"),
+        ("something else\n", "does not begin with"),
+        ("flash-attn-kernels 1\nforward sm80 64\n", "line 2: a row has 8 words"),
+        ("flash-attn-kernels 1\nsideways sm80 64 bf16 90 cubin f f\n", "unknown kind sideways"),
+        ("flash-attn-kernels 1\nforward sm80 64 fp99 90 cubin f f\n", "unknown dtype fp99"),
+    ],
+)
+def test_a_broken_table_is_told_with_its_line(
+    stub: Stub, tmp_path: Path, index: str, words: str
+) -> None:
+    (tmp_path / "index.txt").write_text(index, "utf-8")
+    child = stub.run(
+        program(stub, f"say(host.flash_open({str(tmp_path)!r}.encode()))"), tmp_path / "l"
+    )
+    assert words in child.stdout
+
+
+def test_a_missing_driver_is_told_and_nothing_crashes(stub: Stub, tmp_path: Path) -> None:
+    text = "print(host.flash_compute_capability(0)); say(0)"
+    child = stub.run(program(stub, text), tmp_path / "log", LD_LIBRARY_PATH="")
+    if child.stdout.startswith("0\n0 the CUDA driver library"):
+        assert "libcuda.so.1 cannot be opened: is an NVIDIA driver installed?" in child.stdout
+    else:
+        pytest.skip("this machine has a CUDA driver")
+
+
+def test_an_error_carries_the_words_of_the_driver(stub: Stub, tmp_path: Path) -> None:
+    text = "print(host.flash_compute_capability(0)); say(0)"
+    child = stub.run(program(stub, text), tmp_path / "log", STUB_NO_DEVICE="1")
+    words = "cuInit: CUDA_ERROR_STUB (100): no CUDA-capable device is detected"
+    assert child.stdout.splitlines() == ["0", f"0 {words}"]
+    child = stub.run(
+        program(stub, "print(host.flash_compute_capability(7)); say(0)"), tmp_path / "l"
+    )
+    assert "cuDeviceGet: CUDA_ERROR_STUB (101)" in child.stdout
+
+
+RUN = """
+from native_tools import ForwardHead
+class Call(ctypes.Structure):
+    _fields_ = [("head", ForwardHead), ("rest", ctypes.c_ubyte * 800)]
+def plan_and_run(device, d=64, stream=77, splits=1, b=2, sq=300, sk=300):
+    # Only sizes matter to the plan; offsets are asked of the compiler below.
+    call = Call()
+    for name, value in dict(b=b, sq=sq, sk=sk, hq=4, hk=2, d=d, dv=d).items():
+        ctypes.c_int32.from_buffer(call, OFFSETS[name]).value = value
+    workspace = (ctypes.c_int64 * 3)()
+    ok = host.flash_plan_forward(device, BF16, splits, ctypes.byref(call), workspace)
+    return ok and host.flash_forward(device, ctypes.c_void_p(stream), BF16, ctypes.byref(call))
+"""
+
+
+@pytest.fixture(scope="module")
+def offsets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
+    """Offsets of fields of flash::ForwardParams, as the host's compiler lays them out."""
+    folder = tmp_path_factory.mktemp("offsets")
+    fields = {"b": "seqs.b", "sq": "seqs.sq", "sk": "seqs.sk"}
+    fields.update({name: name for name in ("hq", "hk", "d", "dv")})
+    rows = "".join(
+        f'printf("{name} %d\\n", int(offsetof(flash::ForwardParams, {field})));'
+        for name, field in fields.items()
+    )
+    source = folder / "offsets.cpp"
+    head = '#include <stddef.h>\n#include <stdio.h>\n#include "host/flash.h"\n'
+    source.write_text(f"{head}int main() {{ {rows} }}\n", "utf-8")
+    command = [needs("g++"), f"-I{ROOT / 'csrc'}", str(source), "-o", str(folder / "offsets")]
+    subprocess.run(command, check=True)
+    told = subprocess.run([str(folder / "offsets")], capture_output=True, text=True, check=True)
+    return {name: int(at) for name, at in map(str.split, told.stdout.splitlines())}
+
+
+def run_calls(stub: Stub, log: Path, offsets: dict[str, int], text: str, **env: str) -> str:
+    opened = f"OFFSETS = {offsets}\nsay(host.flash_open({str(stub.kernels)!r}.encode()))\n"
+    child = stub.run(program(stub, RUN + opened + text), log, **env)
+    assert child.returncode == 0, child.stderr
+    return child.stdout
+
+
+def test_a_call_is_launched_with_its_plan_on_the_callers_stream(
+    stub: Stub, tmp_path: Path, offsets: dict[str, int]
+) -> None:
+    log = tmp_path / "log"
+    run_calls(stub, log, offsets, "say(plan_and_run(0)); say(plan_and_run(0))")
+    first, second = launches(log)
+    assert first == second
+    assert (first.kernel, first.stream, first.context) == ("flash_fwd_sm80_d64_bf16", 77, 0)
+    assert first.grid % (2 * 4) == 0
+    assert len(lines_of(log, "load")) == len(lines_of(log, "retain")) == 1
+
+
+def test_few_queries_over_many_keys_are_split_where_parts_can_be_merged(
+    stub: Stub, tmp_path: Path, offsets: dict[str, int]
+) -> None:
+    folder = tmp_path / "kernels"
+    lay_out_kernels(folder)
+    index = folder / "index.txt"
+    without = "".join(x for x in index.read_text("utf-8").splitlines(True) if x[:7] != "combine")
+    row = "combine common 0 bf16 90 cubin flash_combine_bf16 90.cubin\n"
+    text = f"""OFFSETS = {offsets}
+host.flash_open({str(folder)!r}.encode())
+say(plan_and_run(0, splits=0, b=1, sq=1, sk=8192))
+say(plan_and_run(0, splits=2, b=1, sq=1, sk=8192))
+"""
+    index.write_text(without + row, "utf-8")
+    stub.run(program(stub, RUN + text), tmp_path / "log")
+    automatic, merged, two, _ = launches(tmp_path / "log")
+    assert automatic.grid > two.grid == 2 * 4
+    assert merged.kernel == "flash_combine_bf16"
+    index.write_text(without, "utf-8")
+    child = stub.run(program(stub, RUN + text), tmp_path / "log2")
+    whole, asked = child.stdout.splitlines()
+    assert whole.strip() == "1"
+    assert launches(tmp_path / "log2")[0].grid == 4
+    assert "none of kind combine" in asked
+
+
+def test_many_threads_load_a_kernel_once(
+    stub: Stub, tmp_path: Path, offsets: dict[str, int]
+) -> None:
+    log = tmp_path / "log"
+    text = """
+results = []
+threads = [threading.Thread(target=lambda: results.append(plan_and_run(0))) for _ in range(8)]
+[t.start() for t in threads]; [t.join() for t in threads]
+print(results)
+"""
+    told = run_calls(stub, log, offsets, text)
+    assert told.splitlines()[-1] == str([1] * 8)
+    assert len(lines_of(log, "load")) == 1
+    # A fresh thread has no context: each launch found the primary one bound.
+    assert [launch.context for launch in launches(log)] == [0] * 8
+
+
+def test_the_callers_context_comes_back(
+    stub: Stub, tmp_path: Path, offsets: dict[str, int]
+) -> None:
+    text = """
+driver = ctypes.CDLL("libcuda.so.1")
+current = ctypes.c_void_p()
+for before in (None, 0x1000, 0x1001):
+    driver.cuCtxSetCurrent(ctypes.c_void_p(before))
+    plan_and_run(0)
+    driver.cuCtxGetCurrent(ctypes.byref(current))
+    print(current.value)
+"""
+    told = run_calls(stub, tmp_path / "log", offsets, text).splitlines()[1:]
+    # Without one before, the primary context stays, as the CUDA runtime leaves it.
+    assert [int(x) for x in told] == [0x1000, 0x1000, 0x1001]
+
+
+def test_a_second_device_has_its_own_context_and_uses_the_same_code(
+    stub: Stub, tmp_path: Path, offsets: dict[str, int]
+) -> None:
+    log = tmp_path / "log"
+    run_calls(stub, log, offsets, "say(plan_and_run(0)); say(plan_and_run(1))")
+    assert [launch.context for launch in launches(log)] == [0, 1]
+
+
+@pytest.mark.parametrize(("cc", "loaded"), [("90", 1), ("89", 1), ("120", 1)])
+def test_each_device_gets_an_image_that_runs_there(
+    stub: Stub, tmp_path: Path, offsets: dict[str, int], cc: str, loaded: int
+) -> None:
+    log = tmp_path / "log"
+    told = run_calls(stub, log, offsets, "say(plan_and_run(0))", STUB_CC=cc)
+    assert told.splitlines()[-1].strip() == "1"
+    assert len(lines_of(log, "load")) == loaded
+
+
+def test_code_that_the_driver_refuses_gives_way_to_ptx(
+    tmp_path: Path, stub: Stub, offsets: dict[str, int]
+) -> None:
+    folder, log = tmp_path / "kernels", tmp_path / "log"
+    lay_out_kernels(folder)
+    (folder / "90.cubin").write_text("wrong-arch", "utf-8")
+    text = f"""OFFSETS = {offsets}
+say(host.flash_open({str(folder)!r}.encode()))
+say(plan_and_run(0))
+"""
+    child = stub.run(program(stub, RUN + text), log)
+    assert child.stdout.splitlines()[-1].strip() == "1", child.stdout + child.stderr
+    assert (len(lines_of(log, "load")), len(lines_of(log, "unload"))) == (2, 1)
+    (folder / "80+ptx.ptx").write_text("wrong-arch", "utf-8")
+    child = stub.run(program(stub, RUN + text), log)
+    assert re.search(r"loading .*80\+ptx\.ptx: CUDA_ERROR_NO_BINARY_FOR_GPU \(209\)", child.stdout)
+
+
+def test_a_cut_off_installation_names_the_missing_file(
+    tmp_path: Path, stub: Stub, offsets: dict[str, int]
+) -> None:
+    folder = tmp_path / "kernels"
+    lay_out_kernels(folder, ("90",))
+    (folder / "90.cubin").unlink()
+    text = f"OFFSETS = {offsets}\nhost.flash_open({str(folder)!r}.encode())\nsay(plan_and_run(0))"
+    child = stub.run(program(stub, RUN + text), tmp_path / "log")
+    assert "kernels/90.cubin cannot be read" in child.stdout
+
+
+@pytest.mark.parametrize("cxx", ["g++", "clang++"])
+def test_the_library_needs_nothing_but_libc(cxx: str, tmp_path: Path) -> None:
+    library = native.host(tmp_path / native.HOST_LIBRARY, needs(cxx))
+    told = subprocess.run(
+        [needs("readelf"), "--wide", "-d", "--dyn-syms", str(library)],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    needed = set(re.findall(r"NEEDED.*\[(.*?)\]", told))
+    allowed = {"libc.so.6", "libdl.so.2", "libpthread.so.0", "libm.so.6", "ld-linux-x86-64.so.2"}
+    assert needed <= allowed
+    assert "GLIBCXX" not in told
+    exported = re.findall(r"(?:FUNC|OBJECT) +GLOBAL +DEFAULT +\d+ (\w+)$", told, re.MULTILINE)
+    assert exported
+    assert [name for name in exported if not name.startswith("flash_")] == []
+
+
+def test_the_library_builds_for_windows(tmp_path: Path) -> None:
+    library = native.host(tmp_path / "flash_attn_host.dll", needs("x86_64-w64-mingw32-g++"))
+    objdump = needs("x86_64-w64-mingw32-objdump")
+    told = subprocess.run([objdump, "-p", str(library)], capture_output=True, text=True, check=True)
+    needed = set(re.findall(r"DLL Name: (\S+)", told.stdout))
+    assert needed <= {"KERNEL32.dll", "msvcrt.dll"}

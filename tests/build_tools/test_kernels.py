@@ -1,0 +1,176 @@
+"""Units, their addresses, the table they end in, and a real compile of one of them."""
+
+from __future__ import annotations
+
+import io
+import re
+from pathlib import Path
+
+import pytest
+from native_tools import ROOT, Arch, codegen, kernels
+
+from build_tools import compilers, ninja, parts
+from build_tools.arch import parse_list
+from build_tools.compile_part import main as compile_part
+from build_tools.paths import support
+
+
+def nvrtc() -> compilers.Nvrtc:
+    try:
+        return compilers.Nvrtc()
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+
+
+def test_every_row_of_the_truth_becomes_units_with_names_of_their_own() -> None:
+    made = codegen.units()
+    expected = sum(
+        len(f.kinds) * max(1, len(f.head_dims)) * len(f.dtypes) for f in support.KERNEL_FAMILIES
+    )
+    assert len(made) == expected
+    assert len({unit.symbol for unit in made}) == expected
+    assert codegen.units() == made
+
+
+@pytest.mark.parametrize("unit", codegen.units(), ids=lambda unit: unit.symbol)
+def test_a_unit_names_its_kernel_and_includes_what_is_there(unit: codegen.Unit) -> None:
+    assert f"    {unit.symbol}(const __grid_constant__" in unit.source
+    found = parts.headers(unit.source)
+    assert ROOT / "csrc/host/flash.h" in found
+    assert all(path.is_relative_to(ROOT / "csrc") for path in found)
+
+
+def test_kinds_and_dtypes_are_those_of_the_host_library() -> None:
+    registry = (ROOT / "csrc/host/registry.cpp").read_text("utf-8")
+    names = re.search(r"kKindNames\[\] = \{(.*?)\}", registry)
+    assert names is not None
+    assert re.findall(r'"(\w+)"', names[1]) == list(codegen.KINDS)
+    dtypes = re.search(r"kDtypeNames\[\] = \{(.*?)\}", registry)
+    assert dtypes is not None
+    assert re.findall(r'"(\w+)"', dtypes[1]) == [short for short, _ in codegen.DTYPES.values()]
+
+
+def test_an_address_depends_on_source_headers_arch_and_compiler(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unit = codegen.units()[0]
+    base = parts.make_part(unit, Arch.parse("90"), "compiler 1", tmp_path)
+    again = parts.make_part(unit, Arch.parse("90"), "compiler 1", tmp_path)
+    assert base == again
+    others = [
+        parts.make_part(unit, Arch.parse("80"), "compiler 1", tmp_path),
+        parts.make_part(unit, Arch.parse("90"), "compiler 2", tmp_path),
+        parts.make_part(codegen.units()[1], Arch.parse("90"), "compiler 1", tmp_path),
+    ]
+    monkeypatch.setattr(parts, "_bytes_of", lambda path: path.read_bytes() + b"// edited")
+    others.append(parts.make_part(unit, Arch.parse("90"), "compiler 1", tmp_path))
+    assert len({part.stem for part in (base, *others)}) == 5
+
+
+@pytest.mark.parametrize(
+    ("text", "archs"),
+    [
+        ("80,90", ["80", "90"]),
+        ("8.0;9.0+PTX", ["80", "90", "90+ptx"]),
+        ("sm_90a 80+ptx", ["90a", "80+ptx"]),
+        ("10.0 12.0", ["100", "120"]),
+    ],
+)
+def test_architectures_are_read_in_every_usual_spelling(text: str, archs: list[str]) -> None:
+    assert [str(arch) for arch in parse_list(text) or []] == archs
+
+
+def test_a_misspelt_architecture_is_told() -> None:
+    with pytest.raises(ValueError, match="'hopper' is no CUDA architecture"):
+        parse_list("80,hopper")
+    assert parse_list("ALL") is None
+
+
+def test_the_table_has_a_row_for_each_image(tmp_path: Path) -> None:
+    unit = codegen.units()[0]
+    part = parts.make_part(unit, Arch.parse("90"), "c", tmp_path)
+    text = kernels.index_text([part], {part: "sm_90/x.cubin"})
+    row = f"forward sm80 64 fp16 90 cubin {unit.symbol} sm_90/x.cubin"
+    assert text.splitlines() == ["flash-attn-kernels 1", row]
+
+
+def test_what_ptxas_says_is_read() -> None:
+    log = (
+        "ptxas info    : Compiling entry function 'f' for 'sm_90'\n"
+        "    400 bytes stack frame, 500 bytes spill stores, 416 bytes spill loads\n"
+        "ptxas info    : Used 255 registers, used 1 barriers, 400 bytes cumulative stack size\n"
+    )
+    facts = parts.facts_of_log(log, 1.234, 170, b"abc")
+    assert facts == parts.Facts(255, 500, 416, 400, 1.23, 170, 3)
+
+
+def test_progress_tells_the_time_left(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = io.StringIO("@1/4@ first\nninja: entering\nsomething said\n")
+    ninja.show(lines, start=0.0)
+    progress, said = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"\[1/4\] +\d+ s, +\d+ s to go  first", progress)
+    assert said == "something said"
+
+
+def test_one_kernel_compiles_for_each_architecture(tmp_path: Path) -> None:
+    compiler = nvrtc()
+    unit = next(unit for unit in codegen.units() if unit.kind == "delta")
+    archs = [arch for arch in kernels.archs_of(unit, None) if compiler.supports(arch)]
+    made = [parts.make_part(unit, arch, compiler.identity, tmp_path) for arch in archs]
+    ninja.build(made, "nvrtc", None, tmp_path, jobs=2)
+    kernels.install(made, tmp_path / "kernels")
+    for part in made:
+        image = tmp_path / "kernels" / part.arch.flag / f"{unit.symbol}.{part.arch.form}"
+        start = image.read_bytes()[:4]
+        assert start == (b"//\n/" if part.arch.is_ptx else b"\x7fELF")
+        assert part.arch.is_ptx or part.facts().registers > 0
+    # A second build compiles nothing.
+    times = [part.code.stat().st_mtime_ns for part in made]
+    ninja.build(made, "nvrtc", None, tmp_path, jobs=2)
+    assert [part.code.stat().st_mtime_ns for part in made] == times
+    assert f"{len(made)} images" in kernels.report(made)
+
+
+def test_a_unit_that_does_not_compile_is_told_with_the_compilers_words(tmp_path: Path) -> None:
+    with pytest.raises(compilers.CompileError, match=r"identifier \"nonsense\" is undefined"):
+        nvrtc().compile("__global__ void f() { nonsense(); }", Arch.parse("90"))
+
+
+def test_killed_compilers_are_tried_again_with_fewer_jobs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = [parts.make_part(unit, Arch.parse("90"), "c", tmp_path) for unit in codegen.units()[:3]]
+    facts = parts.Facts(1, 0, 0, 0, 0.1, 1, 1)
+    seen = []
+
+    def run(file: Path, folder: Path, jobs: int) -> None:
+        seen.append(jobs)
+        for part in made if jobs == 1 else made[: 2 - len(seen)]:
+            part.store(b"x", facts)
+
+    monkeypatch.setattr(ninja, "_run", run)
+    ninja.build(made, "nvrtc", None, tmp_path, jobs=4)
+    assert seen == [4, 2, 1]
+    assert "2 compilers were killed; going on with 2 at a time" in capsys.readouterr().out
+
+
+def test_a_compiler_that_is_always_killed_ends_the_build(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = [parts.make_part(codegen.units()[0], Arch.parse("90"), "c", tmp_path)]
+    monkeypatch.setattr(ninja, "_run", lambda file, folder, jobs: None)
+    with pytest.raises(ninja.BuildError, match="too little memory"):
+        ninja.build(made, "nvrtc", None, tmp_path, jobs=2)
+
+
+def test_sources_that_change_while_building_are_told(tmp_path: Path) -> None:
+    compiler = nvrtc()
+    part = parts.make_part(codegen.units()[0], Arch.parse("90"), compiler.identity, tmp_path)
+    job = tmp_path / "job"
+    job.write_text(
+        f'{{"symbol": "{part.unit.symbol}", "arch": "90", "compiler": "nvrtc", "path": null, '
+        f'"folder": "{tmp_path}", "stem": "before"}}',
+        "utf-8",
+    )
+    assert compile_part(str(job)) == 1
+    assert (tmp_path / "before.error").read_text("utf-8") == "sources changed while building"

@@ -1,0 +1,268 @@
+"""The torch shim without a GPU: it runs on CPU memory, and a stub driver shows the launches.
+
+The dispatcher is asked for the CUDA kernels of the operators by hand, so everything but the device
+code is what runs on a GPU.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from native_tools import (
+    ROOT,
+    ForwardHead,
+    Stub,
+    build_stub,
+    launches,
+    lay_out_kernels,
+    native,
+    needs,
+)
+
+PREAMBLE = """
+import ctypes, json, torch, flash_attn
+from flash_attn.backends import cuda
+from flash_attn._problem import *
+CUDA = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+ops = torch.ops.flash_attn
+def direct(name, *arguments):
+    return getattr(ops, name).default.redispatch(CUDA, *arguments)
+def make(*shape, dtype=torch.bfloat16):
+    return torch.ones(shape, dtype=dtype)
+def forward(q, k, v, p=0.0, scale=0.5, causal=False, left=-1, right=-1, softcap=0.0, slopes=None,
+            s_dmask=False):
+    return direct("_flash_attn_forward", q, k, v, p, scale, causal, left, right, softcap, slopes,
+                  s_dmask)
+def told(run):
+    try:
+        run()
+    except (RuntimeError, ValueError) as error:
+        return [type(error).__name__, str(error)]
+"""
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Stub:
+    """The package as it stands after a build, beside the stub driver."""
+    needs("g++")
+    stub = build_stub(tmp_path_factory.mktemp("installed"))
+    package = stub.folder / "flash_attn"
+    ignored = shutil.ignore_patterns("*.so", "kernels", "__pycache__")
+    shutil.copytree(ROOT / "flash_attn", package, ignore=ignored)
+    for module in ROOT.glob("flash_attn_*.py"):
+        shutil.copy(module, stub.folder)
+    shutil.copyfile(stub.host, package / stub.host.name)
+    lay_out_kernels(package / "kernels")
+    found = native.find_torch()
+    native.shim(package / native.shim_name(found), package / stub.host.name, found, needs("g++"))
+    return stub
+
+
+def run(stub: Stub, log: Path, text: str, **environment: str) -> Any:
+    """The last line that a program prints, read as JSON."""
+    environment = {"LD_PRELOAD": str(stub.folder / "libcuda.so.1"), **environment}
+    environment = {"PYTHONPATH": str(stub.folder), "OMP_NUM_THREADS": "1", **environment}
+    child = stub.run(PREAMBLE + text, log, **environment)
+    assert child.returncode == 0, child.stderr
+    return json.loads(child.stdout.splitlines()[-1])
+
+
+def test_the_backend_says_what_was_built(installed: Stub, tmp_path: Path) -> None:
+    text = """
+def why(dtype="bfloat16", d=128, features=(), cc=(9, 0)):
+    return cuda.why_not(Problem("cuda", dtype, d, d, frozenset(features), cc))
+print(json.dumps([why(), why(features=["backward"]), why(d=320), why(features=["qv"])]))
+"""
+    plain, backward, too_wide, qv = run(installed, tmp_path / "log", text)
+    assert (plain, backward) == ([], [])
+    assert "the widest of this build is 256" in too_wide[0]
+    assert qv == ["no compiled kernel takes qv"]
+
+
+def test_a_forward_call_reaches_the_driver_without_copies(installed: Stub, tmp_path: Path) -> None:
+    text = """
+q, kv = make(2, 300, 4, 64), make(2, 200, 2, 2, 64)
+k, v = kv.unbind(2)
+out, lse, s_dmask, rng_state = forward(q, k, v, causal=True)
+print(json.dumps([[x.data_ptr() for x in (q, k, v, out, lse)],
+                  [list(x.shape) for x in (out, lse, s_dmask, rng_state)]]))
+"""
+    pointers, shapes = run(installed, tmp_path / "log", text)
+    (launch,) = launches(tmp_path / "log")
+    head = ForwardHead.from_buffer_copy(launch.params)
+    rows = [head.q, head.k, head.v, head.o]
+    assert [x.ptr for x in rows] + [head.lse] == pointers
+    assert [(x.batch, x.row, x.head) for x in rows[:2]] == [
+        (300 * 256, 256, 64),
+        (200 * 256, 256, 64),
+    ]
+    assert (head.lse_batch, head.lse_head) == (4 * 300, 300)
+    assert shapes == [[2, 300, 4, 64], [2, 4, 300], [0], [2]]
+    assert (launch.stream, launch.context) == (0x5700, 0)
+
+
+def test_odd_head_dims_and_strides_are_made_fit(installed: Stub, tmp_path: Path) -> None:
+    text = """
+q = make(1, 32, 2, 20)
+odd = make(1, 32, 2, 65)[..., 1:]
+outs = [forward(q, q, q)[0], forward(odd, odd, odd)[0]]
+print(json.dumps([[list(x.shape), x.is_contiguous()] for x in outs]))
+"""
+    shapes = run(installed, tmp_path / "log", text)
+    assert shapes == [[[1, 32, 2, 20], True], [[1, 32, 2, 64], True]]
+    for launch, row in zip(launches(tmp_path / "log"), (48, 128)):
+        head = ForwardHead.from_buffer_copy(launch.params)
+        assert (head.q.row, head.q.ptr % 16) == (row, 0)
+
+
+def test_a_backward_call_runs_three_kernels_and_fills_what_is_given(
+    installed: Stub, tmp_path: Path
+) -> None:
+    text = """
+q, k = make(2, 100, 4, 64), make(2, 100, 2, 64)
+out, lse, _, _ = forward(q, k, k)
+dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), None
+rules = (0.0, 0.5, False, -1, -1, 0.0, None, False, None)
+d = direct("_flash_attn_backward", out, q, k, k, out, lse, dq, dk, dv, *rules)
+odd = make(2, 100, 4, 20)
+grads = [torch.full_like(odd, 7) for _ in range(3)]
+direct("_flash_attn_backward", odd, odd, odd, odd, odd, lse, *grads, *rules)
+print(json.dumps([list(d.shape), list(grads[0].shape)]))
+"""
+    shapes = run(installed, tmp_path / "log", text)
+    assert shapes == [[2, 4, 128], [2, 100, 4, 20]]
+    kernels = [launch.kernel for launch in launches(tmp_path / "log")]
+    step = ["flash_delta_bf16", "flash_bwd_sm80_d64_bf16", "flash_convert_sm80_d64_bf16"]
+    assert kernels == ["flash_fwd_sm80_d64_bf16", *step, *step]
+
+
+def test_packed_sequences_have_packed_shapes(installed: Stub, tmp_path: Path) -> None:
+    text = """
+q = make(50, 2, 64)
+cu = torch.tensor([0, 20, 50], dtype=torch.int32)
+tail = (0.0, 0.5, True, -1, -1, 0.0, None)
+out, lse, _, _ = direct("_flash_attn_varlen_forward", q, q, q, cu, cu, 30, 30, *tail, False, None,
+                        None, None, False)
+d = direct("_flash_attn_varlen_backward", out, q, q, q, out, lse, None, None, None, cu, cu, 30, 30,
+           *tail, True, None, False)
+print(json.dumps([list(x.shape) for x in (out, lse, d)]))
+"""
+    assert run(installed, tmp_path / "log", text) == [[50, 2, 64], [2, 50], [2, 50 + 256]]
+
+
+def test_dropout_draws_from_torchs_generator_and_nothing_else_does(
+    installed: Stub, tmp_path: Path
+) -> None:
+    text = """
+q = make(1, 32, 2, 64)
+def state(p):
+    torch.manual_seed(3)
+    drawn = forward(q, q, q, p=p)[3].tolist()
+    return drawn, torch.randint(2**40, (1,)).item()
+torch.manual_seed(3)
+expected = torch.empty(2, dtype=torch.int64).random_().tolist()
+torch.manual_seed(3)
+untouched = torch.randint(2**40, (1,)).item()
+print(json.dumps([state(0.1)[0] == expected, state(0.0)[1] == untouched]))
+"""
+    assert run(installed, tmp_path / "log", text) == [True, True]
+
+
+BAD_CALLS = {
+    "heads": "q[:, :, :3], q[:, :, :2], q[:, :, :2]",
+    "head dims": "q, q[..., :32], q",
+    "rank": "q[0], q, q",
+    "batch": "q, q[:1], q[:1]",
+    "dtype of k": "q, q.half(), q",
+    "too wide": "*[make(2, 8, 4, 264)] * 3",
+    "softcap": "q, q, q, 0.0, 0.5, False, -1, -1, -2.0",
+    "softcap with dropout": "q, q, q, 0.5, 0.5, False, -1, -1, 2.0",
+    "dropout": "q, q, q, 1.5",
+    "slopes": "q, q, q, 0.0, 0.5, False, -1, -1, 0.0, torch.ones(3)",
+    "dtype of slopes": "q, q, q, 0.0, 0.5, False, -1, -1, 0.0, make(4)",
+    "s_dmask": "q, q, q, 0.0, 0.5, False, -1, -1, 0.0, None, True",
+}
+
+
+def test_every_rule_is_told_as_python_tells_it(installed: Stub, tmp_path: Path) -> None:
+    text = f"""
+q = make(2, 8, 4, 64)
+def python(q, k, v, p=0.0, scale=0.5, causal=False, left=-1, right=-1, softcap=0.0, slopes=None,
+           s_dmask=False):
+    return ops._flash_attn_forward(q, k, v, p, scale, causal, left, right, softcap, slopes, s_dmask)
+calls = {{name: eval(f"lambda f: f({{words}})") for name, words in {BAD_CALLS!r}.items()}}
+print(json.dumps({{name: [told(lambda: call(f)) for f in (forward, python)]
+                   for name, call in calls.items()}}))
+"""
+    for name, (here, python) in run(installed, tmp_path / "log", text).items():
+        assert here is not None, name
+        assert here == python, name
+
+
+def test_thousands_of_errors_leave_the_process_alive(installed: Stub, tmp_path: Path) -> None:
+    text = """
+import threading
+q = make(2, 8, 4, 64)
+def many():
+    for _ in range(1000):
+        assert told(lambda: forward(q, q, q, softcap=-1.0))[0] == "ValueError"
+threads = [threading.Thread(target=many) for _ in range(4)]
+[t.start() for t in threads]; [t.join() for t in threads]
+print(json.dumps(told(lambda: forward(q, q, q, softcap=-1.0))))
+"""
+    kind, words = run(installed, tmp_path / "log", text)
+    assert kind == "ValueError"
+    assert "softcap must be 0 (off) or positive; got -1.0" in words
+
+
+def test_what_the_driver_says_reaches_python(installed: Stub, tmp_path: Path) -> None:
+    text = "q = make(2, 8, 4, 64)\nprint(json.dumps(told(lambda: forward(q, q, q))))"
+    kind, words = run(installed, tmp_path / "log", text, STUB_NO_DEVICE="1")
+    assert kind == "RuntimeError"
+    assert words.startswith("flash_attn::_flash_attn_forward: cuInit: ")
+    assert "no CUDA-capable device is detected" in words
+
+
+def test_the_way_through_python_gives_the_same_launch(installed: Stub, tmp_path: Path) -> None:
+    text = """
+q = make(2, 40, 4, 64)
+forward(q, q, q, softcap=3.0)
+out, lse, s_dmask = cuda.forward(Forward(q, q, q, Scores(0.5, softcap=3.0), num_splits=1), "f")
+name = told(lambda: cuda.forward(Forward(q, q, q, Scores(0.5, softcap=-3.0)), "f"))[1]
+print(json.dumps([list(out.shape), name.split(":")[0]]))
+"""
+    assert run(installed, tmp_path / "log", text) == [[2, 40, 4, 64], "f"]
+    first, second = launches(tmp_path / "log")
+    assert (first.kernel, first.grid) == (second.kernel, second.grid)
+
+
+def test_the_shim_needs_no_cuda_and_hides_its_runtime(installed: Stub) -> None:
+    library = installed.folder / "flash_attn" / native.shim_name(native.find_torch())
+    command = [needs("readelf"), "--wide", "-d", "--dyn-syms", str(library)]
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    needed = set(re.findall(r"NEEDED.*\[(.*?)\]", told))
+    torch_libraries = {"libtorch.so", "libtorch_cpu.so", "libc10.so"}
+    system = {"libc.so.6", "libm.so.6", "libgcc_s.so.1", "ld-linux-x86-64.so.2"}
+    if not native.find_torch().is_stable:
+        system.add("libstdc++.so.6")
+    assert needed <= torch_libraries | system | {native.HOST_LIBRARY}
+    # Two unwinders in one process end it at the first exception.
+    assert "libgcc_s.so.1" in needed
+    assert ("GLIBCXX" in told) == (not native.find_torch().is_stable)
+
+
+def test_a_shim_for_another_torch_is_not_loaded() -> None:
+    from flash_attn.backends import cuda
+
+    assert cuda.shim_file("2.13.0+cpu").name == cuda.shim_file("2.10.1").name
+    assert cuda.shim_file("2.4.1").name == "_shim_torch2_4.so"
+    # build_tools names them alike.
+    for version in ((2, 4), (2, 9), (2, 10), (2, 13)):
+        made = native.Torch(version, Path(), Path(), True)
+        assert native.shim_name(made) == cuda.shim_file(f"{version[0]}.{version[1]}.0").name
