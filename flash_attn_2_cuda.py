@@ -12,7 +12,7 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
-from flash_attn import _checks
+from flash_attn import _arguments
 from flash_attn._kvcache import check_fa2_cache, with_kvcache
 
 __all__ = ["bwd", "fwd", "fwd_kvcache", "varlen_bwd", "varlen_fwd"]
@@ -35,6 +35,7 @@ def fwd(
 ) -> list[Tensor]:
     """[out, softmax_lse, S_dmask, rng_state]; `out`, if given, is written and returned."""
     _check_no_generator("flash_attn_2_cuda.fwd", gen)
+    _check_out("flash_attn_2_cuda.fwd", out, q, v)
     result = torch.ops.flash_attn._flash_attn_forward(
         q,
         k,
@@ -76,6 +77,7 @@ def varlen_fwd(
 ) -> list[Tensor]:
     """[out, softmax_lse, S_dmask, rng_state]; `out`, if given, is written and returned."""
     _check_no_generator("flash_attn_2_cuda.varlen_fwd", gen)
+    _check_out("flash_attn_2_cuda.varlen_fwd", out, q, v)
     result = torch.ops.flash_attn._flash_attn_varlen_forward(
         q,
         k,
@@ -224,6 +226,7 @@ def fwd_kvcache(
 ) -> list[Tensor]:
     """[out, softmax_lse]; `out`, if given, is written and returned."""
     name = "flash_attn_2_cuda.fwd_kvcache"
+    _check_out(name, out, q, vcache)
     check_fa2_cache(name, num_splits, cache_batch_idx, leftpad_k, block_table)
     result = with_kvcache(
         name,
@@ -251,12 +254,24 @@ def fwd_kvcache(
 
 def _check_no_generator(name: str, gen: Any) -> None:
     if gen is not None:
-        _checks.fail(
+        _arguments.fail(
             name,
             "the RNG `generator` argument is no longer supported and must be None; seed dropout "
             "with torch.manual_seed",
             type(gen).__name__,
         )
+
+
+def _check_out(name: str, out: Optional[Tensor], q: Tensor, v: Tensor) -> None:
+    if out is None:
+        return
+    if out.dtype != q.dtype:
+        _arguments.fail(
+            name, "Output must have the same dtype as inputs", f"{out.dtype}, {q.dtype}"
+        )
+    shape = (*q.shape[:-1], v.shape[-1])
+    if out.shape != shape:
+        _arguments.fail(name, f"out must have shape {tuple(shape)}", f"shape {tuple(out.shape)}")
 
 
 def _into(out: Optional[Tensor], result: tuple[Tensor, ...]) -> list[Tensor]:

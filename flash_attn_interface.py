@@ -28,9 +28,9 @@ from typing import Any, Optional, Union
 import torch
 from torch import Tensor
 
-from flash_attn import _checks, _fakes, _ops_fa3, _support
+from flash_attn import _arguments, _fakes, _ops_fa3, _support
 from flash_attn._attention_fa3 import attend
-from flash_attn._kvcache import with_kvcache
+from flash_attn._kvcache import check_cache, with_kvcache
 from flash_attn.flash_attn_interface import maybe_contiguous, round_multiple
 
 flash_attn_3_cuda = flash_attn_3_gpu = torch.ops.flash_attn_3
@@ -71,6 +71,7 @@ def flash_attn_func(
     Returns out (b, sq, hq, dv), or (out, softmax_lse) with `return_attn_probs`.
     """
     name = "flash_attn_func"
+    _arguments.check_tensors(name, q=q, k=k, v=v)
     lengths = (None, None, None, None, None, None)
     options = (
         *lengths,
@@ -80,7 +81,7 @@ def flash_attn_func(
         v_descale,
         _scale(softmax_scale, q, qv),
         causal,
-        *window_size,
+        *_arguments.window(name, window_size),
         attention_chunk,
         softcap,
         num_splits,
@@ -88,7 +89,7 @@ def flash_attn_func(
         deterministic,
         sm_margin,
     )
-    _checks.check_num_splits(name, num_splits, _support.MAX_SPLITS_FA3)
+    _arguments.check_num_splits(name, num_splits, _support.MAX_SPLITS_FA3)
     result = attend(name, (q, k, v), options)
     return result if return_attn_probs else result[0]
 
@@ -126,6 +127,9 @@ def flash_attn_varlen_func(
     Returns out (total_q, hq, dv), or (out, softmax_lse) with `return_attn_probs`.
     """
     name = "flash_attn_varlen_func"
+    _arguments.check_tensors(
+        name, q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k
+    )
     lengths = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, max_seqlen_q, max_seqlen_k)
     options = (
         *lengths,
@@ -135,7 +139,7 @@ def flash_attn_varlen_func(
         v_descale,
         _scale(softmax_scale, q, qv),
         causal,
-        *window_size,
+        *_arguments.window(name, window_size),
         attention_chunk,
         softcap,
         num_splits,
@@ -143,7 +147,7 @@ def flash_attn_varlen_func(
         deterministic,
         sm_margin,
     )
-    _checks.check_num_splits(name, num_splits, _support.MAX_SPLITS_FA3)
+    _arguments.check_num_splits(name, num_splits, _support.MAX_SPLITS_FA3)
     result = attend(name, (q, k, v), options)
     return result if return_attn_probs else result[0]
 
@@ -182,7 +186,7 @@ def flash_attn_qkvpacked_func(
         v_descale,
         _scale(softmax_scale, qkv, None),
         causal,
-        *window_size,
+        *_arguments.window(name, window_size),
         attention_chunk,
         softcap,
         1,
@@ -238,9 +242,8 @@ def flash_attn_with_kvcache(
     accumulators of split calls are empty where the call was not split.
     """
     name = "flash_attn_with_kvcache"
-    assert k_cache.stride(-1) == 1, f"{name}: k_cache must have contiguous last dimension"
-    assert v_cache.stride(-1) == 1, f"{name}: v_cache must have contiguous last dimension"
-    _checks.check_num_splits(name, num_splits, _support.MAX_SPLITS_FA3)
+    check_cache(name, q, k_cache, v_cache)
+    _arguments.check_num_splits(name, num_splits, _support.MAX_SPLITS_FA3)
     _ops_fa3.check_metadata(name, scheduler_metadata, q)
     out, softmax_lse = with_kvcache(
         name,
@@ -294,11 +297,13 @@ def flash_attn_combine(
         out (b, s, h, d) and softmax_lse (b, s, h) float32.
     """
     try:
-        result: tuple[Tensor, Tensor] = flash_attn_3_gpu.fwd_combine(
-            out_partial, lse_partial, out, out_dtype
+        result: tuple[Tensor, Tensor] = (
+            flash_attn_3_gpu._flash_attn_combine(out_partial, lse_partial, out_dtype)
+            if out is None
+            else flash_attn_3_gpu.fwd_combine(out_partial, lse_partial, out)
         )
     except RuntimeError as error:
-        raise _checks.renamed(error, _ops_fa3.COMBINE, "flash_attn_combine") from error.__cause__
+        raise _arguments.renamed(error, _ops_fa3.COMBINE, "flash_attn_combine") from error.__cause__
     return result
 
 
@@ -330,6 +335,7 @@ def get_scheduler_metadata(
     Returns (b,) int32, the number of parts that the keys of each sequence are cut into: what
     `num_splits` asks for, else one. Pass it on as `scheduler_metadata`.
     """
+    name = "get_scheduler_metadata"
     try:
         result: Tensor = flash_attn_3_gpu.get_scheduler_metadata(
             batch_size,
@@ -349,7 +355,7 @@ def get_scheduler_metadata(
             page_size,
             max_seqlen_k_new,
             causal,
-            *window_size,
+            *_arguments.window(name, window_size),
             attention_chunk,
             has_softcap,
             num_splits,
@@ -357,7 +363,7 @@ def get_scheduler_metadata(
             sm_margin,
         )
     except RuntimeError as error:
-        raise _checks.renamed(error, _ops_fa3.METADATA, "get_scheduler_metadata") from None
+        raise _arguments.renamed(error, _ops_fa3.METADATA, name) from None
     return result
 
 
@@ -498,16 +504,17 @@ def _flash_attn_backward(
 
 
 def _scale(softmax_scale: Optional[float], q: Tensor, qv: Optional[Tensor]) -> float:
-    return _ops_fa3.default_scale(q, qv) if softmax_scale is None else softmax_scale
+    return _arguments.default_scale(q, qv) if softmax_scale is None else softmax_scale
 
 
 def _check_qkv(name: str, qkv: Tensor, num_heads_q: Optional[int]) -> None:
+    _arguments.check_tensors(name, qkv=qkv)
     if num_heads_q is None:
-        _checks.check_packed(name, "qkv", qkv, 3, 5)
+        _arguments.check_packed(name, "qkv", qkv, 3, 5)
         return
     num_heads_kv = qkv.shape[-2] - num_heads_q if qkv.dim() == 4 else -1
-    if num_heads_kv < 2 or num_heads_kv % 2 != 0:
-        _checks.fail(
+    if num_heads_q < 1 or num_heads_kv < 2 or num_heads_kv % 2 != 0:
+        _arguments.fail(
             name,
             "qkv must have shape (batch_size, seqlen, num_heads_q + 2 * num_heads_k, head_size)",
             f"shape {tuple(qkv.shape)}, num_heads_q {num_heads_q}",

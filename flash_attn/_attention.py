@@ -10,11 +10,21 @@ from typing import Any, Optional
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.autograd.function import once_differentiable
 
-from flash_attn import _checks, _ops
+from flash_attn import _arguments, _ops
 
 Lengths = tuple[Optional[Tensor], Optional[Tensor], Optional[int], Optional[int]]
 DENSE: Lengths = (None, None, None, None)
+
+
+def packed_lengths(
+    name: str, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int
+) -> Lengths:
+    """What a varlen function says about its sequences."""
+    _arguments.check_tensors(name, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
+    return cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
 
 
 def split(packed: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
@@ -41,6 +51,25 @@ def _forward(
     return torch.ops.flash_attn._flash_attn_varlen_forward(
         q, k, v, *lengths, *rule, *scores, return_softmax, block_table
     )
+
+
+def distinct(tensors: tuple[Optional[Tensor], ...]) -> tuple[Optional[Tensor], ...]:
+    """`tensors`; while compiling, each repetition as a view, because a compiled autograd function
+    must not get one tensor twice.
+    """
+    if not torch.compiler.is_compiling():
+        return tensors
+    return tuple(
+        x.view_as(x) if x is not None and any(x is y for y in tensors[:i]) else x
+        for i, x in enumerate(tensors)
+    )
+
+
+def in_forward_mode() -> bool:
+    """Whether forward-mode differentiation is on. It must meet the autograd function, whose missing
+    rule is an error, rather than the operators, which would silently drop the tangent.
+    """
+    return forward_ad._current_level >= 0
 
 
 class Attention(torch.autograd.Function):
@@ -87,12 +116,13 @@ class Attention(torch.autograd.Function):
         return out, lse, s_dmask
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dout: Optional[Tensor], *ignored: Any) -> tuple[Optional[Tensor], ...]:
         num_inputs = len(ctx.needs_input_grad)
         if dout is None:
             return (None,) * num_inputs
         if ctx.is_paged:
-            _checks.fail(
+            _arguments.fail(
                 "flash_attn_varlen_func",
                 "attention over pages has no backward; detach q, k and v",
                 "a block_table",
@@ -126,32 +156,39 @@ def attend(
     deterministic, return_attn_probs, is_grad_enabled = options[6:]
     _check_packing(name, packed, is_varlen=lengths[0] is not None)
     if softmax_scale is None:
-        softmax_scale = packed[0].shape[-1] ** -0.5
+        softmax_scale = _arguments.default_scale(packed[0])
     rule = (dropout_p, softmax_scale, causal)
-    scores = (*window_size, softcap, alibi_slopes)
+    scores = (*_arguments.window(name, window_size), softcap, alibi_slopes)
     return_softmax = return_attn_probs and dropout_p > 0
     needs_grad = is_grad_enabled and any(x.requires_grad for x in packed)
+    needs_grad = needs_grad or in_forward_mode()
     try:
         if needs_grad:
-            inputs = packed + (None,) * (3 - len(packed))
+            inputs = distinct(packed) + (None,) * (3 - len(packed))
+            cu_seqlens = distinct(lengths[:2])
             result = Attention.apply(
-                *inputs, *lengths, *rule, *scores, return_softmax, block_table, deterministic
+                *inputs,
+                *cu_seqlens,
+                *lengths[2:],
+                *rule,
+                *scores,
+                return_softmax,
+                block_table,
+                deterministic,
             )
         else:
             result = _forward(packed, lengths, rule, scores, return_softmax, block_table)[:3]
     except (RuntimeError, TypeError, ValueError) as error:
         op = _ops.FORWARD if lengths[0] is None else _ops.VARLEN_FORWARD
-        raise _checks.renamed(error, op, name) from error.__cause__
+        raise _arguments.renamed(error, op, name) from error.__cause__
     return result if return_attn_probs else result[0]
 
 
 def _check_packing(name: str, packed: tuple[Tensor, ...], is_varlen: bool) -> None:
     """What `split` relies on; the op checks the rest on q, k and v."""
     arguments = (("qkv",), ("q", "kv"), ("q", "k", "v"))[len(packed) - 1]
-    for argument, x in zip(arguments, packed):
-        if not isinstance(x, Tensor):
-            _checks.fail(name, f"{argument} must be a tensor", type(x).__name__, TypeError)
+    _arguments.check_tensors(name, **dict(zip(arguments, packed)))
     if len(packed) < 3:
-        _checks.check_packed(
+        _arguments.check_packed(
             name, arguments[-1], packed[-1], 4 - len(packed), 4 if is_varlen else 5
         )

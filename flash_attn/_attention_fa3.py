@@ -6,8 +6,9 @@ from typing import Any, Optional
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from flash_attn import _attention, _checks, _ops_fa3
+from flash_attn import _arguments, _attention, _ops_fa3
 
 
 def split(packed: tuple[Tensor, ...], num_heads_q: Optional[int]) -> tuple[Tensor, Tensor, Tensor]:
@@ -98,12 +99,13 @@ class AttentionFA3(torch.autograd.Function):
         return out, lse
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dout: Optional[Tensor], *ignored: Any) -> tuple[Optional[Tensor], ...]:
         num_inputs = len(ctx.needs_input_grad)
         if dout is None:
             return (None,) * num_inputs
         if ctx.without_backward:
-            _checks.fail(
+            _arguments.fail(
                 "flash_attn_interface",
                 f"FA3 backward does not support {ctx.without_backward}",
                 f"a forward call with {ctx.without_backward}",
@@ -133,9 +135,10 @@ def attend(
     """(out, softmax_lse) of public function `name`; `options` follow `num_heads_q` in the order of
     `AttentionFA3.forward`.
     """
-    inputs = packed + (None,) * (3 - len(packed))
+    inputs = _attention.distinct(packed) + (None,) * (3 - len(packed))
+    options = (*_attention.distinct(options[:4]), *options[4:])
     try:
         result: tuple[Tensor, Tensor] = AttentionFA3.apply(*inputs, num_heads_q, *options)
     except (RuntimeError, TypeError, ValueError) as error:
-        raise _checks.renamed(error, _ops_fa3.FORWARD, name) from error.__cause__
+        raise _arguments.renamed(error, _ops_fa3.FORWARD, name) from error.__cause__
     return result

@@ -1,29 +1,16 @@
-"""Argument rules, one place for every function and backend, checked before any kernel runs.
-
-A message names the function, the rule and what was given. Published rules keep their published
-exception (RuntimeError) and wording, because callers match on both.
-"""
+"""The rules of calls: one place for every operator and backend, checked before any kernel runs."""
 
 from __future__ import annotations
 
-from typing import NoReturn, Optional
+import math
+from typing import Optional
 
 import torch
 from torch import Tensor
 
 from flash_attn import _support
-from flash_attn._problem import Append, Backward, Forward, Scores, Sequences
-
-
-def fail(name: str, rule: str, got: str, kind: type[Exception] = RuntimeError) -> NoReturn:
-    """Raise `kind` with the one message style of the package."""
-    raise kind(f"{name}: {rule}; got {got}")
-
-
-def renamed(error: Exception, op: str, name: str) -> Exception:
-    """`error` as raised for the public function `name` rather than for the op it called."""
-    message = str(error)
-    return type(error)(name + message[len(op) :]) if message.startswith(f"{op}: ") else error
+from flash_attn._arguments import fail
+from flash_attn._problem import Append, Backward, Forward, Scores, Sequences, lse_dtype
 
 
 def check_forward(name: str, call: Forward) -> None:
@@ -31,7 +18,17 @@ def check_forward(name: str, call: Forward) -> None:
     q, k, v = call.q, call.k, call.v
     is_packed_k = call.sequences.cu_seqlens_k is not None and call.sequences.block_table is None
     _check_dtypes(name, q, k, v)
-    _check_devices(name, q, k=k, v=v, **_side_tensors(call.sequences, call.scores))
+    check_devices(
+        name,
+        q=q,
+        k=k,
+        v=v,
+        **_side_tensors(call.sequences, call.scores),
+        qv=call.qv,
+        q_descale=call.descale.q,
+        k_descale=call.descale.k,
+        v_descale=call.descale.v,
+    )
     _check_shapes(name, q, k, v, call.sequences.cu_seqlens_q is not None, is_packed_k)
     _check_head_dims(name, q, k, v, "forward")
     _check_sequences(name, q, k, call.sequences)
@@ -54,7 +51,7 @@ def check_backward(name: str, call: Backward) -> None:
     if str(q.dtype) == f"torch.{_support.FP8_DTYPE}":
         fail(name, "FP8 inputs have no backward", f"q of {q.dtype}")
     tensors = {"k": k, "v": v, **like_q, "softmax_lse": call.softmax_lse}
-    _check_devices(name, q, **tensors, **_side_tensors(sequences, call.scores))
+    check_devices(name, q=q, **tensors, **_side_tensors(sequences, call.scores))
     is_packed = sequences.cu_seqlens_q is not None
     _check_shapes(name, q, k, v, is_packed, sequences.cu_seqlens_k is not None)
     _check_head_dims(name, q, k, v, "backward")
@@ -74,24 +71,8 @@ def check_backward(name: str, call: Backward) -> None:
             )
     shape = (q.shape[1], q.shape[0]) if is_packed else (q.shape[0], q.shape[2], q.shape[1])
     _check_shape(name, "softmax_lse", call.softmax_lse, shape, "(b, hq, sq) or (hq, total_q)")
-
-
-def check_packed(name: str, argument: str, x: Tensor, count: int, rank: int) -> None:
-    """A packed tensor: (b, s, count, h, d) of rank 5, or (total, count, h, d) of rank 4."""
-    if x.dim() != rank or x.shape[-3] != count:
-        lead = "total" if rank == 4 else "batch_size, seqlen"
-        fail(
-            name,
-            f"{argument} must have shape ({lead}, {count}, num_heads, head_size)",
-            f"shape {tuple(x.shape)}",
-        )
-
-
-def check_num_splits(name: str, num_splits: int, limit: int) -> None:
-    if num_splits > limit:
-        fail(name, f"num_splits > {limit} not supported", f"num_splits {num_splits}")
-    if num_splits < 0:
-        fail(name, "num_splits must be 0 (choose) or positive", f"{num_splits}", ValueError)
+    if call.softmax_lse.dtype != lse_dtype(q.dtype):
+        fail(name, f"softmax_lse must have dtype {lse_dtype(q.dtype)}", f"{call.softmax_lse.dtype}")
 
 
 def _check_dtypes(name: str, q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -127,10 +108,13 @@ def _side_tensors(sequences: Sequences, scores: Scores) -> dict[str, Optional[Te
     }
 
 
-def _check_devices(name: str, q: Tensor, **others: Optional[Tensor]) -> None:
-    for argument, x in others.items():
-        if x is not None and x.device != q.device:
-            fail(name, f"{argument} must be on {q.device}, the device of q", f"{x.device}")
+def check_devices(name: str, **tensors: Optional[Tensor]) -> None:
+    """All tensors are on the device of the first."""
+    given = [(argument, x) for argument, x in tensors.items() if x is not None]
+    first, device = given[0][0], given[0][1].device
+    for argument, x in given:
+        if x.device != device:
+            fail(name, f"{argument} must be on {device}, the device of {first}", f"{x.device}")
 
 
 def _check_shape(name: str, argument: str, x: Tensor, shape: tuple[int, ...], words: str) -> None:
@@ -240,8 +224,10 @@ def _check_block_table(name: str, k: Tensor, seqs: Sequences, b: int) -> None:
 def _check_scores(name: str, q: Tensor, scores: Scores, seqs: Sequences) -> None:
     if not 0.0 <= scores.dropout_p < 1.0:
         fail(name, "dropout_p must lie in [0, 1)", f"{scores.dropout_p}", ValueError)
-    if scores.softcap < 0.0:
+    if not 0.0 <= scores.softcap < math.inf:
         fail(name, "softcap must be 0 (off) or positive", f"{scores.softcap}", ValueError)
+    if not math.isfinite(scores.softmax_scale):
+        fail(name, "softmax_scale must be finite", f"{scores.softmax_scale}", ValueError)
     if scores.softcap > 0.0 and scores.dropout_p > 0.0:
         fail(
             name,
@@ -302,7 +288,16 @@ def _check_append(name: str, call: Forward, append: Append) -> None:
                 f"{argument} must have the same dtype as query",
                 f"{new.dtype}, {call.q.dtype}",
             )
-    _check_devices(name, call.q, k=append.k, v=append.v, rotary_cos=append.rotary_cos)
+    check_devices(
+        name,
+        q=call.q,
+        k=append.k,
+        v=append.v,
+        cu_seqlens_k_new=append.cu_seqlens,
+        rotary_cos=append.rotary_cos,
+        rotary_sin=append.rotary_sin,
+        rotary_seqlens=append.rotary_seqlens,
+    )
     if seqs.seqused_k is None:
         fail(name, "If key is supplied, seqlens_k must also be passed in", "cache_seqlens None")
     _check_int32(name, "cu_seqlens_k_new", append.cu_seqlens, b + 1, "(batch_size + 1)")

@@ -8,11 +8,7 @@ import torch
 from torch import Tensor
 
 from flash_attn import _support
-
-
-def _lse_dtype(dtype: torch.dtype) -> torch.dtype:
-    """softmax_lse is float32, and float64 for float64 inputs."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+from flash_attn._problem import lse_dtype
 
 
 def out_and_lse(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -21,7 +17,7 @@ def out_and_lse(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     out = q.new_empty((*q.shape[:-1], v.shape[-1]), dtype=out_dtype)
     is_packed = q.dim() == 3
     shape = (q.shape[1], q.shape[0]) if is_packed else (q.shape[0], q.shape[2], q.shape[1])
-    return out, q.new_empty(shape, dtype=_lse_dtype(q.dtype))
+    return out, q.new_empty(shape, dtype=lse_dtype(q.dtype))
 
 
 def _round_up(n: int) -> int:
@@ -67,7 +63,7 @@ def softmax_d(q: Tensor, cu_seqlens_q: Optional[Tensor]) -> Tensor:
     shape: tuple[int, ...] = (q.shape[0], q.shape[-2], _round_up(q.shape[1]))
     if cu_seqlens_q is not None:
         shape = (q.shape[1], q.shape[0] + _support.ROUND_TO * (cu_seqlens_q.shape[0] - 1))
-    return q.new_empty(shape, dtype=_lse_dtype(q.dtype))
+    return q.new_empty(shape, dtype=lse_dtype(q.dtype))
 
 
 def backward(dout: Tensor, q: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -118,3 +114,15 @@ def backward_fa3(
     **kwargs: Any,
 ) -> Tensor:
     return softmax_d(q, cu_seqlens_q)
+
+
+def combine(
+    out_partial: Tensor, lse_partial: Tensor, out_dtype: Optional[torch.dtype] = None
+) -> tuple[Tensor, Tensor]:
+    dtype = torch.float32 if out_dtype is None else out_dtype
+    out = out_partial.new_empty(out_partial.shape[1:], dtype=dtype)
+    return out, lse_partial.new_empty(lse_partial.shape[1:])
+
+
+def get_scheduler_metadata(*args: Any, **kwargs: Any) -> Tensor:
+    return torch.empty_like(args[8])

@@ -77,6 +77,27 @@ def varlen_backward(
     return _packed(q, k, v, cu_seqlens_q, cu_seqlens_k, _BACKWARD_PASSES)
 
 
+def with_kvcache(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Optional[Tensor],
+    v: Optional[Tensor],
+    qv: Optional[Tensor],
+    rotary_cos: Optional[Tensor],
+    rotary_sin: Optional[Tensor],
+    cache_seqlens: Optional[Tensor],
+    cache_batch_idx: Optional[Tensor],
+    cache_leftpad: Optional[Tensor],
+    block_table: Optional[Tensor],
+    *args: Any,
+    **kwargs: Any,
+) -> int:
+    """Over the whole length of the cache: how much of it is in use stands on the device."""
+    pages = 1 if block_table is None else block_table.shape[1]
+    return pages * _dense(q, k_cache, v_cache, _FORWARD_PASSES)
+
+
 def forward_fa3(
     q: Tensor,
     k: Tensor,

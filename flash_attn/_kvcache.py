@@ -7,7 +7,7 @@ from typing import Optional, Union
 import torch
 from torch import Tensor
 
-from flash_attn import _checks, _ops, _support
+from flash_attn import _arguments, _ops, _support
 
 
 def with_kvcache(
@@ -44,22 +44,26 @@ def with_kvcache(
     """(out, softmax_lse) of the public function `name`; arguments as its docstring has them."""
     if (k is None) != (v is None):
         given, missing = ("key", "value") if v is None else ("value", "key")
-        _checks.fail(
+        _arguments.fail(
             name, f"If {given} is supplied, {missing} must also be passed in", f"no {missing}"
         )
-    if k is None and rotary_cos is not None:
-        _checks.fail(
+    if k is None and (rotary_cos is not None or rotary_sin is not None):
+        _arguments.fail(
             name,
             "If rotary cos/sin are provided, new key / value to be appended to KV cache must also "
             "be provided",
             "k None",
         )
+    if k is None and (cu_seqlens_k_new is not None or rotary_seqlens is not None):
+        argument = "rotary_seqlens" if cu_seqlens_k_new is None else "cu_seqlens_k_new"
+        _arguments.fail(
+            name, f"{argument} is about new keys, so k and v must also be given", "k None"
+        )
     if softmax_scale is None:
-        head_dim = q.shape[-1] if qv is None else q.shape[-1] + qv.shape[-1]
-        softmax_scale = head_dim**-0.5
-    if isinstance(cache_seqlens, int):
-        b = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
-        cache_seqlens = torch.full((b,), cache_seqlens, dtype=torch.int32, device=q.device)
+        softmax_scale = _arguments.default_scale(q, qv)
+    left, right = _arguments.window(name, window_size)
+    b = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
+    seqlens = _seqlens_tensor(name, cache_seqlens, b, q.device)
     try:
         result: tuple[Tensor, Tensor] = torch.ops.flash_attn._flash_attn_with_kvcache(
             q,
@@ -70,7 +74,7 @@ def with_kvcache(
             qv,
             rotary_cos,
             rotary_sin,
-            cache_seqlens,
+            seqlens,
             cache_batch_idx,
             cache_leftpad,
             block_table,
@@ -83,8 +87,8 @@ def with_kvcache(
             v_descale,
             softmax_scale,
             causal,
-            window_size[0],
-            window_size[1],
+            left,
+            right,
             attention_chunk,
             softcap,
             rotary_interleaved,
@@ -92,8 +96,28 @@ def with_kvcache(
             num_splits,
         )
     except (RuntimeError, TypeError, ValueError) as error:
-        raise _checks.renamed(error, _ops.WITH_KVCACHE, name) from error.__cause__
+        raise _arguments.renamed(error, _ops.WITH_KVCACHE, name) from error.__cause__
     return result
+
+
+def check_cache(name: str, q: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:
+    """The published assertions on the caches."""
+    _arguments.check_tensors(name, q=q, k_cache=k_cache, v_cache=v_cache)
+    for argument, x in (("k_cache", k_cache), ("v_cache", v_cache)):
+        assert x.stride(-1) == 1, f"{name}: {argument} must have contiguous last dimension"
+
+
+def _seqlens_tensor(
+    name: str, cache_seqlens: Optional[Union[int, Tensor]], b: int, device: torch.device
+) -> Optional[Tensor]:
+    """`cache_seqlens` as (b,) int32, or None."""
+    if not isinstance(cache_seqlens, int):
+        if cache_seqlens is not None and cache_seqlens.dtype != torch.int32:
+            _arguments.fail(name, "seqlens_k must have dtype int32", f"{cache_seqlens.dtype}")
+        return cache_seqlens
+    if abs(cache_seqlens) > torch.iinfo(torch.int32).max:
+        _arguments.fail(name, "cache_seqlens must fit in 32 bits", f"{cache_seqlens}", ValueError)
+    return torch.full((b,), cache_seqlens, dtype=torch.int32, device=device)
 
 
 def check_fa2_cache(
@@ -104,17 +128,17 @@ def check_fa2_cache(
     block_table: Optional[Tensor],
 ) -> None:
     """Rules of FlashAttention-2's cache that FlashAttention-3's does not have."""
-    _checks.check_num_splits(name, num_splits, _support.MAX_SPLITS_FA2)
+    _arguments.check_num_splits(name, num_splits, _support.MAX_SPLITS_FA2)
     if block_table is None:
         return
     if cache_batch_idx is not None:
-        _checks.fail(
+        _arguments.fail(
             name,
             "Paged KVcache does not support cache_batch_idx",
             "block_table and cache_batch_idx",
         )
     if cache_leftpad is not None:
-        _checks.fail(
+        _arguments.fail(
             name,
             "We don't support Paged KV and leftpad_k running at the same time yet",
             "block_table and cache_leftpad",

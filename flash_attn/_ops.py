@@ -8,6 +8,8 @@ checkpointing, FLOP counters and compilers see the operators. Arguments and resu
 
 from __future__ import annotations
 
+import inspect
+from functools import wraps
 from typing import Any, Callable, Optional
 
 import torch
@@ -15,7 +17,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from flash_attn import _fakes, _flops, backends
-from flash_attn._checks import check_backward, check_forward
+from flash_attn._checks import check_backward, check_devices, check_forward
 from flash_attn._problem import Append, Backward, Descale, Forward, Mask, Scores, Sequences
 
 _SCORES = "SymInt window_size_left, SymInt window_size_right, float softcap, Tensor? alibi_slopes"
@@ -351,11 +353,32 @@ def define(
         tags.append(torch.Tag.nondeterministic_seeded)
     library.define(short_name + schema, tags=tuple(tags))
     library.impl(short_name, implementation, "CompositeExplicitAutograd")
+    # Results take no part in autograd. torch's default would let them, and only warn in backward.
+    library.impl(short_name, torch.library.fallthrough_kernel, "Autograd")
     if fake is not None:
-        torch.library.register_fake(name, fake, lib=library)
+        names = tuple(inspect.signature(implementation).parameters)
+        torch.library.register_fake(name, _on_one_device(name, names, fake), lib=library)
     if flops is not None:
         op = getattr(getattr(torch.ops, namespace), short_name)
         register_flop_formula(op, get_raw=True)(flops)
+
+
+def _on_one_device(
+    name: str, arguments: tuple[str, ...], fake: Callable[..., Any]
+) -> Callable[..., Any]:
+    """`fake`, after the rule that all tensors are on the first one's device.
+
+    Real calls have it among their checks, but one "meta" tensor is enough to bring a call here.
+    """
+
+    @wraps(fake)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        given = {**dict(zip(arguments, args)), **kwargs}
+        tensors = {key: x for key, x in given.items() if isinstance(x, Tensor)}
+        check_devices(name, **tensors)
+        return fake(*args, **kwargs)
+
+    return checked
 
 
 _LIBRARY = torch.library.Library("flash_attn", "FRAGMENT")
@@ -364,6 +387,6 @@ for _name, _implementation, _fake, _flop_formula, _draws in (
     (VARLEN_FORWARD, _varlen_forward, _fakes.varlen_forward, _flops.varlen_forward, True),
     (BACKWARD, _backward, _fakes.backward, _flops.backward, False),
     (VARLEN_BACKWARD, _varlen_backward, _fakes.varlen_backward, _flops.varlen_backward, False),
-    (WITH_KVCACHE, _with_kvcache, _fakes.with_kvcache, _flops.forward, False),
+    (WITH_KVCACHE, _with_kvcache, _fakes.with_kvcache, _flops.with_kvcache, False),
 ):
     define(_LIBRARY, _name, SCHEMAS[_name], _implementation, _fake, _flop_formula, draws=_draws)

@@ -13,7 +13,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from flash_attn import _checks, _fakes, _flops, _ops, backends
+from flash_attn import _arguments, _checks, _fakes, _flops, _ops, _support, backends
 from flash_attn._checks import check_forward
 from flash_attn._kvcache import with_kvcache
 from flash_attn._problem import Descale, Forward, Mask, Scores, Sequences
@@ -21,6 +21,7 @@ from flash_attn._problem import Descale, Forward, Mask, Scores, Sequences
 FORWARD, BACKWARD = "flash_attn_3::_flash_attn_forward", "flash_attn_3::_flash_attn_backward"
 FWD, BWD = "flash_attn_3::fwd", "flash_attn_3::bwd"
 COMBINE = "flash_attn_3::fwd_combine"
+COMBINE_PARTS = "flash_attn_3::_flash_attn_combine"
 METADATA = "flash_attn_3::get_scheduler_metadata"
 
 _KEYS = (
@@ -69,6 +70,9 @@ SCHEMAS = {
         "(Tensor out_partial, Tensor lse_partial, Tensor(out!)? out=None, "
         "ScalarType? out_dtype=None) -> (Tensor(out!), Tensor)"
     ),
+    COMBINE_PARTS: (
+        "(Tensor out_partial, Tensor lse_partial, ScalarType? out_dtype=None) -> (Tensor, Tensor)"
+    ),
     METADATA: (
         "(int batch_size, int max_seqlen_q, int max_seqlen_k, int num_heads, int num_heads_k, "
         "int headdim, int headdim_v, ScalarType qkv_dtype, Tensor seqused_k, "
@@ -81,17 +85,11 @@ SCHEMAS = {
 }
 
 
-def default_scale(q: Tensor, qv: Optional[Tensor]) -> float:
-    """(d + dv of qv) ** -0.5."""
-    head_dim = q.shape[-1] if qv is None else q.shape[-1] + qv.shape[-1]
-    return float(head_dim**-0.5)
-
-
 def check_metadata(name: str, scheduler_metadata: Optional[Tensor], q: Tensor) -> None:
     """Metadata of `get_scheduler_metadata` is int32 on q's device."""
     x = scheduler_metadata
     if x is not None and (x.dtype != torch.int32 or x.device != q.device):
-        _checks.fail(
+        _arguments.fail(
             name,
             f"scheduler_metadata must be int32 on {q.device}, as get_scheduler_metadata returns it",
             f"{x.dtype} on {x.device}",
@@ -134,15 +132,25 @@ def _forward(
     pack_gqa: Optional[bool] = None,
     sm_margin: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    if k_new is not None or out_ is not None:
-        _checks.fail(
+    written = {
+        "k_new": k_new,
+        "v_new": v_new,
+        "out_": out_,
+        "cu_seqlens_k_new": cu_seqlens_k_new,
+        "rotary_cos": rotary_cos,
+        "rotary_sin": rotary_sin,
+        "seqlens_rotary": seqlens_rotary,
+    }
+    given = [argument for argument, x in written.items() if x is not None]
+    if given:
+        _arguments.fail(
             FORWARD,
             "the operator writes no argument, so that compilers may trace it: append through "
             "flash_attn_with_kvcache, and write into `out_` through flash_attn_3::fwd",
-            "k_new" if k_new is not None else "out_",
+            ", ".join(given),
         )
     mask = Mask.of(causal, window_size_left, window_size_right, attention_chunk)
-    scale = default_scale(q, qv) if softmax_scale is None else softmax_scale
+    scale = _arguments.default_scale(q, qv) if softmax_scale is None else softmax_scale
     call = Forward(
         q,
         k,
@@ -193,7 +201,7 @@ def _backward(
     deterministic: bool = False,
     sm_margin: int = 0,
 ) -> Tensor:
-    scale = default_scale(q, None) if softmax_scale is None else softmax_scale
+    scale = _arguments.default_scale(q) if softmax_scale is None else softmax_scale
     scores = Scores(scale, Mask.of(is_causal, window_size_left, window_size_right), softcap)
     sequences = Sequences(
         cu_seqlens_q,
@@ -245,7 +253,8 @@ def _fwd(
     sm_margin: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     check_metadata(FWD, scheduler_metadata, q)
-    if k_new is None:
+    new = (k_new, v_new, cu_seqlens_k_new, rotary_cos, rotary_sin, seqlens_rotary)
+    if all(x is None for x in new):
         result = torch.ops.flash_attn_3._flash_attn_forward(
             q,
             k,
@@ -364,26 +373,45 @@ def _bwd(
     return (*grads, softmax_d, softmax_lse * math.log2(math.e), *scratch)
 
 
+def _combine(
+    out_partial: Tensor, lse_partial: Tensor, out_dtype: Optional[torch.dtype] = None
+) -> tuple[Tensor, Tensor]:
+    _check_parts(out_partial, lse_partial, None)
+    out, lse = backends.combine(out_partial, lse_partial, COMBINE)
+    return out.to(torch.float32 if out_dtype is None else out_dtype), lse
+
+
 def _fwd_combine(
     out_partial: Tensor,
     lse_partial: Tensor,
     out: Optional[Tensor] = None,
     out_dtype: Optional[torch.dtype] = None,
 ) -> tuple[Tensor, Tensor]:
+    if out is None:
+        return _combine(out_partial, lse_partial, out_dtype)
+    _check_parts(out_partial, lse_partial, out)
+    result, lse = backends.combine(out_partial, lse_partial, COMBINE)
+    return out.copy_(result), lse
+
+
+def _check_parts(out_partial: Tensor, lse_partial: Tensor, out: Optional[Tensor]) -> None:
     for argument, x in (("out_partial", out_partial), ("lse_partial", lse_partial)):
         if x.dtype != torch.float32:
-            _checks.fail(COMBINE, f"{argument} must have dtype float32", f"{x.dtype}")
+            _arguments.fail(COMBINE, f"{argument} must have dtype float32", f"{x.dtype}")
     if out_partial.dim() != 5 or lse_partial.shape != out_partial.shape[:-1]:
-        _checks.fail(
+        _arguments.fail(
             COMBINE,
             "out_partial must have shape (num_splits, b, s, h, d) and lse_partial the same without "
             "d",
             f"shapes {tuple(out_partial.shape)} and {tuple(lse_partial.shape)}",
         )
-    result, lse = backends.combine(out_partial, lse_partial)
-    if out is not None:
-        return out.copy_(result), lse
-    return result.to(torch.float32 if out_dtype is None else out_dtype), lse
+    if out is not None and out.shape != out_partial.shape[1:]:
+        _arguments.fail(
+            COMBINE,
+            f"out must have shape (b, s, h, d) = {tuple(out_partial.shape[1:])}",
+            f"shape {tuple(out.shape)}",
+        )
+    _checks.check_devices(COMBINE, out_partial=out_partial, lse_partial=lse_partial, out=out)
 
 
 def _get_scheduler_metadata(
@@ -412,8 +440,9 @@ def _get_scheduler_metadata(
     pack_gqa: Optional[bool] = None,
     sm_margin: int = 0,
 ) -> Tensor:
+    _arguments.check_num_splits(METADATA, num_splits, _support.MAX_SPLITS_FA3)
     if seqused_k.dtype != torch.int32 or tuple(seqused_k.shape) != (batch_size,):
-        _checks.fail(
+        _arguments.fail(
             METADATA,
             f"cache_seqlens must be int32 of shape (batch_size,) = ({batch_size},)",
             f"{seqused_k.dtype} of shape {tuple(seqused_k.shape)}",
@@ -429,4 +458,7 @@ _ops.define(
 _ops.define(_LIBRARY, FWD, SCHEMAS[FWD], _fwd)
 _ops.define(_LIBRARY, BWD, SCHEMAS[BWD], _bwd)
 _ops.define(_LIBRARY, COMBINE, SCHEMAS[COMBINE], _fwd_combine)
-_ops.define(_LIBRARY, METADATA, SCHEMAS[METADATA], _get_scheduler_metadata)
+_ops.define(_LIBRARY, COMBINE_PARTS, SCHEMAS[COMBINE_PARTS], _combine, _fakes.combine)
+_ops.define(
+    _LIBRARY, METADATA, SCHEMAS[METADATA], _get_scheduler_metadata, _fakes.get_scheduler_metadata
+)

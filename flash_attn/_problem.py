@@ -14,6 +14,11 @@ from torch import Tensor
 from flash_attn import _support
 
 
+def lse_dtype(dtype: torch.dtype) -> torch.dtype:
+    """softmax_lse and softmax_d are float32, and float64 for float64 inputs."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 @dataclass(frozen=True)
 class Mask:
     """Which keys a query sees, aligned to the bottom right corner.

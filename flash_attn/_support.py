@@ -84,7 +84,12 @@ class BackendSupport:
 # place that a later release fills; its reasons tell the user so.
 BACKENDS: tuple[BackendSupport, ...] = (
     BackendSupport(
-        "cuda", ("cuda",), HALF_DTYPES, frozenset(), "compiled CUDA kernels: not in this release"
+        "cuda",
+        ("cuda",),
+        HALF_DTYPES,
+        FEATURE_NAMES - {"qv", "fp8"},
+        "compiled CUDA kernels for compute capability 8.0 and later, head dims up to 256, built "
+        "from source",
     ),
     BackendSupport(
         "triton", ("cuda", "xpu"), HALF_DTYPES, frozenset(), "Triton kernels: not in this release"
@@ -142,5 +147,11 @@ KERNEL_FAMILIES: tuple[KernelFamily, ...] = (
         HALF_DTYPES,
         _SINCE_SM80,
     ),
-    KernelFamily("common", ("delta",), (), HALF_DTYPES, _SINCE_SM80),
+    KernelFamily(
+        "common",
+        ("combine", "append", "delta", "s_dmask", "fill"),
+        (),
+        HALF_DTYPES,
+        _SINCE_SM80,
+    ),
 )

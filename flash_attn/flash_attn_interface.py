@@ -35,8 +35,8 @@ import torch
 from torch import Tensor
 
 import flash_attn_2_cuda as flash_attn_gpu  # noqa: F401 (xformers and others take it from here)
-from flash_attn._attention import DENSE, attend
-from flash_attn._kvcache import check_fa2_cache, with_kvcache
+from flash_attn._attention import DENSE, attend, packed_lengths
+from flash_attn._kvcache import check_cache, check_fa2_cache, with_kvcache
 
 USE_TRITON_ROCM = False
 
@@ -294,8 +294,7 @@ def flash_attn_with_kvcache(
         out (b, sq, hq, d), or (out, softmax_lse (b, hq, sq)) with `return_softmax_lse`.
     """
     name = "flash_attn_with_kvcache"
-    assert k_cache.stride(-1) == 1, f"{name}: k_cache must have contiguous last dimension"
-    assert v_cache.stride(-1) == 1, f"{name}: v_cache must have contiguous last dimension"
+    check_cache(name, q, k_cache, v_cache)
     check_fa2_cache(name, num_splits, cache_batch_idx, cache_leftpad, block_table)
     out, softmax_lse = with_kvcache(
         name,
@@ -564,10 +563,11 @@ class FlashAttnVarlenFunc:
         *options: Any,
     ) -> Any:
         """`options`: dropout_p, ..., return_softmax, block_table, is_grad_enabled."""
-        lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+        name = "flash_attn_varlen_func"
+        lengths = packed_lengths(name, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
         *rest, block_table, is_grad_enabled = options
         options = (*rest, is_grad_enabled)
-        return attend("flash_attn_varlen_func", (q, k, v), lengths, options, block_table)
+        return attend(name, (q, k, v), lengths, options, block_table)
 
 
 class FlashAttnVarlenKVPackedFunc:
@@ -584,8 +584,9 @@ class FlashAttnVarlenKVPackedFunc:
         *options: Any,
     ) -> Any:
         """`options`: as `FlashAttnFunc.apply`."""
-        lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-        return attend("flash_attn_varlen_kvpacked_func", (q, kv), lengths, options)
+        name = "flash_attn_varlen_kvpacked_func"
+        lengths = packed_lengths(name, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+        return attend(name, (q, kv), lengths, options)
 
 
 class FlashAttnVarlenQKVPackedFunc:
@@ -594,5 +595,6 @@ class FlashAttnVarlenQKVPackedFunc:
     @staticmethod
     def apply(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, *options: Any) -> Any:
         """`options`: as `FlashAttnFunc.apply`."""
-        lengths = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
-        return attend("flash_attn_varlen_qkvpacked_func", (qkv,), lengths, options)
+        name = "flash_attn_varlen_qkvpacked_func"
+        lengths = packed_lengths(name, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
+        return attend(name, (qkv,), lengths, options)

@@ -23,6 +23,9 @@ def _plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for variable in _env.VARIABLES:
         for name in (variable.name, *variable.aliases):
             monkeypatch.delenv(name, raising=False)
+    # As in the pure package, whatever was built here.
+    monkeypatch.setattr(cuda, "_HOST", None)
+    monkeypatch.setattr(cuda, "_WHY_NOT_LOADED", "this installation has no compiled kernels")
 
 
 @pytest.fixture
@@ -136,7 +139,7 @@ REFUSALS = [
     ("FLASH_ATTN_BACKEND", "cpu", GPU, "cpu: takes cpu tensors, not cuda"),
     ("FLASH_ATTN_BACKEND", "cuda", CPU, "cuda: takes cuda tensors, not cpu"),
     ("FLASH_ATTN_BACKEND", "triton", CPU, "triton: takes cuda, xpu tensors, not cpu"),
-    ("FLASH_ATTN_BACKEND", "cuda", CPU, "cpu: FLASH_ATTN_BACKEND=cuda forces another"),
+    ("FLASH_ATTN_BACKEND", "cuda", CPU, "cpu: FLASH_ATTN_BACKEND=cuda asks for another"),
 ]
 
 

@@ -168,7 +168,9 @@ def test_compiled_call_may_get_one_tensor_twice(
 ) -> None:
     # Self-attention over packed sequences passes its cu_seqlens for queries and for keys.
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
-    assert equal(outputs_and_gradients(compiled, inputs), outputs_and_gradients(function, inputs))
+    got, expected = (outputs_and_gradients(f, inputs) for f in (compiled, function))
+    # Not bitwise: gradients of one tensor are added up in another order.
+    torch.testing.assert_close(got, expected)
 
 
 def test_compiled_max_seqlen_may_be_read_from_a_tensor() -> None:

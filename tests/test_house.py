@@ -22,8 +22,8 @@ TRUTHS = ("_env.py", "_support.py", "_version.py")
 # top-level modules bear a slash.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("_env", "_support", "_version"),
-    ("_problem", "_rotary", "_fakes", "_flops"),
-    ("_checks",),
+    ("_arguments", "_problem", "_rotary", "_flops"),
+    ("_checks", "_fakes"),
     ("_cpu", "_triton"),
     ("backends",),
     ("_ops",),

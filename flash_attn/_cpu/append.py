@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from flash_attn._cpu.pieces import batch_size, cache_rows, offsets, pages_of
+from flash_attn._cpu.pieces import batch_size, cache_rows, cut, offsets, pages_of
 from flash_attn._problem import Append, Forward
 from flash_attn._rotary import batch_positions, rotate, varlen_positions
 
@@ -15,8 +15,8 @@ from flash_attn._rotary import batch_positions, rotate, varlen_positions
 def append_to_cache(call: Forward, name: str) -> Forward:
     """The call that attends to the grown cache, with rotated queries.
 
-    The cache length before the append is `seqused_k`. Every length, index and position is checked
-    before the first write, so that a ValueError leaves the cache as it was.
+    The cache length before the append is `seqused_k`. Every length, index and position of both
+    steps is checked before the first write, so that a ValueError leaves the cache as it was.
     """
     append, seqs = call.append, call.sequences
     assert append is not None
@@ -30,7 +30,11 @@ def append_to_cache(call: Forward, name: str) -> Forward:
     after = before + torch.tensor(starts).diff()
     slots = _slots(call, before.tolist(), after.tolist(), name)
     first = before if append.rotary_seqlens is None else append.rotary_seqlens.to(torch.int64)
-    _check_rotary_positions(append, first + after - before, name)
+    positions_q = _query_positions(call, first)
+    _check_rotary_positions(append, first, first + after - before, positions_q, name)
+    grown = replace(call, append=None, sequences=replace(seqs, seqused_k=after))
+    for _ in cut(grown, name):
+        pass
 
     new_k, new_v = (x.flatten(0, 1) if x.dim() == 4 else x for x in (append.k, append.v))
     for i, slot in enumerate(slots):
@@ -38,8 +42,7 @@ def append_to_cache(call: Forward, name: str) -> Forward:
         positions = batch_positions(starts[i + 1] - starts[i], first[i], first.device)
         call.k[slot] = _rotated(append, new_k[new], positions)
         call.v[slot] = new_v[new]
-    q = _rotated(append, call.q, _query_positions(call, first))
-    return replace(call, q=q, append=None, sequences=replace(seqs, seqused_k=after))
+    return replace(grown, q=_rotated(append, call.q, positions_q))
 
 
 def _slots(
@@ -65,13 +68,21 @@ def _slots(
     return slots
 
 
-def _check_rotary_positions(append: Append, stop: Tensor, name: str) -> None:
-    """`stop` (b,) is one past the last position of each sequence's new keys."""
-    cos = append.rotary_cos
-    if cos is not None and stop.numel() and int(stop.max()) > cos.shape[0]:
+def _check_rotary_positions(
+    append: Append, first: Tensor, stop: Tensor, positions_q: Tensor, name: str
+) -> None:
+    """New keys of a sequence stand at positions `first` to `stop`, (b,) each."""
+    if append.rotary_cos is None:
+        return
+    if bool((first < 0).any()):
         raise ValueError(
-            f"{name}: rotary_cos has {cos.shape[0]} positions, but {int(stop.max())} are needed; "
-            "cos/sin seqlen must be at least the seqlen of KV cache in use"
+            f"{name}: rotary_seqlens is {first.tolist()}; a position must not be negative"
+        )
+    needed = max(int(x.max()) for x in (stop, positions_q + 1) if x.numel())
+    if needed > append.rotary_cos.shape[0]:
+        raise ValueError(
+            f"{name}: rotary_cos has {append.rotary_cos.shape[0]} positions, but {needed} are "
+            "needed; cos/sin seqlen must be at least the seqlen of KV cache in use"
         )
 
 

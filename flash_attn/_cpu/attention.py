@@ -140,6 +140,8 @@ def _sdpa_computes(x: Operands) -> bool:
         and x.q.shape[-1] == x.v.shape[-1]
         and x.q.dtype == x.k.dtype != torch.float8_e4m3fn
         and min(x.q.numel(), x.k.numel()) > 0
+        # It gives 0 where a score is NaN or inf. A sum that overflows costs speed alone.
+        and all(bool(t.sum(dtype=x.dtype).isfinite()) for t in (x.q, x.k))
     )
 
 

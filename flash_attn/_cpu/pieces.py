@@ -120,15 +120,32 @@ def _ints(x: Optional[Tensor], b: int) -> list[int]:
 
 
 def offsets(name: str, argument: str, cu_seqlens: Tensor, total: int) -> list[int]:
-    """`cu_seqlens` as ints; ValueError unless it starts at 0, never falls and fits in `total`."""
+    """`cu_seqlens` as ints; ValueError unless it never falls and stays in [0, total]."""
     bounds = [int(value) for value in cu_seqlens.tolist()]
     is_rising = all(a <= b for a, b in zip(bounds, bounds[1:]))
     _require(
-        bounds[0] == 0 and is_rising and bounds[-1] <= total,
-        f"{name}: {argument} is {bounds}; it must start at 0, never fall, and end at no more than "
-        f"the {total} rows there are",
+        bounds[0] >= 0 and is_rising and bounds[-1] <= total,
+        f"{name}: {argument} is {bounds}; it must not be negative, never fall, and end at no more "
+        f"than the {total} rows there are",
     )
     return bounds
+
+
+def _starts(
+    name: str, argument: str, cu_seqlens: Tensor, total: int
+) -> tuple[list[int], list[int]]:
+    """First row and room of each sequence where lengths are given apart (`seqused`).
+
+    `cu_seqlens` then only marks where sequences start, in any order (xformers' masks over blocks
+    of keys). A sequence has room up to the next mark, or to the end if that lies before.
+    """
+    bounds = [int(value) for value in cu_seqlens.tolist()]
+    _require(
+        all(0 <= bound <= total for bound in bounds),
+        f"{name}: {argument} is {bounds}; each must lie in the {total} rows there are",
+    )
+    ends = [stop if stop >= start else total for start, stop in zip(bounds, bounds[1:])]
+    return bounds[:-1], [end - start for start, end in zip(bounds, ends)]
 
 
 def _spans(
@@ -143,6 +160,8 @@ def _spans(
     """First row and number of rows of each sequence of q or k."""
     if cu_seqlens is None:
         starts, lengths = [0] * b, [x.shape[1]] * b
+    elif seqused is not None:
+        starts, lengths = _starts(name, f"cu_seqlens_{side}", cu_seqlens, x.shape[0])
     else:
         bounds = offsets(name, f"cu_seqlens_{side}", cu_seqlens, x.shape[0])
         starts, lengths = bounds[:-1], [stop - start for start, stop in zip(bounds, bounds[1:])]
@@ -154,14 +173,18 @@ def _spans(
             f"sequence has, {lengths}",
         )
         lengths = used
-    if cu_seqlens is not None and max_seqlen is not None:
-        longest = max(lengths, default=0)
-        _require(
-            longest <= max_seqlen,
-            f"{name}: max_seqlen_{side} is {max_seqlen}, but the longest sequence has {longest} "
-            "rows; it must be at least that",
-        )
+    if cu_seqlens is not None:
+        _check_longest(name, side, lengths, max_seqlen)
     return starts, lengths
+
+
+def _check_longest(name: str, side: str, lengths: list[int], max_seqlen: Optional[int]) -> None:
+    longest = max(lengths, default=0)
+    _require(
+        max_seqlen is None or longest <= max_seqlen,
+        f"{name}: max_seqlen_{side} is {max_seqlen}, but the longest sequence has {longest} rows; "
+        "it must be at least that",
+    )
 
 
 def _paged_lengths(name: str, seqs: Sequences, k: Tensor, b: int) -> list[int]:
@@ -179,6 +202,7 @@ def _paged_lengths(name: str, seqs: Sequences, k: Tensor, b: int) -> list[int]:
         f"{name}: block_table addresses {capacity} keys a sequence ({seqs.block_table.shape[1]} "
         f"pages of {k.shape[1]}); the key lengths are {lengths}",
     )
+    _check_longest(name, "k", lengths, seqs.max_seqlen_k)
     return lengths
 
 

@@ -31,23 +31,34 @@ def explain(problem: Problem) -> list[tuple[str, list[str]]]:
     ]
 
 
-def choose(problem: Problem) -> str:
-    """The name of the backend that runs `problem`.
+def choose(problem: Problem, name: str = "flash_attn") -> str:
+    """The backend that runs `problem`; `name` is the function in messages.
 
     Raises:
         RuntimeError: none does; the message lists every backend with its reasons and the remedy.
     """
     rows = explain(problem)
-    for name, reasons in rows:
+    for backend, reasons in rows:
         if not reasons:
-            return name
-    told = "\n".join(f"  {name}: {'; '.join(reasons)}" for name, reasons in rows)
-    remedy = _MODULES[_support.BACKENDS[0].name].REMEDY if problem.device_type == "cuda" else ""
+            return backend
+    told = "\n".join(f"  {backend}: {'; '.join(reasons)}" for backend, reasons in rows)
     raise RuntimeError(
-        f"no backend of this installation runs: {problem}\n{told}\n"
-        f"hint: {remedy}move the tensors to the CPU (`.cpu()`), which every installation serves; "
-        "`python -m flash_attn` shows what is installed."
+        f"{name}: no backend of this installation runs: {problem}\n{told}\n"
+        f"hint: {_hint(problem.device_type)}; `python -m flash_attn` shows what is installed."
     )
+
+
+def _hint(device_type: str) -> str:
+    """What a user may do about it, the likeliest first."""
+    hints = []
+    setting = _setting_in_force(device_type)
+    if setting is not None:
+        hints.append(f"unset {setting} to let the installation choose")
+    if device_type == "cuda":
+        hints.append(cuda.REMEDY)
+    if device_type != "cpu":
+        hints.append("move the tensors to the CPU (`.cpu()`), which every installation serves")
+    return ", or ".join(hints) or "see the reasons above"
 
 
 def forward(call: Forward, name: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -62,19 +73,22 @@ def backward(call: Backward, name: str) -> Tensor:
     return result
 
 
-def combine(out_partial: Tensor, lse_partial: Tensor) -> tuple[Tensor, Tensor]:
+def combine(out_partial: Tensor, lse_partial: Tensor, name: str) -> tuple[Tensor, Tensor]:
     """(out, lse) of partial results over the keys, float32."""
+    device_type = out_partial.device.type
     for row in _support.BACKENDS:
-        if out_partial.device.type in row.device_types and hasattr(_MODULES[row.name], "combine"):
-            result: tuple[Tensor, Tensor] = _MODULES[row.name].combine(out_partial, lse_partial)
+        module = _MODULES[row.name]
+        if hasattr(module, "combine") and not _excluded_for(row, device_type):
+            result: tuple[Tensor, Tensor] = module.combine(out_partial, lse_partial)
             return result
     raise RuntimeError(
-        f"flash_attn_combine: no backend of this installation serves {out_partial.device}"
+        f"{name}: no backend of this installation serves {out_partial.device}\n"
+        f"hint: {_hint(device_type)}"
     )
 
 
 def _backend_for(problem: Problem, name: str) -> ModuleType:
-    chosen = _cached_choice(problem, forced_backend(), prefers_triton())
+    chosen = _cached_choice(problem, name, forced_backend(), prefers_triton())
     if _env.FLASH_ATTN_LOG.get():
         _log_once(problem, chosen, name)
     return _MODULES[chosen]
@@ -91,17 +105,31 @@ def prefers_triton() -> Optional[bool]:
     return _env.FLASH_ATTENTION_USE_FLAGGEMS.get()
 
 
+def _setting_in_force(device_type: str) -> Optional[str]:
+    """The environment variable, with its value, that decides for tensors of a device type."""
+    forced, use_triton = forced_backend(), prefers_triton()
+    if forced is not None:
+        return f"FLASH_ATTN_BACKEND={forced}"
+    if use_triton is not None and device_type != "cpu":
+        return f"FLASH_ATTENTION_USE_FLAGGEMS={str(use_triton).upper()}"
+    return None
+
+
+def _excluded_for(row: _support.BackendSupport, device_type: str) -> list[str]:
+    """Reasons that the environment and the device give."""
+    reasons = []
+    setting = _setting_in_force(device_type)
+    wanted = forced_backend() or ("triton" if prefers_triton() else "cuda")
+    if setting is not None and row.name != wanted:
+        reasons.append(f"{setting} asks for another")
+    if device_type not in row.device_types:
+        reasons.append(f"takes {', '.join(row.device_types)} tensors, not {device_type}")
+    return reasons
+
+
 def _excluded(row: _support.BackendSupport, problem: Problem) -> list[str]:
     """Reasons that the environment and the truth table give."""
-    reasons = []
-    forced, use_triton = forced_backend(), prefers_triton()
-    if forced is not None and forced != row.name:
-        reasons.append(f"FLASH_ATTN_BACKEND={forced} forces another")
-    is_for_gpu = forced is None and use_triton is not None and problem.device_type != "cpu"
-    if is_for_gpu and row.name != ("triton" if use_triton else "cuda"):
-        reasons.append(f"FLASH_ATTENTION_USE_FLAGGEMS={str(use_triton).upper()} asks for another")
-    if problem.device_type not in row.device_types:
-        reasons.append(f"takes {', '.join(row.device_types)} tensors, not {problem.device_type}")
+    reasons = _excluded_for(row, problem.device_type)
     if problem.dtype not in row.dtypes:
         reasons.append(f"takes {', '.join(row.dtypes)}, not {problem.dtype}")
     missing = sorted(problem.features - row.features) if row.features else []
@@ -111,9 +139,11 @@ def _excluded(row: _support.BackendSupport, problem: Problem) -> list[str]:
 
 
 @lru_cache(maxsize=1024)
-def _cached_choice(problem: Problem, forced: Optional[str], use_triton: Optional[bool]) -> str:
+def _cached_choice(
+    problem: Problem, name: str, forced: Optional[str], use_triton: Optional[bool]
+) -> str:
     """`choose`, remembered; the environment is part of the key because `choose` reads it."""
-    return choose(problem)
+    return choose(problem, name)
 
 
 @lru_cache(maxsize=1024)

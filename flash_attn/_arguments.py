@@ -1,0 +1,68 @@
+"""What the public functions check themselves, because they read it before an operator does, and
+the one style of error messages: function, rule, what was given.
+
+Published rules keep their published exception (RuntimeError) and wording, because callers match on
+both.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn, Optional
+
+from torch import Tensor
+
+
+def fail(name: str, rule: str, got: str, kind: type[Exception] = RuntimeError) -> NoReturn:
+    """Raise `kind` with the one message style of the package."""
+    raise kind(f"{name}: {rule}; got {got}")
+
+
+def renamed(error: Exception, op: str, name: str) -> Exception:
+    """`error` as raised for the public function `name` rather than for the op it called."""
+    message = str(error)
+    return type(error)(name + message[len(op) :]) if message.startswith(f"{op}: ") else error
+
+
+def check_tensors(name: str, **arguments: Any) -> None:
+    """What is read before the operator's own checks must at least be a tensor."""
+    for argument, x in arguments.items():
+        if not isinstance(x, Tensor):
+            fail(name, f"{argument} must be a tensor", type(x).__name__, TypeError)
+
+
+def window(name: str, window_size: Any) -> tuple[int, int]:
+    """`window_size` as (left, right)."""
+    try:
+        left, right = window_size
+    except (TypeError, ValueError):
+        fail(
+            name,
+            "window_size must be (left, right), numbers of keys, -1 for no bound",
+            repr(window_size),
+            ValueError,
+        )
+    return left, right
+
+
+def default_scale(q: Tensor, qv: Optional[Tensor] = None) -> float:
+    """softmax_scale where none is given: d ** -0.5, or (d + dv) ** -0.5 with a second query."""
+    head_dim = sum(x.shape[-1] for x in (q, qv) if x is not None and x.dim() > 0)
+    return float(head_dim**-0.5) if head_dim > 0 else 1.0  # 1: the shape is refused later
+
+
+def check_packed(name: str, argument: str, x: Tensor, count: int, rank: int) -> None:
+    """A packed tensor: (b, s, count, h, d) of rank 5, or (total, count, h, d) of rank 4."""
+    if x.dim() != rank or x.shape[-3] != count:
+        lead = "total" if rank == 4 else "batch_size, seqlen"
+        fail(
+            name,
+            f"{argument} must have shape ({lead}, {count}, num_heads, head_size)",
+            f"shape {tuple(x.shape)}",
+        )
+
+
+def check_num_splits(name: str, num_splits: int, limit: int) -> None:
+    if num_splits > limit:
+        fail(name, f"num_splits > {limit} not supported", f"num_splits {num_splits}")
+    if num_splits < 0:
+        fail(name, "num_splits must be 0 (choose) or positive", f"{num_splits}", ValueError)
