@@ -14,7 +14,7 @@ from typing import Any, Callable, Optional
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
+from torch.utils.flop_counter import flop_registry
 
 from flash_attn import _fakes, _flops, backends
 from flash_attn._checks import check_backward, check_devices, check_forward
@@ -359,8 +359,8 @@ def define(
         names = tuple(inspect.signature(implementation).parameters)
         torch.library.register_fake(name, _on_one_device(name, names, fake), lib=library)
     if flops is not None:
-        op = getattr(getattr(torch.ops, namespace), short_name)
-        register_flop_formula(op, get_raw=True)(flops)
+        # Not register_flop_formula: torch 2.4's takes overloads, which its counter never looks up.
+        flop_registry[getattr(getattr(torch.ops, namespace), short_name)] = flops
 
 
 def _on_one_device(
