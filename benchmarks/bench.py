@@ -73,6 +73,7 @@ def main() -> int:
     name = re.sub(r"[^a-z0-9]+", "-", processor().lower()).strip("-")
     path = RESULTS / f"{date}-{name}.json"
     result = {
+        "kind": "cpu",
         "date": date,
         "device": processor(),
         "threads": threads,

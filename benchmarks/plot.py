@@ -1,8 +1,9 @@
-"""The picture of the demo: time and memory against sequence length."""
+"""Pictures: the demo's time and memory, and a GPU's ratios to SDPA, against sequence length."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 
@@ -13,6 +14,7 @@ from measure import Case, Result
 
 COLORS = {"flash_attn": "#0b6e8f", "standard": "#c2571a"}
 STYLES = {"fwd": "-", "fwd+bwd": "--"}
+HEAD_DIM_COLORS = {64: "#0b6e8f", 128: "#c2571a", 256: "#5a8f29"}
 
 
 def plot_growth(results: dict[Case, Result], title: str, path: Path) -> None:
@@ -32,15 +34,63 @@ def plot_growth(results: dict[Case, Result], title: str, path: Path) -> None:
             label = f"{method}, {passes}"
             panels[0].plot(lengths, [r.seconds * 1e3 for _, r in rows], label=label, **line)
             panels[1].plot(lengths, [r.extra_bytes / 2**20 for _, r in rows], label=label, **line)
-    all_lengths = sorted({case.seqlen for case in results})
+    for panel in panels:
+        panel.set_yscale("log")
+    panels[0].legend(frameon=False)
+    finish(figure, panels, sorted({case.seqlen for case in results}), title, path)
+
+
+def plot_ratios(result: dict[str, Any], path: Path) -> None:
+    """A panel for each dtype and pass: how many times as fast as SDPA, with the spread of rounds.
+
+    `result` is what gpu.py writes.
+    """
+    rows = result["rows"]
+    kinds = list(dict.fromkeys((row["dtype"], row["passes"]) for row in rows))
+    width = 4.2 * len(kinds)
+    figure, grid = plt.subplots(
+        1, len(kinds), figsize=(width, 4.2), sharey=True, squeeze=False, layout="constrained"
+    )
+    panels = list(grid[0])
+    for panel, kind in zip(panels, kinds):
+        panel.set(title=f"{kind[1]}, {kind[0]}")
+        panel.axhline(1.0, color="black", linewidth=1)
+        chosen = [row for row in rows if (row["dtype"], row["passes"]) == kind]
+        for head_dim, causal in dict.fromkeys((row["head_dim"], row["causal"]) for row in chosen):
+            points = [
+                row for row in chosen if (row["head_dim"], row["causal"]) == (head_dim, causal)
+            ]
+            ratios = [row["ratio"] for row in points]
+            panel.errorbar(
+                [row["seqlen"] for row in points],
+                [ratio["median"] for ratio in ratios],
+                yerr=[
+                    [ratio["median"] - ratio["min"] for ratio in ratios],
+                    [ratio["max"] - ratio["median"] for ratio in ratios],
+                ],
+                label=f"head dim {head_dim}, {'causal' if causal else 'full'}",
+                color=HEAD_DIM_COLORS.get(head_dim, "#555555"),
+                linestyle="-" if causal else "--",
+                marker="o",
+                markersize=4,
+                capsize=2,
+            )
+    lines = panels[0].get_legend_handles_labels()
+    figure.legend(*lines, loc="outside lower center", ncols=6, frameon=False)
+    panels[0].set_ylabel("SDPA's time / flash_attn's time")
+    title = f"{result['device']}, torch {result['versions']['torch']}, {result['date']}"
+    finish(figure, panels, sorted({row["seqlen"] for row in rows}), title, path)
+
+
+def finish(figure: Any, panels: Any, lengths: list[int], title: str, path: Path) -> None:
+    """What all pictures share: an axis of sequence lengths, a title, the file."""
     for panel in panels:
         panel.set_xscale("log", base=2)
-        panel.set_yscale("log")
-        panel.set_xticks(all_lengths, [str(length) for length in all_lengths])
+        panel.set_xticks(lengths, [str(length) for length in lengths])
         panel.set_xlabel("sequence length")
         panel.grid(alpha=0.25)
         panel.spines[["top", "right"]].set_visible(False)
-    panels[0].legend(frameon=False)
     figure.suptitle(title)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
+    plt.close(figure)

@@ -58,7 +58,7 @@ def build_kernels(options: argparse.Namespace) -> int:
 def main(arguments: Optional[Sequence[str]] = None) -> int:
     try:
         return run(parser().parse_args(arguments))
-    except (BuildError, FileNotFoundError, ValueError) as error:
+    except (BuildError, OSError, ValueError) as error:
         print(f"build_tools: {error}", file=sys.stderr)
         return 1
 

@@ -95,6 +95,22 @@ KINDS = {
             f"{_BACKWARD}::kThreads",
             "BackwardParams",
         ),
+        Kind(
+            "s_dmask",
+            "s_dmask",
+            ("common/s_dmask.cuh",),
+            "flash::common::s_dmask<flash::ptx::{dtype}>",
+            "flash::common::kSDmaskThreads",
+            "ForwardParams",
+        ),
+        Kind(
+            "fill",
+            "fill",
+            ("common/fill.cuh",),
+            "flash::common::fill",
+            "flash::common::kFillThreads",
+            "FillParams",
+        ),
     )
 }
 

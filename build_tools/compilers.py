@@ -7,17 +7,15 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import importlib.util
 import re
 import shutil
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Optional, Protocol
 
 from build_tools.arch import Arch
-from build_tools.paths import CSRC, env
+from build_tools.paths import CSRC, env, package_folders
 
 FLAGS = ("-std=c++17", "--ptxas-options=-v")
 # config.h is read by the host too, so its functions bear no CUDA words: each compiler has its own
@@ -25,6 +23,9 @@ FLAGS = ("-std=c++17", "--ptxas-options=-v")
 NVRTC_FLAGS = ("--device-as-default-execution-space",)
 NVCC_FLAGS = ("--expt-relaxed-constexpr",)
 INCLUDE_DIRS = (CSRC, CSRC / "device")
+# Older ones spill registers where these do not, and know no architecture after 9.0.
+OLDEST_NVRTC = (12, 8)
+TO_INSTALL = "pip install nvidia-cuda-nvrtc-cu12 ninja"
 
 
 class CompileError(RuntimeError):
@@ -33,6 +34,8 @@ class CompileError(RuntimeError):
 
 class Compiler(Protocol):
     """A compiler of device code."""
+
+    path: Path
 
     @property
     def identity(self) -> str:
@@ -57,9 +60,7 @@ class Nvrtc:
             if ".alt." not in path.name
         ]
         self._lib = ctypes.CDLL(str(self.path))
-        major, minor = ctypes.c_int(), ctypes.c_int()
-        self._lib.nvrtcVersion(ctypes.byref(major), ctypes.byref(minor))
-        self.version = (major.value, minor.value)
+        self.version = version_of(self.path)
 
     @property
     def identity(self) -> str:
@@ -155,29 +156,33 @@ def make(name: str, path: Optional[str]) -> Compiler:
 
 
 def find_nvrtc() -> Path:
-    """The newest NVRTC among Python packages, else the system's."""
-    found = []
-    for entry in _nvidia_packages():
-        found += [*entry.glob("*/lib/libnvrtc.so.*"), *entry.glob("*/bin/**/nvrtc64_*.dll")]
-    found = [path for path in found if ".alt." not in path.name]
-    home = env.CUDA_HOME.text()
-    if not found and home:
-        found = [*Path(home).glob("lib64/libnvrtc.so.*")]
-    if not found:
-        raise FileNotFoundError(
-            "NVRTC is not installed: `pip install nvidia-cuda-nvrtc-cu12`, or use --compiler nvcc"
-        )
-    return max(found, key=lambda path: [int(x) for x in re.findall(r"\d+", path.name)])
+    """The newest NVRTC among Python packages, else that of a toolkit."""
+    packages = [
+        path
+        for folder in package_folders()
+        for pattern in ("*/lib/libnvrtc.so.*", "*/bin/**/nvrtc64_*.dll")
+        for path in Path(folder, "nvidia").glob(pattern)
+    ]
+    toolkit = Path(env.CUDA_HOME.text() or "/usr/local/cuda")
+    for found in (packages, [*toolkit.glob("lib64/libnvrtc.so.*")]):
+        versions = {path.resolve(): version_of(path) for path in found if ".alt." not in path.name}
+        served = [path for path, version in versions.items() if version >= OLDEST_NVRTC]
+        if served:
+            return max(served, key=lambda path: versions[path])
+    oldest = ".".join(map(str, OLDEST_NVRTC))
+    raise FileNotFoundError(
+        f"NVRTC {oldest} or later, the compiler of the kernels, is not installed: `{TO_INSTALL}`"
+    )
 
 
-def _nvidia_packages() -> list[Path]:
-    spec = importlib.util.find_spec("nvidia")
-    places = list(spec.submodule_search_locations or ()) if spec else []
-    return [Path(place) for place in dict.fromkeys([*places, *map(_nvidia_in, sys.path)]) if place]
-
-
-def _nvidia_in(entry: str) -> str:
-    return str(Path(entry, "nvidia")) if entry and Path(entry, "nvidia").is_dir() else ""
+def version_of(library: Path) -> tuple[int, int]:
+    """The version of an NVRTC; (0, 0) of one that does not load here."""
+    major, minor = ctypes.c_int(), ctypes.c_int()
+    try:
+        ctypes.CDLL(str(library)).nvrtcVersion(ctypes.byref(major), ctypes.byref(minor))
+    except OSError:
+        return 0, 0
+    return major.value, minor.value
 
 
 def find_nvcc() -> Path:

@@ -19,33 +19,62 @@ HEADER = "flash-attn-kernels 1"
 
 
 def plan(
-    compiler: compilers.Compiler, archs: Optional[list[Arch]], only: Optional[str] = None
+    compiler: compilers.Compiler,
+    archs: Optional[list[Arch]],
+    only: Optional[str] = None,
+    folder: Path = PARTS,
 ) -> list[Part]:
-    """The parts of a build: what the table has, what is asked for, what the compiler knows."""
+    """The parts of a build: what the table has of what is asked for.
+
+    Raises:
+        BuildError: the compiler does not know an architecture that was asked for by name.
+    """
     chosen = [unit for unit in units() if only is None or only in unit.symbol]
+    images = [(unit, arch) for unit in chosen for arch in archs_of(unit, archs)]
+    unknown = {arch for _, arch in images if not compiler.supports(arch)}
+    if unknown and archs is not None:
+        names = ", ".join(arch.flag for arch in sorted(unknown))
+        raise ninja.BuildError(
+            f"{compiler.identity} does not know {names}; "
+            f"a newer one does: {compilers.TO_INSTALL} --upgrade"
+        )
     return [
-        make_part(unit, arch, compiler.identity, PARTS)
-        for unit in chosen
-        for arch in archs_of(unit, archs)
-        if compiler.supports(arch)
+        make_part(unit, arch, compiler.identity, folder)
+        for unit, arch in images
+        if arch not in unknown
     ]
 
 
 def archs_of(unit: Unit, asked: Optional[list[Arch]]) -> list[Arch]:
-    """Architectures of a unit among those asked for; None asks for all.
-
-    A newer one than the table has gets the table's PTX, so that no GPU is left without.
-    """
+    """Architectures of a unit that serve those asked for; None asks for all."""
     has = [Arch.parse(text) for text in unit.archs]
     if asked is None:
         return has
-    return [arch for arch in has if _is_asked(arch, asked)]
+    chosen = {serving(arch, has) for arch in asked}
+    return [arch for arch in has if arch in chosen]
 
 
-def _is_asked(arch: Arch, asked: list[Arch]) -> bool:
-    if arch in asked:
-        return True
-    return not arch.is_ptx and arch.suffix != "" and Arch(arch.number) in asked
+def serving(asked: Arch, has: list[Arch]) -> Optional[Arch]:
+    """What a device of `asked` runs best among `has`, by the rules of csrc/host/registry.cpp.
+
+    Code for its own architecture, else for an earlier one of its generation, else PTX.
+    """
+    if asked in has:
+        return asked
+    code = [] if asked.is_ptx else [arch for arch in has if _runs_code(asked, arch)]
+    ptx = [arch for arch in has if arch.is_ptx and arch.number <= asked.number]
+    return max(code or ptx, default=None)
+
+
+def is_served(device: Arch) -> bool:
+    """Whether the table has kernels that run on a device."""
+    return any(archs_of(unit, [device]) for unit in units())
+
+
+def _runs_code(device: Arch, code: Arch) -> bool:
+    if code.is_ptx or code.suffix:
+        return not code.is_ptx and code.number == device.number
+    return code.number // 10 == device.number // 10 and code.number <= device.number
 
 
 def index_text(parts: Iterable[Part], files: dict[Part, str]) -> str:
@@ -104,23 +133,27 @@ def build(
     num_jobs: Optional[int] = None,
     only: Optional[str] = None,
     target: Path = KERNELS,
+    folder: Path = PARTS,
 ) -> list[Part]:
-    """Builds and installs; returns the parts."""
+    """Builds in `folder`, where finished parts stay, and installs; returns the parts."""
     start = time.monotonic()
     made = compilers.make(compiler, path)
     archs = wanted(arch)
-    parts = plan(made, archs, only)
+    unserved = ", ".join(str(x) for x in archs or [] if not is_served(x))
+    if unserved:
+        print(f"no kernel of the table runs on {unserved}", flush=True)
+    parts = plan(made, archs, only, folder)
     if not parts:
-        raise ninja.BuildError(
-            f"nothing to build: no unit for {arch or 'this machine'} that {made.identity} knows"
-        )
-    PARTS.mkdir(parents=True, exist_ok=True)
+        names = ", ".join(map(str, archs)) if archs else "any architecture"
+        named = f" with {only} in its name" if only else ""
+        raise ninja.BuildError(f"there is no kernel{named} to build for {names}")
+    folder.mkdir(parents=True, exist_ok=True)
     count = jobs.choose(num_jobs, (p.facts().peak_mb for p in parts if p.is_built))
     missing = sum(not part.is_built for part in parts)
     print(
         f"{made.identity}: {len(parts)} images, {missing} to compile, {count} at a time", flush=True
     )
-    ninja.build(parts, compiler, path, PARTS, count)
+    ninja.build(parts, compiler, str(made.path), folder, count)
     install(parts, target)
     print(f"{target}: {len(parts)} images in {time.monotonic() - start:.0f} s", flush=True)
     return parts

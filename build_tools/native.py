@@ -82,10 +82,15 @@ def find_torch(python: str = sys.executable) -> Torch:
         "base = pathlib.Path(torch.__file__).parent\n"
         "print(torch.__version__, int(torch._C._GLIBCXX_USE_CXX11_ABI), base, sep='\\n')"
     )
-    child = subprocess.run([python, "-c", program], capture_output=True, text=True, check=False)
-    if child.returncode:
+    # -E: an isolated build hides the environment around it by variables such as PYTHONPATH.
+    for options in ((), ("-E",)):
+        command = [python, *options, "-c", program]
+        child = subprocess.run(command, capture_output=True, text=True, check=False)
+        if child.returncode == 0:
+            break
+    else:
         raise BuildError(f"{python} cannot import torch, whose headers the shim needs")
-    version, abi, base = child.stdout.strip().split("\n")
+    version, abi, base = child.stdout.strip().split("\n")[-3:]
     major, minor = version.split(".")[:2]
     return Torch((int(major), int(minor)), Path(base, "include"), Path(base, "lib"), abi == "1")
 

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Optional
 
+from build_tools.compilers import TO_INSTALL
 from build_tools.parts import Part
 from build_tools.paths import ROOT
 
@@ -26,7 +27,7 @@ def find_ninja() -> str:
     beside = Path(sys.executable).with_name("ninja")
     found = str(beside) if beside.exists() else shutil.which("ninja")
     if not found:
-        raise BuildError("ninja is not installed: `pip install ninja`")
+        raise BuildError(f"ninja is not installed: `{TO_INSTALL}`")
     return found
 
 

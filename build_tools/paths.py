@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 
@@ -26,6 +28,17 @@ def truth(name: str) -> ModuleType:
     sys.modules[key] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
+
+
+@cache
+def package_folders() -> list[Path]:
+    """Where Python packages stand: those of this process, then those of the environment that a
+    front end for isolated builds hides from it by variables such as PYTHONPATH.
+    """
+    command = [sys.executable, "-E", "-c", "import sys; print(*sys.path, sep='\\n')"]
+    hidden = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    entries = dict.fromkeys([*sys.path, *hidden.splitlines()])
+    return [Path(entry) for entry in entries if entry and Path(entry).is_dir()]
 
 
 support = truth("_support")

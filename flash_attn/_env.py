@@ -118,6 +118,25 @@ class BuildVariable:
             raise ValueError(f"{self.name} is set to {text!r}; it must be a positive number")
         return int(text)
 
+    def is_true(self) -> bool:
+        """Whether a switch is on; ValueError for a text that is neither TRUE nor FALSE."""
+        text = self.text()
+        if text is None:
+            return False
+        if text.upper() not in ("TRUE", "FALSE"):
+            raise ValueError(f"{self.name} is set to {text!r}; it must be TRUE or FALSE")
+        return text.upper() == "TRUE"
+
+
+FLASH_ATTENTION_SKIP_CUDA_BUILD = BuildVariable(
+    name="FLASH_ATTENTION_SKIP_CUDA_BUILD",
+    doc="`TRUE`: `pip install` makes the package without kernels, whatever else is set or found.",
+)
+
+FLASH_ATTENTION_FORCE_BUILD = BuildVariable(
+    name="FLASH_ATTENTION_FORCE_BUILD",
+    doc="`TRUE`: `pip install` compiles the kernels or fails, also where no GPU is found.",
+)
 
 FLASH_ATTN_CUDA_ARCHS = BuildVariable(
     name="FLASH_ATTN_CUDA_ARCHS",
@@ -145,6 +164,8 @@ CUDA_HOME = BuildVariable(
 )
 
 BUILD_VARIABLES: tuple[BuildVariable, ...] = (
+    FLASH_ATTENTION_SKIP_CUDA_BUILD,
+    FLASH_ATTENTION_FORCE_BUILD,
     FLASH_ATTN_CUDA_ARCHS,
     MAX_JOBS,
     NVCC_THREADS,

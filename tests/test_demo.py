@@ -45,9 +45,9 @@ def test_growth_prints_a_table_and_draws_a_picture(
 
 def test_standard_attention_needs_quadratic_memory_and_flash_attn_does_not() -> None:
     def extra_bytes(method: str) -> int:
-        return measure(Case(method, "fwd", "causal, softcap", 2048, 1, 64, "float32")).extra_bytes
+        return measure(Case(method, "fwd", "causal, softcap", 4096, 1, 64, "float32")).extra_bytes
 
-    one_matrix = 4 * 2048**2
+    one_matrix = 4 * 4096**2
     assert extra_bytes("standard") > one_matrix > extra_bytes("flash_attn")
 
 

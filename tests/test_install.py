@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+from collections.abc import Iterator
 from email.message import Message
 from email.parser import BytesParser
 from pathlib import Path
@@ -17,8 +18,12 @@ import pytest
 from packaging.requirements import Requirement
 from test_house import MAX_PATH, ROOT, project_files
 
+from flash_attn import _env
+
 # A torch that cannot be imported: building and reading metadata must not try.
 BROKEN_TORCH = 'raise ImportError("the build imported torch")\n'
+# Programs that a build without kernels has no use for; here they end it.
+COMPILERS = ("c++", "clang++", "g++", "ninja", "nvcc")
 
 
 class Dists(NamedTuple):
@@ -40,6 +45,21 @@ def run(*command: str, cwd: Path, pythonpath: Path) -> str:
     )
     assert child.returncode == 0, child.stdout + child.stderr
     return child.stdout
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _bare_machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A machine without GPU and without compilers, where nothing is asked for."""
+    tools = tmp_path_factory.mktemp("tools")
+    for name in (*COMPILERS, "nvidia-smi"):
+        (tools / name).write_text(f"#!/bin/sh\necho {name} was called >&2\nexit 9\n", "utf-8")
+        (tools / name).chmod(0o755)
+    with pytest.MonkeyPatch.context() as patch:
+        for variable in _env.BUILD_VARIABLES:
+            for name in (variable.name, *variable.aliases):
+                patch.delenv(name, raising=False)
+        patch.setenv("PATH", str(tools), prepend=os.pathsep)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -108,11 +128,13 @@ def test_metadata_is_static(dists: Dists) -> None:
     assert [field for field in dynamic if field.lower() != "license-file"] == []
 
 
-def test_sdist_holds_what_a_packager_needs_under_short_paths(dists: Dists) -> None:
+def test_sdist_holds_every_source_under_short_paths(dists: Dists) -> None:
     with tarfile.open(dists.sdist) as sdist:
         names = sdist.getnames()
     top = "flash_attn-2.8.3"
-    wanted = ("LICENSE", "README.md", "docs/architecture.md", "tests/test_install.py", "Makefile")
+    folders = ("benchmarks", "build_tools", "csrc", "docs", "flash_attn", "tests", "tools")
+    wanted = [path.as_posix() for path in project_files() if path.parts[0] in folders]
+    wanted += ["CHANGELOG.md", "LICENSE", "Makefile", "README.md", "pyproject.toml", "setup.py"]
     assert [name for name in wanted if f"{top}/{name}" not in names] == []
     assert [name for name in names if len(name) > MAX_PATH] == []
 

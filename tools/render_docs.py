@@ -14,7 +14,7 @@ import importlib.util
 import json
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -97,10 +97,53 @@ def sdpa_table() -> str:
     return table(("Feature", "flash_attn", "PyTorch SDPA"), rows)
 
 
+def kernels_table() -> str:
+    """The kernels of the table, by family."""
+    rows = [
+        (
+            f"`{family.name}`",
+            code_list(family.kinds),
+            ", ".join(map(str, family.head_dims)) or "any",
+            code_list(family.dtypes),
+            code_list(family.archs),
+        )
+        for family in truth("_support").KERNEL_FAMILIES
+    ]
+    return table(("Family", "Kernels", "Head dims", "dtypes", "Architectures"), rows)
+
+
+def build_variables_table() -> str:
+    rows = [
+        (" or ".join(f"`{name}`" for name in (v.name, *v.aliases)), v.doc)
+        for v in truth("_env").BUILD_VARIABLES
+    ]
+    return table(("Variable", "Meaning"), rows)
+
+
+def results(kind: str) -> list[dict[str, Any]]:
+    """The measurements of one kind, newest first; each knows the name of its file."""
+    read = [
+        {**json.loads(path.read_text("utf-8")), "file": path.name}
+        for path in sorted(RESULTS.glob("*.json"))
+    ]
+    return sorted((r for r in read if r["kind"] == kind), key=lambda r: r["date"], reverse=True)
+
+
+def sections(kind: str, section: Callable[[dict[str, Any]], str]) -> str:
+    """One section per result file."""
+    return "\n".join(map(section, results(kind))) or "Nothing has been measured yet.\n"
+
+
 def bench_table() -> str:
-    """One section per result file, newest first."""
-    results = [json.loads(path.read_text("utf-8")) for path in sorted(RESULTS.glob("*.json"))]
-    return "\n".join(map(bench_section, sorted(results, key=lambda r: r["date"], reverse=True)))
+    return sections("cpu", bench_section)
+
+
+def gpu_table() -> str:
+    return sections("gpu", gpu_section)
+
+
+def build_table() -> str:
+    return sections("build", build_section)
 
 
 def bench_section(result: dict[str, Any]) -> str:
@@ -129,12 +172,82 @@ def bench_section(result: dict[str, Any]) -> str:
     return f"{title}\n\n{versions}\n\n{table(header, lines)}"
 
 
+def gpu_section(result: dict[str, Any]) -> str:
+    """Heading, CPU time of a call, and a table of ratios for each dtype and pass."""
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    kernels = ", ".join(result["kernels"])
+    told = f"Driver {result['driver']}, {result['power_limit']}. Kernels: {kernels}."
+    parts = [f"### {result['device']}, {result['date']}\n\n{versions}. {told}\n"]
+    picture = Path(result["file"]).with_suffix(".png")
+    if (RESULTS / picture).exists():
+        parts.append(f"![Ratios to SDPA by sequence length](results/{picture})\n")
+    methods = list(result["cpu"][0]["us"])
+    lines = [
+        (
+            "with gradients to come" if row["gradients"] else "without gradients",
+            *(f"{us['median']:.1f} (from {us['min']:.1f})" for us in row["us"].values()),
+        )
+        for row in result["cpu"]
+    ]
+    parts.append(table(("CPU time of a forward call, us", *methods), lines))
+    for kind in dict.fromkeys((row["dtype"], row["passes"]) for row in result["rows"]):
+        rows = [row for row in result["rows"] if (row["dtype"], row["passes"]) == kind]
+        parts.append(f"**{kind[1]}, `{kind[0]}`**\n\n{ratio_table(rows)}")
+    return "\n".join(parts)
+
+
+def ratio_table(rows: list[dict[str, Any]]) -> str:
+    """A line per head dim and mask, a column per length."""
+    seqlens = sorted({row["seqlen"] for row in rows})
+    lines: dict[tuple[int, bool], list[str]] = {}
+    for row in sorted(rows, key=lambda row: row["seqlen"]):
+        ratio, tflops = row["ratio"], next(iter(row["tflops"].values()))
+        spread = (ratio["max"] - ratio["min"]) / 2
+        cell = f"{ratio['median']:.2f} ±{spread:.2f} ({tflops:.0f})"
+        lines.setdefault((row["head_dim"], row["causal"]), []).append(cell)
+    return table(
+        ("Head dim", "Mask", *map(str, seqlens)),
+        [(str(d), "causal" if causal else "full", *cells) for (d, causal), cells in lines.items()],
+    )
+
+
+def build_section(result: dict[str, Any]) -> str:
+    """What a build cost, and a line for each kernel: the larger figure of its two dtypes."""
+    rows, seconds = result["rows"], result["seconds"]
+    total = (
+        f"{len(rows)} kernels for `sm_{result['arch']}` in {seconds['kernels']:.0f} s with "
+        f"{result['jobs']} compilers at a time, at most {max(r['peak_mb'] for r in rows)} MB each, "
+        f"{sum(r['code_bytes'] for r in rows) / 1e6:.1f} MB of code. Host library: "
+        f"{seconds['host library']:.1f} s; shim: {seconds['shim']:.1f} s."
+    )
+    kernels: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        kernels.setdefault(row["kernel"].rsplit("_", 1)[0], []).append(row)
+    lines = [
+        (
+            f"`{name}`",
+            *(str(max(r[field] for r in same)) for field in ("registers", "stack")),
+            str(max(r["spill_stores"] + r["spill_loads"] for r in same)),
+            *(str(max(r[field] for r in same)) for field in ("seconds", "peak_mb")),
+            f"{max(r['code_bytes'] for r in same) / 1024:.0f}",
+        )
+        for name, same in kernels.items()
+    ]
+    header = ("Kernel", "registers", "stack", "spilled bytes", "seconds", "peak MB", "KB")
+    title = f"### {result['device']}, {result['compiler']}, {result['date']}"
+    return f"{title}\n\n{total}\n\n{table(header, lines)}"
+
+
 RENDERERS = {
     "env": env_table,
     "backends": backends_table,
     "support": support_table,
     "sdpa": sdpa_table,
+    "kernels": kernels_table,
+    "build_variables": build_variables_table,
     "bench": bench_table,
+    "gpu": gpu_table,
+    "build": build_table,
 }
 
 

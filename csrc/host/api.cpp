@@ -29,37 +29,105 @@ struct Call {
   }
 };
 
-bool combine(const Call& call, const CombineParams& params) {
+// Runs a kernel whose CTAs take rows, `block_m` each.
+bool run_rows(const Call& call, int kind, int64_t rows, const void* params) {
   Ready ready;
-  const int64_t rows = int64_t{params.b} * params.hq * params.sq;
-  return call.prepare(FLASH_COMBINE, &ready) &&
-         call.run(ready, ceil_div(rows, ready.shape.block_m), &params);
+  return call.prepare(kind, &ready) && call.run(ready, ceil_div(rows, ready.shape.block_m), params);
+}
+
+bool combine(const Call& call, const CombineParams& params) {
+  const int64_t rows = int64_t{params.seqs.b} * params.hq * params.seqs.sq;
+  return run_rows(call, FLASH_COMBINE, rows, &params);
 }
 
 CombineParams combine_params(const ForwardParams& params) {
+  const int64_t head = params.seqs.sq;
+  const int64_t batch = head * params.hq;
+  const int64_t split = batch * params.seqs.b;
+  const int64_t dv = params.dv;
   CombineParams merged = {};
-  merged.o_partial = params.o_partial;
-  merged.lse_partial = params.lse_partial;
+  merged.o_partial = {params.o_partial, split * dv, batch * dv, dv, head * dv};
+  merged.lse_partial = {params.lse_partial, split, batch, 1, head};
   merged.o = params.o;
   merged.lse = params.lse;
   merged.lse_batch = params.lse_batch;
   merged.lse_head = params.lse_head;
-  merged.cu_seqlens_q = params.seqs.cu_seqlens_q;
+  merged.lse_row = 1;
+  merged.seqs.cu_seqlens_q = params.seqs.cu_seqlens_q;
+  merged.seqs.seqused_q = params.seqs.seqused_q;
+  merged.seqs.total_q = params.seqs.total_q;
+  merged.seqs.b = params.seqs.b;
+  merged.seqs.sq = params.seqs.sq;
   merged.num_splits = params.num_splits;
-  merged.b = params.seqs.b;
   merged.hq = params.hq;
-  merged.sq = params.seqs.sq;
   merged.dv = params.dv;
   return merged;
 }
 
+// Whether some rows of q may belong to no sequence.
+bool has_unused_q(const Sequences& seqs) {
+  return seqs.cu_seqlens_q != nullptr || seqs.seqused_q != nullptr;
+}
+
+bool has_unused_k(const Sequences& seqs) {
+  return seqs.cu_seqlens_k != nullptr || seqs.seqused_k != nullptr;
+}
+
+bool fill(const Call& call, const FillParams& params) {
+  const Sequences& seqs = params.seqs;
+  int64_t rows = int64_t{seqs.b} * (params.is_keys ? seqs.sk : seqs.sq);
+  if (params.is_keys && seqs.cu_seqlens_k != nullptr) rows = seqs.total_k;
+  if (!params.is_keys && seqs.cu_seqlens_q != nullptr) rows = seqs.total_q;
+  return run_rows(call, FLASH_FILL, rows, &params);
+}
+
+FillParams unused_rows_of(const ForwardParams& params) {
+  FillParams filled = {};
+  filled.x[0] = params.o;
+  filled.cols[0] = params.dv;
+  filled.lse = params.lse;
+  filled.lse_batch = params.lse_batch;
+  filled.lse_head = params.lse_head;
+  filled.seqs = params.seqs;
+  filled.heads = params.hq;
+  return filled;
+}
+
+FillParams unused_queries_of(const BackwardParams& params) {
+  FillParams filled = {};
+  filled.x[0] = params.dq;
+  filled.cols[0] = params.d;
+  filled.seqs = params.seqs;
+  filled.heads = params.hq;
+  return filled;
+}
+
+FillParams unused_keys_of(const BackwardParams& params) {
+  FillParams filled = {};
+  filled.x[0] = params.dk;
+  filled.x[1] = params.dv_grad;
+  filled.cols[0] = params.d;
+  filled.cols[1] = params.dv;
+  filled.seqs = params.seqs;
+  filled.is_keys = 1;
+  filled.heads = params.hk;
+  return filled;
+}
+
+bool s_dmask(const Call& call, const ForwardParams& params) {
+  Ready ready;
+  const int64_t heads = int64_t{params.hq} * params.seqs.b;
+  return call.prepare(FLASH_S_DMASK, &ready) &&
+         call.run(ready, ceil_div(params.seqs.sq, ready.shape.block_m) * heads, &params);
+}
+
 bool forward(const Call& call, const ForwardParams& params) {
   Ready ready;
-  if (!call.prepare(FLASH_FORWARD, &ready) ||
-      !call.run(ready, num_ctas(params, ready.shape), &params)) {
-    return false;
-  }
-  return params.num_splits <= 1 || combine(call, combine_params(params));
+  return call.prepare(FLASH_FORWARD, &ready) &&
+         call.run(ready, num_ctas(params, ready.shape), &params) &&
+         (params.num_splits <= 1 || combine(call, combine_params(params))) &&
+         (params.s_dmask == nullptr || s_dmask(call, params)) &&
+         (!has_unused_q(params.seqs) || fill(call, unused_rows_of(params)));
 }
 
 bool backward(const Call& call, const BackwardParams& params) {
@@ -74,16 +142,21 @@ bool backward(const Call& call, const BackwardParams& params) {
   const int64_t heads = int64_t{params.hq} * params.seqs.b;
   return call.run(delta, ceil_div(params.seqs.sq, delta.shape.block_m) * heads, &params) &&
          call.run(main, num_ctas(params, main.shape), &params) &&
-         call.run(convert, ceil_div(params.seqs.sq, convert.shape.block_m) * heads, &params);
+         call.run(convert, ceil_div(params.seqs.sq, convert.shape.block_m) * heads, &params) &&
+         (!has_unused_q(params.seqs) || fill(call, unused_queries_of(params))) &&
+         (!has_unused_k(params.seqs) || fill(call, unused_keys_of(params)));
 }
 
 bool append(const Call& call, const AppendParams& params) {
-  Ready ready;
-  // Tasks are rows: new keys and values of each key-value head, then queries of each query head.
-  const int64_t rows_k = int64_t{params.sk_new} * params.hk;
-  const int64_t rows_q = params.q_rotated.ptr == nullptr ? 0 : int64_t{params.seqs.sq} * params.hq;
-  return call.prepare(FLASH_APPEND, &ready) &&
-         call.run(ready, ceil_div((rows_k + rows_q) * params.seqs.b, ready.shape.block_m), &params);
+  // New keys and values of each key-value head, then queries of each query head.
+  const Sequences& seqs = params.seqs;
+  const int64_t rows_k =
+      params.cu_seqlens_k_new == nullptr ? int64_t{seqs.b} * params.sk_new : params.sk_new;
+  int64_t rows_q = 0;
+  if (params.q_rotated.ptr != nullptr) {
+    rows_q = seqs.cu_seqlens_q == nullptr ? int64_t{seqs.b} * seqs.sq : seqs.total_q;
+  }
+  return run_rows(call, FLASH_APPEND, rows_k * params.hk + rows_q * params.hq, &params);
 }
 
 // Runs one of the above in the device's context.
@@ -120,8 +193,9 @@ int flash_plan_forward(int ordinal, int dtype, int num_splits, ForwardParams* pa
   if (on == nullptr || !prepare(FLASH_FORWARD, wider(params->d, params->dv), dtype, *on, &ready)) {
     return 0;
   }
-  params->num_splits = num_splits;
-  if (num_splits == 0) {
+  if (num_splits != 0) {
+    params->num_splits = limit_splits(num_splits, *params, ready.shape);
+  } else {
     const bool can_merge = find({FLASH_COMBINE, params->dv, dtype, on->cc}) != nullptr;
     params->num_splits = can_merge ? choose_splits(*params, ready.shape, *on) : 1;
   }

@@ -23,6 +23,8 @@ enum FlashKind {
   FLASH_DELTA,
   FLASH_BACKWARD,
   FLASH_CONVERT,
+  FLASH_S_DMASK,
+  FLASH_FILL,
   FLASH_NUM_KINDS
 };
 
@@ -49,12 +51,14 @@ FLASH_API int flash_find(int kind, int head_dim, int dtype, int cc);
 // 10 * major + minor of a device, 0 on failure.
 FLASH_API int flash_compute_capability(int device);
 
-// Fills in the order of tiles and the number of splits: `num_splits` as given, or chosen where it
-// is 0. Then o_partial and lse_partial must be given if the workspace says so.
+// Fills in the order of tiles and the number of splits: `num_splits` as given, though no more than
+// there are blocks of keys, or chosen where it is 0. Then o_partial and lse_partial must be given
+// if the workspace says so.
 FLASH_API int flash_plan_forward(int device, int dtype, int num_splits,
                                  flash::ForwardParams* params, FlashWorkspace* workspace);
 
-// A planned forward call; merges its splits.
+// A planned forward call: merges its splits, writes S_dmask (zeroed before) if it is given, and
+// gives rows of o and lse that no sequence uses 0 and +inf.
 FLASH_API int flash_forward(int device, void* stream, int dtype,
                             const flash::ForwardParams* params);
 
@@ -63,7 +67,8 @@ FLASH_API int flash_forward(int device, void* stream, int dtype,
 FLASH_API int flash_plan_backward(int device, int dtype, flash::BackwardParams* params,
                                   FlashWorkspace* workspace);
 
-// A planned backward call: delta, then dK and dV with sums for dQ, then dQ.
+// A planned backward call: delta, then dK and dV with sums for dQ, then dQ. Rows that no sequence
+// uses get gradient 0.
 FLASH_API int flash_backward(int device, void* stream, int dtype,
                              const flash::BackwardParams* params);
 

@@ -28,6 +28,15 @@ struct Rows {
   int64_t head;
 };
 
+// Rows of the parts of a split call, with a stride from part to part.
+struct Parts {
+  const float* ptr;
+  int64_t split;
+  int64_t batch;
+  int64_t row;
+  int64_t head;
+};
+
 // Which rows belong to which sequence.
 struct Sequences {
   const int32_t* cu_seqlens_q;  // [b + 1]
@@ -44,6 +53,9 @@ struct Sequences {
   int32_t b;
   int32_t sq;  // rows of a dense q, else the longest sequence
   int32_t sk;
+  int32_t total_q;     // rows of a packed q
+  int32_t total_k;     // rows of a packed k
+  int32_t cache_rows;  // rows that kv_batch_idx chooses from
   // Keys just appended behind seqused_k: lengths of sequences, or one length for all.
   const int32_t* cu_seqlens_k_new;  // [b + 1]
   int32_t sk_new;
@@ -92,7 +104,8 @@ struct BackwardParams {
   int64_t lse_head;
   // delta = rowsum(dout * o), the published softmax_d: (i, h, r) at i * delta_batch +
   // h * delta_head + r, where delta_head is the number of rows of one head, rounded up. In a packed
-  // call delta_batch is unused and sequence i starts at row 128 * ((cu_seqlens_q[i] + 128 i) / 128).
+  // call delta_batch is unused and sequence i starts at row 128 * ((cu_seqlens_q[i] + 128 i) /
+  // 128).
   float* delta;
   int64_t delta_batch;
   int64_t delta_head;
@@ -113,31 +126,46 @@ struct BackwardParams {
 };
 
 struct CombineParams {
-  const float* o_partial;    // [split, b, hq, sq, dv]
-  const float* lse_partial;  // [split, b, hq, sq]
-  Rows o;
-  float* lse;
+  Parts o_partial;
+  Parts lse_partial;
+  Rows o;  // of the kernel's dtype, or of float
+  int32_t o_is_float;
+  float* lse;  // (i, h, r) at i * lse_batch + h * lse_head + r * lse_row
   int64_t lse_batch;
   int64_t lse_head;
-  const int32_t* cu_seqlens_q;
+  int64_t lse_row;
+  Sequences seqs;  // queries only
   int32_t num_splits;
-  int32_t b, hq, sq, dv;
+  int32_t hq, dv;
 };
 
 struct AppendParams {
-  Rows k_new, v_new, k, v, q, q_rotated;
-  Sequences seqs;
+  Rows k_new, v_new, k, v;
+  Rows q, q_rotated;  // null: queries stay as they are
+  Sequences seqs;     // seqused_k: lengths before the append
   const int32_t* cu_seqlens_k_new;
-  const void* rotary_cos;  // [seqlen_ro, rotary_dim / 2] of q's dtype
+  const void* rotary_cos;  // [rotary_rows, rotary_dim / 2] of q's dtype; null: nothing is rotated
   const void* rotary_sin;
-  const int32_t* rotary_seqlens;
+  const int32_t* rotary_seqlens;  // [b] position of the first new key; null: seqused_k
   int32_t rotary_dim;
   int32_t rotary_rows;
   int32_t rotary_interleaved;
   int32_t queries_stay;  // all queries are rotated as the first new key
-  int32_t sk_new;
+  int32_t sk_new;        // new rows of a sequence, or of all sequences if packed
   int32_t hq, hk;
   int32_t d, dv;
+};
+
+// Rows that no sequence uses: behind seqused, or behind the last sequence of a packed operand.
+struct FillParams {
+  Rows x[2];        // become zero; null: not there
+  int32_t cols[2];  // of x, multiples of 8
+  float* lse;       // becomes +inf, as in ForwardParams; null: not there
+  int64_t lse_batch;
+  int64_t lse_head;
+  Sequences seqs;
+  int32_t is_keys;  // x has k's rows, else q's
+  int32_t heads;
 };
 
 }  // namespace flash

@@ -40,8 +40,12 @@ Shape shape_of(int kind, int head_dim, int arch) {
       return {common::kDeltaRows, 0, common::kDeltaThreads, 0};
     case FLASH_COMBINE:
       return {common::kCombineRows, 0, common::kCombineThreads, 0};
-    default:
+    case FLASH_APPEND:
       return {common::kAppendRows, 0, common::kAppendThreads, 0};
+    case FLASH_S_DMASK:
+      return {common::kSDmaskRows, 0, common::kSDmaskThreads, 0};
+    default:
+      return {common::kFillThreads, 0, common::kFillThreads, 0};
   }
 }
 
@@ -57,14 +61,29 @@ int64_t num_ctas(const BackwardParams& params, const Shape& shape) {
 
 int choose_splits(const ForwardParams& params, const Shape& shape, const Device& device) {
   const int64_t tiles = num_tiles(params, shape);
-  // Dropout keeps one order of keys, and S_dmask is relative to the maximum of whole rows.
-  if (tiles == 0 || params.scores.rng_state != nullptr) return 1;
-  // Below four blocks of keys a part, reading partial results back costs more than it hides.
+  // Below four blocks of keys a part, and four parts, merging costs more than it saves.
   constexpr int kMinBlocks = 4;
+  constexpr int kMinParts = 4;
   constexpr int kMaxSplits = 128;
-  const int64_t most = ceil_div(params.seqs.sk, shape.block_n) / kMinBlocks;
-  const int64_t wanted = device.num_sms / tiles;
-  return clamp(most < wanted ? most : wanted, 1, kMaxSplits);
+  const int64_t most = clamp(ceil_div(params.seqs.sk, shape.block_n) / kMinBlocks, 1, kMaxSplits);
+  const bool fills_device = tiles * 5 >= int64_t{device.num_sms} * 4;
+  if (tiles == 0 || fills_device || most < kMinParts) return 1;
+  const auto share_in_use = [&](int64_t splits) {
+    const double waves = static_cast<double>(tiles * splits) / device.num_sms;
+    return waves / static_cast<double>(ceil_div(tiles * splits, device.num_sms));
+  };
+  double best = 0.0;
+  for (int64_t splits = 1; splits <= most; ++splits) {
+    if (share_in_use(splits) > best) best = share_in_use(splits);
+  }
+  // The fewest parts that come close: each costs a pass over the results.
+  int64_t splits = 1;
+  while (share_in_use(splits) < 0.85 * best) ++splits;
+  return static_cast<int>(splits);
+}
+
+int limit_splits(int wanted, const ForwardParams& params, const Shape& shape) {
+  return clamp(wanted, 1, clamp(ceil_div(params.seqs.sk, shape.block_n), 1, INT32_MAX));
 }
 
 int choose_section(const ForwardParams& params, const Device& device) {

@@ -22,6 +22,9 @@ inline int64_t ceil_div(int64_t x, int64_t y) { return (x + y - 1) / y; }
 // Parts into which the keys are cut so that a call with few rows still fills the device.
 int choose_splits(const ForwardParams& params, const Shape& shape, const Device& device);
 
+// `wanted` parts, or fewer where some would have no keys.
+int limit_splits(int wanted, const ForwardParams& params, const Shape& shape);
+
 // Query heads that run together, so that their keys and values stay in L2.
 int choose_section(const ForwardParams& params, const Device& device);
 

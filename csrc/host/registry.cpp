@@ -12,7 +12,8 @@ namespace {
 constexpr const char* kHeader = "flash-attn-kernels 1";
 constexpr int kMaxKernels = 1024;
 
-const char* const kKindNames[] = {"forward", "combine", "append", "delta", "backward", "convert"};
+const char* const kKindNames[] = {"forward",  "combine", "append",  "delta",
+                                  "backward", "convert", "s_dmask", "fill"};
 const char* const kDtypeNames[] = {"fp16", "bf16"};
 
 Kernel* g_kernels;  // the table is opened once and stays

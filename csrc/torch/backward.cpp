@@ -7,28 +7,6 @@ namespace {
 
 constexpr int64_t kRoundTo = 128;  // of softmax_d's rows, as published
 
-// Where a gradient is written: the caller's tensor if the kernels can, else one of the kernels'
-// kind.
-class Gradient {
- public:
-  Gradient(const Tensor& given, const Tensor& like)
-      : given_(given), last_(like.size(-1)), is_direct_(given && is_aligned(given)) {
-    written_ = is_direct_ ? given.share() : empty_like_rows(like, round_up(last_, 8));
-  }
-
-  Rows rows() const { return rows_of(written_); }
-
-  void finish() {
-    if (given_ && !is_direct_) copy(given_, without_padding(std::move(written_), last_));
-  }
-
- private:
-  const Tensor& given_;
-  int64_t last_;
-  bool is_direct_;
-  Tensor written_;
-};
-
 }  // namespace
 
 Tensor run(Backward& call) {
@@ -42,9 +20,9 @@ Tensor run(Backward& call) {
   const Tensor out = aligned(call.out);
   const Tensor dout = aligned(call.dout);
   const Tensor lse = contiguous(call.softmax_lse);
-  Gradient dq(call.dq, call.q);
-  Gradient dk(call.dk, call.k);
-  Gradient dv(call.dv, call.v);
+  Written dq(call.dq, call.q, call.q.size(-1));
+  Written dk(call.dk, call.k, call.k.size(-1));
+  Written dv(call.dv, call.v, call.v.size(-1));
   Tensor softmax_d = call.is_packed()
                          ? empty({hq, q.size(0) + kRoundTo * b}, Dtype::kFloat, q)
                          : empty({b, hq, round_up(q.size(1), kRoundTo)}, Dtype::kFloat, q);
@@ -55,9 +33,9 @@ Tensor run(Backward& call) {
   params.v = rows_of(v);
   params.o = rows_of(out);
   params.dout = rows_of(dout);
-  params.dq = dq.rows();
-  params.dk = dk.rows();
-  params.dv_grad = dv.rows();
+  params.dq = rows_of(dq.tensor());
+  params.dk = rows_of(dk.tensor());
+  params.dv_grad = rows_of(dv.tensor());
   params.lse = pointer<const float>(lse);
   params.lse_head = lse.stride(-2);
   params.lse_batch = call.is_packed() ? 0 : lse.stride(0);

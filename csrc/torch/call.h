@@ -97,4 +97,11 @@ ForwardResult run(Forward& call);
 // softmax_d.
 Tensor run(Backward& call);
 
+struct Merged {
+  Tensor out, softmax_lse;
+};
+
+// Attention over parts of the keys, (splits, b, s, h, d) and (splits, b, s, h), merged; float.
+Merged combine(const char* name, const Tensor& out_partial, const Tensor& lse_partial);
+
 }  // namespace flash::shim

@@ -1,5 +1,6 @@
 // Argument rules. flash_attn/_checks.py holds the same ones for calls that pass through Python;
 // tests/build_tools/test_shim.py compares the two, message for message.
+#include <cmath>
 #include <initializer_list>
 
 #include "torch/messages.h"
@@ -181,8 +182,11 @@ void check_scores(const char* name, const Scoring& scores, int64_t b, int64_t hq
   if (!(scores.dropout_p >= 0.0 && scores.dropout_p < 1.0)) {
     fail_value(name, "dropout_p must lie in [0, 1)", number_text(scores.dropout_p));
   }
-  if (scores.softcap < 0.0) {
+  if (!(scores.softcap >= 0.0 && std::isfinite(scores.softcap))) {
     fail_value(name, "softcap must be 0 (off) or positive", number_text(scores.softcap));
+  }
+  if (!std::isfinite(scores.softmax_scale)) {
+    fail_value(name, "softmax_scale must be finite", number_text(scores.softmax_scale));
   }
   if (scores.softcap > 0.0 && scores.dropout_p > 0.0) {
     fail(name, "Softcapping does not support dropout for now",
@@ -245,6 +249,9 @@ void check_rotary(const Forward& call) {
     fail(name, "rotary_cos and rotary_sin must have shape (seqlen_ro, rotary_dim / 2)",
          "shapes " + shape_text(cos) + " and " + shape_text(sin));
   }
+  if (cos.size(0) == 0) {
+    fail_value(name, "rotary_cos must have a position", "shape " + shape_text(cos));
+  }
   const int64_t rotary_dim = 2 * cos.size(1);
   if (rotary_dim > call.q.size(-1)) {
     fail(name, "rotary_dim must be <= headdim",
@@ -262,7 +269,12 @@ void check_append(const Forward& call) {
   check_new_rows(call, "k", append.k, call.k);
   check_new_rows(call, "v", append.v, call.v);
   check_devices(name, call.q,
-                {{"k", append.k}, {"v", append.v}, {"rotary_cos", append.rotary_cos}});
+                {{"k", append.k},
+                 {"v", append.v},
+                 {"cu_seqlens_k_new", append.cu_seqlens},
+                 {"rotary_cos", append.rotary_cos},
+                 {"rotary_sin", append.rotary_sin},
+                 {"rotary_seqlens", append.rotary_seqlens}});
   if (!call.lengths.seqused_k) {
     fail(name, "If key is supplied, seqlens_k must also be passed in", "cache_seqlens None");
   }
@@ -356,6 +368,9 @@ void check(const Backward& call) {
     check_shape(name, "softmax_lse", call.softmax_lse, {q.size(1), q.size(0)}, kWords);
   } else {
     check_shape(name, "softmax_lse", call.softmax_lse, {q.size(0), q.size(2), q.size(1)}, kWords);
+  }
+  if (call.softmax_lse.dtype() != Dtype::kFloat) {
+    fail(name, "softmax_lse must have dtype torch.float32", dtype_text(call.softmax_lse));
   }
 }
 

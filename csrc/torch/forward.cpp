@@ -1,6 +1,4 @@
 // A forward call: append to the cache if asked for, plan, allocate, launch.
-#include <climits>
-
 #include "torch/operands.h"
 
 namespace flash::shim {
@@ -9,28 +7,30 @@ namespace {
 
 constexpr int64_t kRoundTo = 128;  // of S_dmask's rows and columns, as published
 
-// Writes new rows into the cache; returns the rotated queries, or q where nothing rotates.
-Tensor append_rows(const Forward& call, const Sequences& seqs, void* stream) {
+// Writes new rows into the cache; returns the rotated queries, or none where nothing rotates.
+Tensor append_rows(const Forward& call, const ForwardParams& forward, const Tensor& k,
+                   const Tensor& v, void* stream) {
   const Append& append = call.append;
   const Tensor k_new = aligned(append.k);
   const Tensor v_new = aligned(append.v);
+  const Tensor q = aligned(call.q);
   Tensor q_rotated;
   AppendParams params = {};
   params.k_new = rows_of(k_new);
   params.v_new = rows_of(v_new);
-  params.k = rows_of(call.k);
-  params.v = rows_of(call.v);
-  params.seqs = seqs;
+  params.k = rows_of(k);
+  params.v = rows_of(v);
+  params.seqs = forward.seqs;
   params.cu_seqlens_k_new = pointer<const int32_t>(append.cu_seqlens);
   params.rotary_seqlens = pointer<const int32_t>(append.rotary_seqlens);
   params.sk_new = static_cast<int32_t>(append.k.size(append.cu_seqlens ? 0 : 1));
-  params.hq = static_cast<int32_t>(call.q.size(-2));
-  params.hk = static_cast<int32_t>(call.k.size(-2));
-  params.d = static_cast<int32_t>(call.q.size(-1));
-  params.dv = static_cast<int32_t>(call.v.size(-1));
+  params.hq = forward.hq;
+  params.hk = forward.hk;
+  params.d = forward.d;
+  params.dv = forward.dv;
   if (append.rotary_cos) {
-    q_rotated = empty_like_rows(call.q, call.q.size(-1));
-    params.q = rows_of(call.q);
+    q_rotated = empty_like_rows(q, q.size(-1));
+    params.q = rows_of(q);
     params.q_rotated = rows_of(q_rotated);
     params.rotary_cos = append.rotary_cos.data();
     params.rotary_sin = append.rotary_sin.data();
@@ -41,14 +41,16 @@ Tensor append_rows(const Forward& call, const Sequences& seqs, void* stream) {
     const Mask& mask = call.scores.mask;
     params.queries_stay = mask.left < 0 && mask.right < 0 && mask.chunk == 0;
   }
-  run_or_throw(call.name, flash_append(device_of(call.q), stream, dtype_of(call.q), &params));
-  return q_rotated ? std::move(q_rotated) : call.q.share();
+  run_or_throw(call.name, flash_append(device_of(q), stream, dtype_of(q), &params));
+  return q_rotated;
 }
 
 void tidy_append(Append* append) {
-  for (Tensor* x :
-       {&append->cu_seqlens, &append->rotary_cos, &append->rotary_sin, &append->rotary_seqlens}) {
+  for (Tensor* x : {&append->cu_seqlens, &append->rotary_seqlens}) {
     if (*x) *x = contiguous(*x);
+  }
+  for (Tensor* x : {&append->rotary_cos, &append->rotary_sin}) {
+    if (*x) *x = aligned(contiguous(*x));
   }
 }
 
@@ -58,9 +60,14 @@ Tensor make_lse(const Forward& call) {
                             : empty({q.size(0), q.size(2), q.size(1)}, Dtype::kFloat, q);
 }
 
-// Entries that no row or key has are zero.
-Tensor make_s_dmask(const Forward& call, const Sequences& seqs) {
-  if (!call.return_softmax) return empty({0}, call.q.dtype(), call.q);
+// Entries that no row or key has are zero. Where nobody asks for it it has no elements: of `out`,
+// because a view takes a sixth of an allocation's time.
+Tensor make_s_dmask(const Forward& call, const Sequences& seqs, const Tensor& out) {
+  if (!call.return_softmax) {
+    const int64_t size = 0;
+    const int64_t stride = 1;
+    return view(out, &size, &stride, 1);
+  }
   Tensor made = empty({call.batch_size(), call.q.size(-2), round_up(seqs.sq, kRoundTo),
                        round_up(seqs.sk, kRoundTo)},
                       call.q.dtype(), call.q);
@@ -68,53 +75,58 @@ Tensor make_s_dmask(const Forward& call, const Sequences& seqs) {
   return made;
 }
 
+// What a plan must know: all but pointers.
+ForwardParams sizes_of(const Forward& call) {
+  ForwardParams params = {};
+  params.seqs = sequences_of(call.lengths, call.q, call.k, call.batch_size());
+  params.scores = scores_of(call.scores, call.q.size(-2));
+  params.hq = static_cast<int32_t>(call.q.size(-2));
+  params.hk = static_cast<int32_t>(call.k.size(-2));
+  params.d = static_cast<int32_t>(round_up(call.q.size(-1), 8));
+  params.dv = static_cast<int32_t>(round_up(call.v.size(-1), 8));
+  return params;
+}
+
 }  // namespace
 
 ForwardResult run(Forward& call) {
   check(call);
   tidy(&call.lengths, &call.scores);
-  void* stream = current_stream(device_of(call.q));
-  Sequences seqs = sequences_of(call.lengths, call.q, call.k, call.batch_size());
-  Tensor queries = call.q.share();
+  const int device = device_of(call.q);
+  const int dtype = dtype_of(call.q);
+  void* stream = current_stream(device);
+  ForwardParams params = sizes_of(call);
+  FlashWorkspace workspace = {};
+  run_or_throw(call.name, flash_plan_forward(device, dtype, static_cast<int>(call.num_splits),
+                                             &params, &workspace));
+
+  Written k(call.k);
+  Written v(call.v);
+  Tensor rotated;
   if (call.append.k) {
     tidy_append(&call.append);
-    queries = append_rows(call, seqs, stream);
-    seqs.cu_seqlens_k_new = pointer<const int32_t>(call.append.cu_seqlens);
-    seqs.sk_new = static_cast<int32_t>(call.append.cu_seqlens ? 0 : call.append.k.size(1));
+    rotated = append_rows(call, params, k.tensor(), v.tensor(), stream);
+    k.finish();
+    v.finish();
+    params.seqs.cu_seqlens_k_new = pointer<const int32_t>(call.append.cu_seqlens);
+    params.seqs.sk_new = static_cast<int32_t>(call.append.cu_seqlens ? 0 : call.append.k.size(1));
   }
+  const Tensor q = rotated ? std::move(rotated) : aligned(call.q);
   const int64_t dv = call.v.size(-1);
-  const Tensor q = aligned(queries);
-  const Tensor k = aligned(call.k);
-  const Tensor v = aligned(call.v);
-  Tensor out =
-      call.out && is_aligned(call.out) ? call.out.share() : empty_like_rows(call.q, v.size(-1));
-  ForwardResult result = {Tensor(), make_lse(call), make_s_dmask(call, seqs)};
-
-  ForwardParams params = {};
+  Written out(call.out, call.q, dv);
+  ForwardResult result = {Tensor(), make_lse(call), make_s_dmask(call, params.seqs, out.tensor())};
   params.q = rows_of(q);
-  params.k = rows_of(k);
-  params.v = rows_of(v);
-  params.o = rows_of(out);
+  params.k = rows_of(k.tensor());
+  params.v = rows_of(v.tensor());
+  params.o = rows_of(out.tensor());
   params.lse = pointer<float>(result.softmax_lse);
   params.lse_head = result.softmax_lse.stride(-2);
   params.lse_batch = call.is_packed_q() ? 0 : result.softmax_lse.stride(0);
-  params.seqs = seqs;
-  params.scores = scores_of(call.scores, q.size(-2));
-  params.hq = static_cast<int32_t>(q.size(-2));
-  params.hk = static_cast<int32_t>(k.size(-2));
-  params.d = static_cast<int32_t>(q.size(-1));
-  params.dv = static_cast<int32_t>(v.size(-1));
   if (call.return_softmax) {
     params.s_dmask = result.s_dmask.data();
     params.s_dmask_rows = static_cast<int32_t>(result.s_dmask.size(2));
     params.s_dmask_cols = static_cast<int32_t>(result.s_dmask.size(3));
   }
-
-  const int device = device_of(q);
-  const int dtype = dtype_of(q);
-  FlashWorkspace workspace = {};
-  run_or_throw(call.name, flash_plan_forward(device, dtype, static_cast<int>(call.num_splits),
-                                             &params, &workspace));
   Tensor o_partial;
   Tensor lse_partial;
   if (workspace.o_partial > 0) {
@@ -124,11 +136,8 @@ ForwardResult run(Forward& call) {
     params.lse_partial = pointer<float>(lse_partial);
   }
   run_or_throw(call.name, flash_forward(device, stream, dtype, &params));
-  result.out = without_padding(std::move(out), dv);
-  if (call.out && !is_aligned(call.out)) {
-    copy(call.out, result.out);
-    result.out = call.out.share();
-  }
+  out.finish();
+  result.out = call.out ? call.out.share() : without_padding(out.tensor().share(), dv);
   return result;
 }
 

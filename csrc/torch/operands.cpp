@@ -25,6 +25,10 @@ int32_t narrow(int64_t x) {
   return static_cast<int32_t>(x > INT32_MAX ? INT32_MAX : x < INT32_MIN ? INT32_MIN : x);
 }
 
+// One side of a window. Beyond the longest sequence it bounds nothing, and row plus bound must not
+// overflow.
+int32_t narrow_window(int64_t x) { return narrow(std::min<int64_t>(x, 1 << 30)); }
+
 // The leading part of each row of `x`.
 Tensor head_of_rows(const Tensor& x, int64_t last) {
   int64_t sizes[kMaxDims];
@@ -96,6 +100,18 @@ Tensor without_padding(Tensor x, int64_t last) {
   return copied;
 }
 
+Written::Written(const Tensor& given, const Tensor& like, int64_t last)
+    : given_(given), is_direct_(given && given.dtype() == like.dtype() && is_aligned(given)) {
+  written_ = is_direct_ ? given.share() : empty_like_rows(like, round_up(last, kChunk));
+}
+
+Written::Written(const Tensor& given)
+    : given_(given), is_direct_(is_aligned(given)), written_(aligned(given)) {}
+
+void Written::finish() {
+  if (given_ && !is_direct_) copy(given_, head_of_rows(written_, given_.size(-1)));
+}
+
 Rows rows_of(const Tensor& x) {
   if (!x) return {};
   const int64_t batch = x.dim() == 4 ? x.stride(0) : 0;
@@ -114,8 +130,8 @@ Scores scores_of(const Scoring& scoring, int64_t hq) {
   Scores scores = {};
   scores.softmax_scale = static_cast<float>(scoring.softmax_scale);
   scores.softcap = static_cast<float>(scoring.softcap);
-  scores.window_left = narrow(scoring.mask.left);
-  scores.window_right = narrow(scoring.mask.right);
+  scores.window_left = narrow_window(scoring.mask.left);
+  scores.window_right = narrow_window(scoring.mask.right);
   scores.attention_chunk = narrow(scoring.mask.chunk);
   scores.alibi_slopes = pointer<const float>(scoring.alibi_slopes);
   scores.alibi_batch_stride = scoring.alibi_slopes && scoring.alibi_slopes.dim() == 2 ? hq : 0;
@@ -139,6 +155,9 @@ Sequences sequences_of(const Lengths& lengths, const Tensor& q, const Tensor& k,
   seqs.kv_batch_idx = pointer<const int32_t>(lengths.kv_batch_idx);
   seqs.b = narrow(b);
   seqs.sq = narrow(lengths.cu_seqlens_q ? lengths.max_seqlen_q.value_or(q.size(0)) : q.size(1));
+  seqs.total_q = narrow(q.size(0));
+  seqs.total_k = INT32_MAX;  // of pages, the block table knows
+  seqs.cache_rows = narrow(lengths.block_table ? lengths.block_table.size(0) : k.size(0));
   if (lengths.block_table) {
     const Tensor& table = lengths.block_table;
     seqs.block_table = pointer<const int32_t>(table);
@@ -150,6 +169,7 @@ Sequences sequences_of(const Lengths& lengths, const Tensor& q, const Tensor& k,
     seqs.sk = narrow(std::min(capacity, lengths.max_seqlen_k.value_or(capacity)));
   } else if (lengths.cu_seqlens_k) {
     seqs.sk = narrow(lengths.max_seqlen_k.value_or(k.size(0)));
+    seqs.total_k = narrow(k.size(0));
   } else {
     seqs.sk = narrow(k.size(1));
   }

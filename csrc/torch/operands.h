@@ -25,6 +25,27 @@ Tensor contiguous(const Tensor& x);
 // The result in the caller's terms: `x` without the padding of its last dimension.
 Tensor without_padding(Tensor x, int64_t last);
 
+// What kernels write: the caller's tensor where they can, else one in its place.
+class Written {
+ public:
+  // A new result. `given` may be none; the tensor in its place is uninitialised and has the rows of
+  // `like`, with `last` elements each and padding.
+  Written(const Tensor& given, const Tensor& like, int64_t last);
+
+  // A tensor that is written in part; the one in its place is a copy.
+  explicit Written(const Tensor& given);
+
+  const Tensor& tensor() const { return written_; }
+
+  // Copies to the caller's tensor where another stood in its place.
+  void finish();
+
+ private:
+  const Tensor& given_;
+  bool is_direct_;
+  Tensor written_;
+};
+
 int64_t round_up(int64_t x, int64_t step);
 
 // An operand (b, s, h, d) or (total, h, d); none gives a null pointer.

@@ -234,14 +234,27 @@ void general_forward(Arguments& in, Results& out) {
   out.add(std::move(result.s_dmask));
 }
 
+constexpr const char* kCombineSchema =
+    "combine(Tensor out_partial, Tensor lse_partial) -> (Tensor, Tensor)";
+
+void combine_parts(Arguments& in, Results& out) {
+  const Tensor out_partial = in.tensor();
+  const Tensor lse_partial = in.tensor();
+  Merged merged = combine("flash_attn_cuda::combine", out_partial, lse_partial);
+  out.add(std::move(merged.out));
+  out.add(std::move(merged.softmax_lse));
+}
+
 void define_general() {
   static Library definitions("flash_attn_cuda", nullptr);
   definitions.define(kGeneralSchema);
   definitions.define(kGeneralBackwardSchema);
+  definitions.define(kCombineSchema);
   // Any dispatch key: the tests run it on CPU memory, with a driver of their own.
   static Library implementations("flash_attn_cuda", "CompositeExplicitAutograd");
   implementations.implement<general_forward>("forward");
   implementations.implement<general_backward>("backward");
+  implementations.implement<combine_parts>("combine");
 }
 
 void serve_published() {

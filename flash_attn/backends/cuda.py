@@ -14,20 +14,22 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from flash_attn import _checks, _env, _support
+from flash_attn import _arguments, _env, _support
 from flash_attn._problem import Append, Backward, Forward, Problem
 
 REMEDY = (
-    "build the CUDA kernels for this machine (docs/building.md), install a release that has them "
-    "(`pip install --upgrade --force-reinstall flash-attn`), or meanwhile "
+    "build the CUDA kernels for this machine (docs/building.md), or install a release that has "
+    "them (`pip install --upgrade --force-reinstall flash-attn`)"
 )
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 _HOST_LIBRARY = _PACKAGE / "libflash_attn_host.so"
 _KERNELS = _PACKAGE / "kernels"
 # csrc/host/api.h numbers kinds and dtypes in this order.
-_KINDS = ("forward", "combine", "append", "delta", "backward", "convert")
+_KINDS = ("forward", "combine", "append", "delta", "backward", "convert", "s_dmask", "fill")
 _DTYPES = _support.HALF_DTYPES
+# What a feature needs beyond the kernels of every forward or backward call.
+_KINDS_OF_FEATURES = (("kv_append", "append"), ("varlen", "fill"), ("seqused", "fill"))
 
 
 def shim_file(version: str) -> Path:
@@ -78,17 +80,12 @@ def why_not(problem: Problem) -> list[str]:
         return [_WHY_NOT_LOADED]
     if problem.dtype not in _DTYPES or problem.capability is None:
         return []  # the truth table tells
-    reasons = [
-        f"no compiled kernel takes {name}" for name in ("qv", "fp8") if name in problem.features
-    ]
-    kinds = ["forward"]
-    if "backward" in problem.features:
-        kinds = ["delta", "backward", "convert"]
-    elif "kv_append" in problem.features:
-        kinds.append("append")
+    kinds = ["delta", "backward", "convert"] if "backward" in problem.features else ["forward"]
+    kinds += [kind for feature, kind in _KINDS_OF_FEATURES if feature in problem.features]
+    reasons = []
     head_dim = max(problem.head_dim, problem.head_dim_v)
     major, minor = problem.capability
-    for kind in kinds:
+    for kind in dict.fromkeys(kinds):
         wanted = (_KINDS.index(kind), head_dim, _DTYPES.index(problem.dtype), 10 * major + minor)
         if not _HOST.flash_find(*wanted):
             reasons.append(_HOST.flash_last_error().decode())
@@ -126,7 +123,7 @@ def forward(call: Forward, name: str) -> tuple[Tensor, Tensor, Tensor]:
             call.num_splits,
         )
     except (RuntimeError, ValueError) as error:
-        raise _checks.renamed(error, "flash_attn_cuda::forward", name) from None
+        raise _arguments.renamed(error, "flash_attn_cuda::forward", name) from None
     return result
 
 
@@ -142,6 +139,19 @@ def _append_arguments(append: Optional[Append]) -> tuple[object, ...]:
         append.rotary_seqlens,
         append.rotary_interleaved,
     )
+
+
+def combine(out_partial: Tensor, lse_partial: Tensor) -> tuple[Tensor, Tensor]:
+    """(out, lse) of attention over parts of the keys, (splits, b, s, h, d) and (splits, b, s, h).
+
+    Parts without keys carry lse -inf or +inf; what stands in their out_partial is not read.
+    """
+    if _HOST is None:
+        raise RuntimeError(
+            f"flash_attn_combine: {_WHY_NOT_LOADED}\nhint: {REMEDY}, or move the tensors to the CPU"
+        )
+    result: tuple[Tensor, Tensor] = torch.ops.flash_attn_cuda.combine(out_partial, lse_partial)
+    return result
 
 
 def backward(call: Backward, name: str) -> Tensor:
@@ -175,5 +185,5 @@ def backward(call: Backward, name: str) -> Tensor:
             scores.rng_state,
         )
     except (RuntimeError, ValueError) as error:
-        raise _checks.renamed(error, "flash_attn_cuda::backward", name) from None
+        raise _arguments.renamed(error, "flash_attn_cuda::backward", name) from None
     return result

@@ -33,6 +33,16 @@ CUcontext context_of(CUdevice device) {
   return reinterpret_cast<CUcontext>(static_cast<uintptr_t>(0x1000 + device));
 }
 
+// Of the struct that a kernel takes.
+size_t params_size(const char* kernel) {
+  const auto is = [&](const char* kind) { return strstr(kernel, kind) != nullptr; };
+  if (is("flash_fwd") || is("flash_s_dmask")) return sizeof(flash::ForwardParams);
+  if (is("flash_combine")) return sizeof(flash::CombineParams);
+  if (is("flash_append")) return sizeof(flash::AppendParams);
+  if (is("flash_fill")) return sizeof(flash::FillParams);
+  return sizeof(flash::BackwardParams);
+}
+
 }  // namespace
 
 extern "C" {
@@ -128,13 +138,11 @@ CUresult cuKernelSetAttribute(CUfunction_attribute, int value, CUkernel, CUdevic
 }
 
 CUresult cuLaunchKernelEx(const CUlaunchConfig* config, CUkernel kernel, void** params, void**) {
-  const size_t size = strstr(reinterpret_cast<const char*>(kernel), "fwd") != nullptr
-                          ? sizeof(flash::ForwardParams)
-                          : sizeof(flash::BackwardParams);
+  const char* name = reinterpret_cast<const char*>(kernel);
+  const size_t size = params_size(name);
   char line[4096];
-  int at = snprintf(line, sizeof(line), "launch %s %u %u %u %d %llu ",
-                    reinterpret_cast<const char*>(kernel), config->gridDimX, config->blockDimX,
-                    config->sharedMemBytes, t_current == context_of(0) ? 0 : 1,
+  int at = snprintf(line, sizeof(line), "launch %s %u %u %u %d %llu ", name, config->gridDimX,
+                    config->blockDimX, config->sharedMemBytes, t_current == context_of(0) ? 0 : 1,
                     static_cast<unsigned long long>(reinterpret_cast<uintptr_t>(config->hStream)));
   for (size_t i = 0; i < size; ++i) {
     at += snprintf(line + at, sizeof(line) - at, "%02x",

@@ -31,7 +31,7 @@ say(host.flash_open({str(stub.kernels)!r}.encode()))
 say(host.flash_find(FORWARD, 72, BF16, 90))
 say(host.flash_find(FORWARD, 257, BF16, 90))
 say(host.flash_find(FORWARD, 64, BF16, 75))
-say(host.flash_find(1, 64, BF16, 90) or host.flash_find(99, 64, BF16, 90))
+say(host.flash_find(99, 64, BF16, 90))
 """
     child = stub.run(program(stub, text), tmp_path / "log")
     opened, found, too_wide, too_old, unknown = child.stdout.splitlines()
@@ -153,13 +153,38 @@ say(plan_and_run(0, splits=2, b=1, sq=1, sk=8192))
     stub.run(program(stub, RUN + text), tmp_path / "log")
     automatic, merged, two, _ = launches(tmp_path / "log")
     assert automatic.grid > two.grid == 2 * 4
-    assert merged.kernel == "flash_combine_bf16"
+    # A warp a row, four rows a CTA.
+    assert (merged.kernel, merged.grid, merged.block) == ("flash_combine_bf16", 1, 128)
     index.write_text(without, "utf-8")
     child = stub.run(program(stub, RUN + text), tmp_path / "log2")
     whole, asked = child.stdout.splitlines()
     assert whole.strip() == "1"
     assert launches(tmp_path / "log2")[0].grid == 4
     assert "none of kind combine" in asked
+
+
+def test_splits_fit_the_keys_and_the_device(
+    stub: Stub, tmp_path: Path, offsets: dict[str, int]
+) -> None:
+    text = """
+def ctas(**sizes):
+    say(plan_and_run(0, **sizes))
+ctas(splits=0, b=1, sq=1, sk=1024)
+ctas(splits=0, b=33, sq=1, sk=8192)
+ctas(splits=0, b=8, sq=1, sk=8192)
+ctas(splits=64, b=1, sq=1, sk=300)
+ctas(splits=5, b=1, sq=1, sk=0)
+"""
+    told = run_calls(stub, tmp_path / "log", offsets, text)
+    assert {line.strip() for line in told.splitlines()} == {"1"}
+    grids = [x.grid for x in launches(tmp_path / "log") if x.kernel.startswith("flash_fwd")]
+    few_keys, full, part, many, none = grids
+    # The stub has 132 multiprocessors; 33 sequences of 4 heads take them all.
+    assert (few_keys, full) == (4, 33 * 4)
+    assert part % 32 == 0
+    assert 0.85 * 132 <= part <= 2 * 132
+    # 300 keys are 3 blocks of 128: a fourth part would have none.
+    assert (many, none) == (3 * 4, 4)
 
 
 def test_many_threads_load_a_kernel_once(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 from pathlib import Path
+from typing import Any, Optional
 
 import pytest
 from native_tools import ROOT, Arch, codegen, kernels
@@ -42,10 +44,10 @@ def test_a_unit_names_its_kernel_and_includes_what_is_there(unit: codegen.Unit) 
 
 def test_kinds_and_dtypes_are_those_of_the_host_library() -> None:
     registry = (ROOT / "csrc/host/registry.cpp").read_text("utf-8")
-    names = re.search(r"kKindNames\[\] = \{(.*?)\}", registry)
+    names = re.search(r"kKindNames\[\] = \{(.*?)\}", registry, re.DOTALL)
     assert names is not None
     assert re.findall(r'"(\w+)"', names[1]) == list(codegen.KINDS)
-    dtypes = re.search(r"kDtypeNames\[\] = \{(.*?)\}", registry)
+    dtypes = re.search(r"kDtypeNames\[\] = \{(.*?)\}", registry, re.DOTALL)
     assert dtypes is not None
     assert re.findall(r'"(\w+)"', dtypes[1]) == [short for short, _ in codegen.DTYPES.values()]
 
@@ -84,6 +86,56 @@ def test_a_misspelt_architecture_is_told() -> None:
     with pytest.raises(ValueError, match="'hopper' is no CUDA architecture"):
         parse_list("80,hopper")
     assert parse_list("ALL") is None
+
+
+@pytest.mark.parametrize(
+    ("asked", "has", "served"),
+    [
+        ("80", "80 86 90 80+ptx", "80"),
+        ("87", "80 86 90 80+ptx", "86"),
+        ("103", "90 100 80+ptx", "100"),
+        ("110", "90 100 120 80+ptx", "80+ptx"),
+        ("75", "80 90 80+ptx", None),
+        ("90+ptx", "80 90 80+ptx", "80+ptx"),
+        ("90", "90a", "90a"),
+        ("100", "90a", None),
+        ("100", "90a 80+ptx", "80+ptx"),
+    ],
+)
+def test_a_device_gets_what_it_runs_best(asked: str, has: str, served: Optional[str]) -> None:
+    found = kernels.serving(Arch.parse(asked), [Arch.parse(x) for x in has.split()])
+    assert (str(found) if found else None) == served
+
+
+class OldCompiler:
+    """Knows 8.0 and 9.0."""
+
+    identity, path = "old 1.0", Path("old")
+
+    def supports(self, arch: Arch) -> bool:
+        return arch.number <= 90
+
+    def compile(self, source: str, arch: Arch) -> tuple[bytes, str]:
+        return b"", ""
+
+
+def test_what_a_compiler_does_not_know_is_left_out_of_all_but_told_if_asked_for() -> None:
+    made = kernels.plan(OldCompiler(), None)
+    assert {part.arch.number for part in made} == {80, 86, 89, 90}
+    with pytest.raises(ninja.BuildError, match=r"^old 1\.0 does not know sm_100, sm_120; a newer"):
+        kernels.plan(OldCompiler(), parse_list("80,100,120"))
+
+
+def test_a_build_of_nothing_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(compilers, "make", lambda name, path: OldCompiler())
+    with pytest.raises(ninja.BuildError, match=r"^there is no kernel to build for 75$"):
+        kernels.build("75", target=tmp_path / "kernels", folder=tmp_path)
+    assert capsys.readouterr().out == "no kernel of the table runs on 75\n"
+    with pytest.raises(ninja.BuildError, match=r"^there is no kernel with xyz in its name to "):
+        kernels.build("80", only="xyz", target=tmp_path / "kernels", folder=tmp_path)
+    assert not (tmp_path / "kernels").exists()
 
 
 def test_the_table_has_a_row_for_each_image(tmp_path: Path) -> None:
@@ -129,6 +181,19 @@ def test_one_kernel_compiles_for_each_architecture(tmp_path: Path) -> None:
     ninja.build(made, "nvrtc", None, tmp_path, jobs=2)
     assert [part.code.stat().st_mtime_ns for part in made] == times
     assert f"{len(made)} images" in kernels.report(made)
+
+
+RESULTS = [
+    json.loads(path.read_text("utf-8"))
+    for path in sorted((ROOT / "benchmarks" / "results").glob("*-build-*.json"))
+]
+
+
+@pytest.mark.parametrize("result", RESULTS, ids=lambda result: f"{result['date']}-{result['arch']}")
+def test_a_measured_build_keeps_to_the_budget(result: dict[str, Any]) -> None:
+    # Six minutes on two cores, a gigabyte a compiler: benchmarks/README.md.
+    assert result["jobs"] * result["seconds"]["kernels"] < 2 * 360
+    assert max(row["peak_mb"] for row in result["rows"]) < 1000
 
 
 def test_a_unit_that_does_not_compile_is_told_with_the_compilers_words(tmp_path: Path) -> None:

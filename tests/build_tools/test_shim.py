@@ -77,12 +77,26 @@ def test_the_backend_says_what_was_built(installed: Stub, tmp_path: Path) -> Non
     text = """
 def why(dtype="bfloat16", d=128, features=(), cc=(9, 0)):
     return cuda.why_not(Problem("cuda", dtype, d, d, frozenset(features), cc))
-print(json.dumps([why(), why(features=["backward"]), why(d=320), why(features=["qv"])]))
+cache = ["kv_append", "varlen", "seqused", "rotary", "paged_kv"]
+print(json.dumps([why(), why(features=["backward"]), why(features=cache), why(d=320)]))
 """
-    plain, backward, too_wide, qv = run(installed, tmp_path / "log", text)
-    assert (plain, backward) == ([], [])
+    *served, too_wide = run(installed, tmp_path / "log", text)
+    assert served == [[], [], []]
     assert "the widest of this build is 256" in too_wide[0]
-    assert qv == ["no compiled kernel takes qv"]
+
+
+def test_a_package_without_kernels_says_how_to_get_them(installed: Stub, tmp_path: Path) -> None:
+    text = """
+from flash_attn import backends
+cuda._HOST, cuda._WHY_NOT_LOADED = None, "nothing was built"
+problem = Problem("cuda", "bfloat16", 64, 64, frozenset(["causal"]), (9, 0))
+parts = torch.zeros(2, 1, 4, 1, 8), torch.zeros(2, 1, 4, 1)
+print(json.dumps([told(lambda: backends.choose(problem)), told(lambda: cuda.combine(*parts))]))
+"""
+    for kind, words in run(installed, tmp_path / "log", text):
+        assert kind == "RuntimeError"
+        assert "nothing was built" in words
+        assert "build the CUDA kernels for this machine (docs/building.md)" in words
 
 
 def test_a_forward_call_reaches_the_driver_without_copies(installed: Stub, tmp_path: Path) -> None:
@@ -154,6 +168,105 @@ d = direct("_flash_attn_varlen_backward", out, q, q, q, out, lse, None, None, No
 print(json.dumps([list(x.shape) for x in (out, lse, d)]))
 """
     assert run(installed, tmp_path / "log", text) == [[50, 2, 64], [2, 50], [2, 50 + 256]]
+    kernels = [launch.kernel for launch in launches(tmp_path / "log")]
+    # Rows that belong to no sequence are filled: of the output, then of dq, then of dk and dv.
+    forward = ["flash_fwd_sm80_d64_bf16", "flash_fill_bf16"]
+    backward = ["flash_delta_bf16", "flash_bwd_sm80_d64_bf16", "flash_convert_sm80_d64_bf16"]
+    assert kernels == [*forward, *backward, "flash_fill_bf16", "flash_fill_bf16"]
+
+
+def test_s_dmask_has_a_kernel_of_its_own(installed: Stub, tmp_path: Path) -> None:
+    text = """
+q, k = make(2, 100, 4, 64), make(2, 130, 4, 64)
+s_dmask = forward(q, k, k, p=0.2, s_dmask=True)[2]
+print(json.dumps([list(s_dmask.shape), s_dmask.abs().max().item()]))
+"""
+    assert run(installed, tmp_path / "log", text) == [[2, 4, 128, 256], 0.0]
+    _, s_dmask = launches(tmp_path / "log")
+    assert s_dmask.kernel == "flash_s_dmask_bf16"
+    assert s_dmask.grid == 2 * 2 * 4
+
+
+CACHE = """
+lens = torch.tensor([0, 9], dtype=torch.int32)
+def decode(q, k_cache, v_cache, k=None, v=None, cos=None, table=None, splits=1, **others):
+    return direct("_flash_attn_with_kvcache", q, k_cache, v_cache, k, v, None, cos, cos, lens, None,
+                  None, table, others.get("cu_q"), others.get("cu_new"), None, None, None, None,
+                  None, 0.5, True, -1, -1, 0, 0.0, True, None, splits)
+"""
+
+
+def test_an_append_comes_before_the_attention(installed: Stub, tmp_path: Path) -> None:
+    text = (
+        CACHE
+        + """
+q, new, cache, cos = make(2, 3, 4, 64), make(2, 5, 2, 64), make(2, 40, 2, 64), make(50, 16)
+out, lse = decode(q, cache, cache, new, new, cos)
+decode(q, cache, cache)
+print(json.dumps([[list(out.shape), list(lse.shape)], cache.data_ptr()]))
+"""
+    )
+    shapes, cache = run(installed, tmp_path / "log", text)
+    assert shapes == [[2, 3, 4, 64], [2, 4, 3]]
+    append, attention, plain = launches(tmp_path / "log")
+    assert (append.kernel, plain.kernel) == ("flash_append_bf16", "flash_fwd_sm80_d64_bf16")
+    # A warp a row and head: 5 new rows of 2 heads and 3 queries of 4, of 2 sequences.
+    assert append.grid == (5 * 2 + 3 * 4) * 2 // 4
+    with_append, without = (ForwardHead.from_buffer_copy(x.params) for x in (attention, plain))
+    assert with_append.k.ptr == without.k.ptr == cache
+    assert with_append.q.ptr != without.q.ptr
+
+
+def test_packed_new_rows_are_counted_once(installed: Stub, tmp_path: Path) -> None:
+    text = (
+        CACHE
+        + """
+q, new, cache, cos = make(7, 4, 64), make(9, 2, 64), make(2, 40, 2, 64), make(50, 16)
+cu_q, cu_new = torch.tensor([0, 3, 7]).int(), torch.tensor([0, 9, 9]).int()
+out, lse = decode(q, cache, cache, new, new, cos, cu_q=cu_q, cu_new=cu_new)
+print(json.dumps([list(out.shape), list(lse.shape)]))
+"""
+    )
+    assert run(installed, tmp_path / "log", text) == [[7, 4, 64], [4, 7]]
+    append, _, fill = launches(tmp_path / "log")
+    assert append.grid == -(-(9 * 2 + 7 * 4) // 4)
+    assert fill.kernel == "flash_fill_bf16"
+
+
+def test_a_cache_that_kernels_cannot_write_comes_back(installed: Stub, tmp_path: Path) -> None:
+    text = (
+        CACHE
+        + """
+q, new = make(2, 3, 4, 20), make(2, 5, 2, 20)
+caches = [torch.rand(2, 40, 2, 20).bfloat16() for _ in range(2)]
+before = [x.clone() for x in caches]
+decode(q, *caches, new, new)
+print(json.dumps([torch.equal(a, b) for a, b in zip(caches, before)]))
+"""
+    )
+    # The stub's kernels write nothing: what was copied there is what comes back.
+    assert run(installed, tmp_path / "log", text) == [True, True]
+    _, attention = launches(tmp_path / "log")
+    assert ForwardHead.from_buffer_copy(attention.params).k.row == 2 * 24
+
+
+def test_parts_are_merged_where_a_call_is_split(installed: Stub, tmp_path: Path) -> None:
+    text = (
+        CACHE
+        + """
+decode(make(2, 3, 4, 64), make(2, 400, 2, 64), make(2, 400, 2, 64), splits=3)
+out, lse = cuda.combine(torch.zeros(5, 2, 7, 3, 20), torch.zeros(5, 2, 7, 3))
+wrong = told(lambda: cuda.combine(torch.zeros(5, 2, 7, 3, 20), torch.zeros(5, 2, 3, 7)))
+print(json.dumps([list(out.shape), list(lse.shape), str(out.dtype), wrong[1]]))
+"""
+    )
+    *merged, wrong = run(installed, tmp_path / "log", text)
+    assert merged == [[2, 7, 3, 20], [2, 7, 3], "torch.float32"]
+    assert "got shapes (5, 2, 7, 3, 20) and (5, 2, 3, 7)" in wrong
+    split, combine, parts = launches(tmp_path / "log")
+    assert split.grid == 3 * 2 * 4
+    assert (combine.kernel, combine.grid) == ("flash_combine_bf16", 2 * 4 * 3 // 4)
+    assert parts.grid == -(-2 * 7 * 3 // 4)
 
 
 def test_dropout_draws_from_torchs_generator_and_nothing_else_does(
@@ -182,7 +295,9 @@ BAD_CALLS = {
     "dtype of k": "q, q.half(), q",
     "too wide": "*[make(2, 8, 4, 264)] * 3",
     "softcap": "q, q, q, 0.0, 0.5, False, -1, -1, -2.0",
+    "infinite softcap": "q, q, q, 0.0, 0.5, False, -1, -1, float('inf')",
     "softcap with dropout": "q, q, q, 0.5, 0.5, False, -1, -1, 2.0",
+    "scale": "q, q, q, 0.0, float('nan')",
     "dropout": "q, q, q, 1.5",
     "slopes": "q, q, q, 0.0, 0.5, False, -1, -1, 0.0, torch.ones(3)",
     "dtype of slopes": "q, q, q, 0.0, 0.5, False, -1, -1, 0.0, make(4)",

@@ -13,4 +13,10 @@ constexpr int kCombineThreads = 32 * kCombineRows;
 constexpr int kAppendRows = 4;
 constexpr int kAppendThreads = 32 * kAppendRows;
 
+constexpr int kFillThreads = 256;
+
+// A warp takes 16 rows.
+constexpr int kSDmaskRows = 64;
+constexpr int kSDmaskThreads = 2 * kSDmaskRows;
+
 }  // namespace flash::common

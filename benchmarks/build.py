@@ -1,0 +1,86 @@
+"""What building costs on this machine: every kernel for one architecture, host library and shim.
+
+    python benchmarks/build.py [--arch 90]
+
+Compiles into a new folder, so that nothing is taken from an earlier build, with as many compilers
+at a time as `python -m build_tools` would run. Writes results/<date>-build-<processor>.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import json
+import re
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from bench import RESULTS, processor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from build_tools import compilers, jobs, kernels, native
+from build_tools.parts import Part
+
+
+def measure(arch: str, folder: Path) -> dict[str, Any]:
+    """Builds everything under `folder`: seconds by step, and what each kernel took."""
+    seconds = {}
+    start = time.monotonic()
+    parts = kernels.build(arch, target=folder / "kernels", folder=folder / "parts")
+    seconds["kernels"] = time.monotonic() - start
+    start = time.monotonic()
+    host = native.host(folder / native.HOST_LIBRARY)
+    seconds["host library"] = time.monotonic() - start
+    start = time.monotonic()
+    torch = native.find_torch()
+    native.shim(folder / native.shim_name(torch), host, torch)
+    seconds["shim"] = time.monotonic() - start
+    return {"seconds": {step: round(x, 1) for step, x in seconds.items()}, "rows": rows_of(parts)}
+
+
+def rows_of(parts: list[Part]) -> list[dict[str, Any]]:
+    """A row for each image."""
+    return [
+        {
+            "kernel": part.unit.symbol,
+            "kind": part.unit.kind,
+            "head_dim": part.unit.head_dim,
+            "dtype": part.unit.dtype,
+            **vars(part.facts()),
+        }
+        for part in parts
+    ]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--arch", default="90", help="one architecture, e.g. 80")
+    arch = parser.parse_args().arch
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
+        made = measure(arch, Path(folder))
+    date = datetime.date.today().isoformat()
+    name = re.sub(r"[^a-z0-9]+", "-", processor().lower()).strip("-")
+    path = RESULTS / f"{date}-build-{arch}-{name}.json"
+    result = {
+        "kind": "build",
+        "date": date,
+        "device": processor(),
+        "jobs": jobs.choose(None, ()),
+        "arch": arch,
+        "compiler": " ".join(compilers.make("nvrtc", None).identity.split()[:2]),
+        "seconds": made["seconds"],
+    }
+    lines = ",\n".join(f"  {json.dumps(row)}" for row in made["rows"])
+    head = json.dumps(result, indent=1)[:-2]
+    path.write_text(f'{head},\n "rows": [\n{lines}\n ]\n}}\n', "utf-8")
+    print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,102 @@
+// Merges the parts of a split call: o = sum of w o_part / sum of w, w = exp(lse_part - max).
+//
+// A warp takes a row: its lanes share the parts to find the maximum and the sum, then the columns,
+// four each. A part without keys (lse -inf, or +inf as published calls return it) counts nothing
+// and its o is not read; a row that no part saw gets o 0 and lse +inf. Bound by memory.
+#pragma once
+
+#include "attn/sequence.cuh"
+#include "attn/softmax.cuh"
+#include "common/config.h"
+
+namespace flash::common {
+
+__device__ inline float warp_max(float x) {
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, step));
+  return x;
+}
+
+__device__ inline float warp_sum(float x) {
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2) x += __shfl_xor_sync(0xffffffffu, x, step);
+  return x;
+}
+
+// The log-sum-exp of one row in each part.
+struct PartialLse {
+  const float* ptr;
+  int64_t stride;
+
+  // -inf for a part without keys.
+  __device__ float operator[](int split) const {
+    const float lse = ptr[split * stride];
+    return lse == attn::infinity() ? -lse : lse;
+  }
+};
+
+// Four columns of a row.
+template <class T>
+__device__ inline void store_columns(const CombineParams& params, int64_t at, float4 x) {
+  if (params.o_is_float) {
+    *reinterpret_cast<float4*>(static_cast<float*>(params.o.ptr) + at) = x;
+  } else {
+    *reinterpret_cast<uint2*>(static_cast<uint16_t*>(params.o.ptr) + at) =
+        make_uint2(ptx::pack<T>(x.x, x.y), ptx::pack<T>(x.z, x.w));
+  }
+}
+
+// Grid: rows times hq times b, kCombineRows a CTA.
+template <class T>
+__device__ inline void combine(const CombineParams& params) {
+  const int lane = threadIdx.x % 32;
+  const int64_t task = static_cast<int64_t>(blockIdx.x) * kCombineRows + threadIdx.x / 32;
+  const int row = static_cast<int>(task % params.seqs.sq);
+  const int head = static_cast<int>(task / params.seqs.sq % params.hq);
+  const int64_t index = task / params.seqs.sq / params.hq;
+  if (index >= params.seqs.b) return;
+  const attn::Sequence seq(params.seqs, static_cast<int>(index));
+  if (row >= seq.sq) return;
+
+  const Parts& from = params.lse_partial;
+  const PartialLse lse{from.ptr + index * from.batch + row * from.row + head * from.head,
+                       from.split};
+  float maximum = -attn::infinity();
+  for (int split = lane; split < params.num_splits; split += 32) {
+    maximum = fmaxf(maximum, lse[split]);
+  }
+  maximum = warp_max(maximum);
+  const bool is_empty = maximum == -attn::infinity();
+  const float shift = is_empty ? 0.0f : maximum * attn::kLog2e;
+  float sum = 0.0f;
+  for (int split = lane; split < params.num_splits; split += 32) {
+    sum += ptx::ex2(lse[split] * attn::kLog2e - shift);
+  }
+  sum = warp_sum(sum);
+  const int64_t batch = params.seqs.cu_seqlens_q ? 0 : index;
+  const int64_t at_row = seq.first_q + row;
+  if (lane == 0) {
+    params.lse[batch * params.lse_batch + head * params.lse_head + at_row * params.lse_row] =
+        is_empty ? attn::infinity() : maximum + ptx::lg2(sum) * attn::kLn2;
+  }
+
+  const Parts& parts = params.o_partial;
+  const float* o = parts.ptr + index * parts.batch + row * parts.row + head * parts.head;
+  const int64_t to = batch * params.o.batch + at_row * params.o.row + head * params.o.head;
+  const float factor = is_empty ? 0.0f : 1.0f / sum;
+  for (int col = 4 * lane; col < params.dv; col += 4 * 32) {
+    float4 total = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    for (int split = 0; split < params.num_splits; ++split) {
+      if (lse[split] == -attn::infinity()) continue;
+      const float weight = ptx::ex2(lse[split] * attn::kLog2e - shift) * factor;
+      const float4 x = *reinterpret_cast<const float4*>(o + split * parts.split + col);
+      total.x += weight * x.x;
+      total.y += weight * x.y;
+      total.z += weight * x.z;
+      total.w += weight * x.w;
+    }
+    store_columns<T>(params, to + col, total);
+  }
+}
+
+}  // namespace flash::common

@@ -1,0 +1,53 @@
+"""Machine code read back: a cubin's instructions by nvdisasm, and those of PTX as they stand."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import tempfile
+from collections import Counter
+from functools import cache
+from pathlib import Path
+
+import pytest
+from native_tools import ROOT
+
+from build_tools.paths import env, package_folders
+
+assert ROOT  # native_tools puts the project on the path
+# `/*0a30*/  @!P0 LDG.E.128 R4, [R2.64] ;`: the predicate is no part of the instruction's name.
+_SASS = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", re.MULTILINE)
+_PTX = re.compile(r"^\s*(?:@!?%?\w+\s+)?([a-z][\w.:]*)\s", re.MULTILINE)
+
+
+@cache
+def nvdisasm() -> str:
+    """The disassembler of the Python package, else of a toolkit; none skips the test."""
+    homes = [*package_folders(), Path(env.CUDA_HOME.text() or "/usr/local/cuda")]
+    found = [path for home in homes for path in home.glob("nvidia/*/bin/nvdisasm")]
+    found += [path for home in homes for path in home.glob("bin/nvdisasm")]
+    program = str(found[0]) if found else shutil.which("nvdisasm")
+    if program is None:
+        pytest.skip("nvdisasm is not installed: pip install nvidia-cuda-nvdisasm")
+    return program
+
+
+def sass(cubin: bytes) -> Counter[str]:
+    """How often each instruction, with its modifiers, stands in a cubin."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [nvdisasm(), file.name]
+        child = subprocess.run(command, capture_output=True, text=True, check=True)
+    return Counter(_SASS.findall(child.stdout))
+
+
+def ptx(text: bytes) -> Counter[str]:
+    """The same for PTX, whose last byte is a zero."""
+    return Counter(_PTX.findall(text.rstrip(b"\0").decode()))
+
+
+def count(code: Counter[str], pattern: str) -> int:
+    """How many instructions have a name that a pattern matches from its start."""
+    return sum(number for name, number in code.items() if re.match(pattern, name))

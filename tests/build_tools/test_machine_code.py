@@ -1,0 +1,132 @@
+"""What the compiler makes of the kernels: every forward kernel, and of the others one dtype.
+
+Tensor-core products, copies of 16 bytes, and no local memory, for each architecture of the table.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+import machine_code
+import pytest
+from native_tools import codegen, kernels
+
+from build_tools import compilers, parts
+from build_tools.arch import Arch
+
+# What a kernel of each kind must have: words of SASS, and of PTX.
+PRODUCT = (r"HMMA\.16816\.F32", r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32")
+COPY = (r"LDGSTS\.E\.BYPASS(\.\w+)*\.128$", r"cp\.async\.cg\.shared\.global")
+FRAGMENT = (r"LDSM\.16\.M\w*88\.4$", r"ldmatrix\.sync\.aligned\.m8n8\.x4")
+LOAD = (r"LDG\.E(\.\w+)*\.128", r"ld\.global(\.\w+)*\.v4")
+STORE = (r"STG\.E(\.\w+)*\.128", r"st\.global(\.\w+)*\.v4")
+MUST_HAVE = {
+    "forward": (PRODUCT, COPY, FRAGMENT, STORE),
+    "backward": (PRODUCT, COPY, FRAGMENT, STORE),
+    "delta": (LOAD,),
+    "convert": (STORE,),
+    "append": (LOAD, STORE),
+    "combine": (LOAD,),
+    "s_dmask": (PRODUCT,),
+    "fill": (STORE,),
+}
+ARITHMETIC = r"HMMA|FADD|FFMA|FMUL|MUFU|F2|LDGSTS|LDSM|REDG?\."
+# Copies of other sizes: the backward pass brings 4-byte row statistics too.
+OTHER_COPY = (r"LDGSTS(?!\.E\.BYPASS(\.\w+)*\.128$)", r"cp\.async\.ca\.")
+MAY_COPY_LESS = ("backward",)
+PRODUCT_OF_DTYPE = {
+    "fp16": (PRODUCT[0] + r"$", PRODUCT[1] + r"\.f16\.f16\.f32$"),
+    "bf16": (PRODUCT[0] + r"\.BF16$", PRODUCT[1] + r"\.bf16\.bf16\.f32$"),
+}
+
+# Bytes spilled and reloaded, by kind, head dim and architecture: the most that NVRTC 12.8, 12.9,
+# 13.0 or 13.5 makes. A forward kernel has no place here. A number may only shrink.
+#
+# backward: dK and dV fill the registers, and what is spilled stands outside the products: addresses
+# and masks of a step. Its speed with these spills is what benchmarks/README.md compares with SDPA.
+# delta, append: bound by memory; a few addresses, with some compilers only.
+SPILLS = {
+    ("backward", 64): {"80": 136, "90": 180, "100": 40},
+    ("backward", 128): {"80": 56, "90": 128},
+    ("backward", 192): {"80": 68, "90": 136, "100": 16},
+    ("backward", 256): {"80": 40, "90": 128, "100": 200, "120": 40},
+    ("delta", 0): {"100": 12, "120": 36},
+    ("append", 0): {"100": 32, "120": 8},
+}
+
+IMAGES = [
+    (unit, arch)
+    for unit in codegen.units()
+    if unit.kind == "forward" or unit.dtype == "bf16"
+    for arch in kernels.archs_of(unit, None)
+]
+
+
+@pytest.fixture(scope="module")
+def nvrtc() -> compilers.Nvrtc:
+    try:
+        return compilers.Nvrtc()
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.parametrize(
+    ("unit", "arch"), IMAGES, ids=[f"{unit.symbol}-{arch.flag}" for unit, arch in IMAGES]
+)
+def test_machine_code_is_what_the_kernel_was_written_for(
+    unit: codegen.Unit, arch: Arch, nvrtc: compilers.Nvrtc
+) -> None:
+    if not nvrtc.supports(arch):
+        pytest.skip(f"{nvrtc.identity} does not know {arch.flag}")
+    code, log = nvrtc.compile(unit.source, arch)
+    assert list(faults(unit, arch, code, log)) == []
+
+
+def faults(unit: codegen.Unit, arch: Arch, code: bytes, log: str) -> Iterator[str]:
+    """What is wrong with an image, in words."""
+    found = (machine_code.ptx if arch.is_ptx else machine_code.sass)(code)
+    form = 1 if arch.is_ptx else 0
+    for wanted in MUST_HAVE[unit.kind]:
+        if not machine_code.count(found, wanted[form]):
+            yield f"no {wanted[form]}"
+    products = machine_code.count(found, PRODUCT[form])
+    if products != machine_code.count(found, PRODUCT_OF_DTYPE[unit.dtype][form]):
+        yield "a product has another dtype"
+    if unit.kind not in MAY_COPY_LESS and machine_code.count(found, OTHER_COPY[form]):
+        yield "a copy to shared memory is not of 16 bytes"
+    local = machine_code.count(found, r"LDL|STL|(ld|st)\.local")
+    facts = parts.facts_of_log(log, 0.0, 0, code)
+    allowed = SPILLS.get((unit.kind, unit.head_dim), {}).get(str(arch), 0)
+    spilled = facts.spill_stores + facts.spill_loads
+    if spilled > allowed:
+        yield f"{spilled} bytes are spilled and reloaded; {allowed} are allowed"
+    if not allowed and (local or facts.stack):
+        yield f"{local} instructions use local memory, {facts.stack} bytes of it"
+
+
+def test_no_forward_kernel_may_spill() -> None:
+    assert [kind for kind, _ in SPILLS if kind == "forward"] == []
+
+
+@pytest.mark.parametrize("arch", ["80", "90"])
+@pytest.mark.parametrize("symbol", ["flash_fwd_sm80_d128_bf16", "flash_bwd_sm80_d64_bf16"])
+def test_nvrtc_and_nvcc_make_the_same_arithmetic(
+    symbol: str, arch: str, nvrtc: compilers.Nvrtc
+) -> None:
+    # What rounds and what moves data; two versions may order integers and comparisons another way.
+    try:
+        nvcc = compilers.Nvcc()
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+    if nvcc.version < compilers.OLDEST_NVRTC:
+        pytest.skip(f"{nvcc.identity} is older than any NVRTC that is used")
+    unit = next(unit for unit in codegen.units() if unit.symbol == symbol)
+    by_compiler = [
+        machine_code.sass(compiler.compile(unit.source, Arch.parse(arch))[0])
+        for compiler in (nvrtc, nvcc)
+    ]
+    ours, theirs = (
+        {name: n for name, n in code.items() if re.match(ARITHMETIC, name)} for code in by_compiler
+    )
+    assert ours == theirs
