@@ -1,4 +1,4 @@
-"""The build front: `python -m build_tools kernels | host | shim | all`."""
+"""The build front: `python -m build_tools kernels | host | shim | all | matrix`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Optional
 
-from build_tools import kernels, native
+from build_tools import kernels, matrix_report, native
 from build_tools.ninja import BuildError
 
 
@@ -28,10 +28,13 @@ def parser() -> argparse.ArgumentParser:
     s = commands.add_parser("shim", help="build the shim for a torch")
     for command in (s, a):
         command.add_argument("--python", help="a Python with the torch to build for")
+    matrix_report.add_parser(commands)
     return made
 
 
 def run(options: argparse.Namespace) -> int:
+    if options.command == "matrix":
+        return matrix_report.run(options)
     if options.command in ("host", "all"):
         print(native.host())
     if options.command in ("shim", "all"):

@@ -21,6 +21,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+sys.path.insert(0, str(ROOT))
 BLOCK = re.compile(r"(?<=<!-- table:)([a-z_]+) -->\n.*?(?=<!-- end -->)", re.DOTALL)
 
 
@@ -238,6 +239,13 @@ def build_section(result: dict[str, Any]) -> str:
     return f"{title}\n\n{total}\n\n{table(header, lines)}"
 
 
+def matrix_table(kind: str) -> str:
+    """A table of the wheel matrix."""
+    from build_tools import matrix, matrix_report
+
+    return table(*getattr(matrix_report, kind)(matrix.Matrix()))
+
+
 RENDERERS = {
     "env": env_table,
     "backends": backends_table,
@@ -248,6 +256,9 @@ RENDERERS = {
     "bench": bench_table,
     "gpu": gpu_table,
     "build": build_table,
+    "matrix": lambda: matrix_table("support_table"),
+    "matrix_archs": lambda: matrix_table("archs_table"),
+    "matrix_rules": lambda: matrix_table("rules_table"),
 }
 
 
