@@ -6,7 +6,7 @@ copies either way.
 
 from __future__ import annotations
 
-from typing import Any, Optional
+from typing import Any, NamedTuple, Optional, Union
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from flash_attn import _arguments, _ops
 
 Lengths = tuple[Optional[Tensor], Optional[Tensor], Optional[int], Optional[int]]
 DENSE: Lengths = (None, None, None, None)
+_OPS = torch.ops.flash_attn
 
 
 def packed_lengths(
@@ -36,21 +37,26 @@ def split(packed: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
     return q, k, v
 
 
-def _forward(
-    packed: tuple[Tensor, ...],
-    lengths: Lengths,
-    rule: tuple[float, float, bool],
-    scores: tuple[int, int, float, Optional[Tensor]],
-    return_softmax: bool,
-    block_table: Optional[Tensor],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """out, softmax_lse, S_dmask, rng_state of the dense or the varlen op."""
-    q, k, v = split(packed)
-    if lengths[0] is None:
-        return torch.ops.flash_attn._flash_attn_forward(q, k, v, *rule, *scores, return_softmax)
-    return torch.ops.flash_attn._flash_attn_varlen_forward(
-        q, k, v, *lengths, *rule, *scores, return_softmax, block_table
-    )
+class Call(NamedTuple):
+    """One call but for its tensors q, k, v, in the operators' order."""
+
+    lengths: Lengths
+    rule: tuple[float, float, bool]  # dropout_p, softmax_scale, causal
+    scores: tuple[int, int, float, Optional[Tensor]]  # window, softcap, alibi_slopes
+    return_softmax: bool
+    block_table: Optional[Tensor]
+    deterministic: bool
+    return_attn_probs: bool
+
+    def forward(self, packed: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """out, softmax_lse, S_dmask, rng_state of the dense or the varlen op."""
+        q, k, v = split(packed)
+        lengths, rule, scores, return_softmax, block_table, _, _ = self
+        if lengths[0] is None:
+            return _OPS._flash_attn_forward(q, k, v, *rule, *scores, return_softmax)
+        return _OPS._flash_attn_varlen_forward(
+            q, k, v, *lengths, *rule, *scores, return_softmax, block_table
+        )
 
 
 def distinct(tensors: tuple[Optional[Tensor], ...]) -> tuple[Optional[Tensor], ...]:
@@ -65,52 +71,35 @@ def distinct(tensors: tuple[Optional[Tensor], ...]) -> tuple[Optional[Tensor], .
     )
 
 
-def in_forward_mode() -> bool:
-    """Whether forward-mode differentiation is on. It must meet the autograd function, whose missing
-    rule is an error, rather than the operators, which would silently drop the tangent.
+def _is_differentiated(packed: tuple[Tensor, ...], is_grad_enabled: bool) -> bool:
+    """Whether the autograd rule must see the call.
+
+    Forward mode must meet it too, because its missing rule is an error there, while the operators
+    would silently drop the tangent.
     """
+    if is_grad_enabled:
+        for x in packed:
+            if x.requires_grad:
+                return True
     return forward_ad._current_level >= 0
 
 
 class Attention(torch.autograd.Function):
-    """out, softmax_lse, S_dmask = attention of (qkv), (q, kv) or (q, k, v).
+    """out, or (out, softmax_lse, S_dmask), of (qkv), (q, kv) or (q, k, v).
 
-    Gradients flow through out alone. `b` and `c` are None where a packing has fewer tensors.
+    Gradients flow through out alone. `b` and `c` are None where a packing has fewer tensors. The
+    rest is one argument, because each one costs time in every call.
     """
 
     @staticmethod
     def forward(
-        ctx: Any,
-        a: Tensor,
-        b: Optional[Tensor],
-        c: Optional[Tensor],
-        cu_seqlens_q: Optional[Tensor],
-        cu_seqlens_k: Optional[Tensor],
-        max_seqlen_q: Optional[int],
-        max_seqlen_k: Optional[int],
-        dropout_p: float,
-        softmax_scale: float,
-        causal: bool,
-        window_size_left: int,
-        window_size_right: int,
-        softcap: float,
-        alibi_slopes: Optional[Tensor],
-        return_softmax: bool,
-        block_table: Optional[Tensor],
-        deterministic: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        packed = tuple(x for x in (a, b, c) if x is not None)
-        lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-        rule = (dropout_p, softmax_scale, causal)
-        scores = (window_size_left, window_size_right, softcap, alibi_slopes)
-        out, lse, s_dmask, rng_state = _forward(
-            packed, lengths, rule, scores, return_softmax, block_table
-        )
-        ctx.save_for_backward(
-            a, b, c, out, lse, rng_state, cu_seqlens_q, cu_seqlens_k, alibi_slopes
-        )
-        ctx.max_seqlens, ctx.rule, ctx.window_and_softcap = lengths[2:], rule, scores[:3]
-        ctx.deterministic, ctx.is_paged = deterministic, block_table is not None
+        ctx: Any, a: Tensor, b: Optional[Tensor], c: Optional[Tensor], call: Call
+    ) -> Union[Tensor, tuple[Tensor, Tensor, Tensor]]:
+        out, lse, s_dmask, rng_state = call.forward(_present(a, b, c))
+        ctx.save_for_backward(a, b, c, out, lse, rng_state)
+        ctx.call = call
+        if not call.return_attn_probs:
+            return out
         ctx.mark_non_differentiable(lse, s_dmask)
         ctx.set_materialize_grads(False)
         return out, lse, s_dmask
@@ -118,26 +107,32 @@ class Attention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Optional[Tensor], *ignored: Any) -> tuple[Optional[Tensor], ...]:
-        num_inputs = len(ctx.needs_input_grad)
+        lengths, rule, scores, _, block_table, deterministic, _ = ctx.call
         if dout is None:
-            return (None,) * num_inputs
-        if ctx.is_paged:
+            return None, None, None, None
+        if block_table is not None:
             _arguments.fail(
                 "flash_attn_varlen_func",
                 "attention over pages has no backward; detach q, k and v",
                 "a block_table",
             )
-        a, b, c, out, lse, rng_state, cu_seqlens_q, cu_seqlens_k, slopes = ctx.saved_tensors
-        packed = tuple(x for x in (a, b, c) if x is not None)
+        a, b, c, out, lse, rng_state = ctx.saved_tensors
+        packed = _present(a, b, c)
         grads = tuple(torch.empty_like(x) for x in packed)
         tensors = (dout, *split(packed), out, lse, *split(grads))
-        tail = (*ctx.rule, *ctx.window_and_softcap, slopes, ctx.deterministic, rng_state)
-        if cu_seqlens_q is None:
-            torch.ops.flash_attn._flash_attn_backward(*tensors, *tail)
+        tail = (*rule, *scores, deterministic, rng_state)
+        if lengths[0] is None:
+            _OPS._flash_attn_backward(*tensors, *tail)
         else:
-            lengths = (cu_seqlens_q, cu_seqlens_k, *ctx.max_seqlens)
-            torch.ops.flash_attn._flash_attn_varlen_backward(*tensors, *lengths, *tail)
-        return grads + (None,) * (num_inputs - len(grads))
+            _OPS._flash_attn_varlen_backward(*tensors, *lengths, *tail)
+        return grads + (None,) * (4 - len(grads))
+
+
+def _present(a: Tensor, b: Optional[Tensor], c: Optional[Tensor]) -> tuple[Tensor, ...]:
+    """The tensors that there are."""
+    if b is None:
+        return (a,)
+    return (a, b) if c is None else (a, b, c)
 
 
 def attend(
@@ -152,42 +147,41 @@ def attend(
     `options` are dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes,
     deterministic, return_attn_probs, is_grad_enabled, in the published order.
     """
-    dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes = options[:6]
-    deterministic, return_attn_probs, is_grad_enabled = options[6:]
+    dropout_p, softmax_scale, causal, window_size, softcap, slopes, *more = options
+    deterministic, return_attn_probs, is_grad_enabled = more
     _check_packing(name, packed, is_varlen=lengths[0] is not None)
     if softmax_scale is None:
         softmax_scale = _arguments.default_scale(packed[0])
-    rule = (dropout_p, softmax_scale, causal)
-    scores = (*_arguments.window(name, window_size), softcap, alibi_slopes)
-    return_softmax = return_attn_probs and dropout_p > 0
-    needs_grad = is_grad_enabled and any(x.requires_grad for x in packed)
-    needs_grad = needs_grad or in_forward_mode()
+    left, right = _arguments.window(name, window_size)
+    call = Call(
+        lengths,
+        (dropout_p, softmax_scale, causal),
+        (left, right, softcap, slopes),
+        return_attn_probs and dropout_p > 0,
+        block_table,
+        deterministic,
+        return_attn_probs,
+    )
     try:
-        if needs_grad:
-            inputs = distinct(packed) + (None,) * (3 - len(packed))
-            cu_seqlens = distinct(lengths[:2])
-            result = Attention.apply(
-                *inputs,
-                *cu_seqlens,
-                *lengths[2:],
-                *rule,
-                *scores,
-                return_softmax,
-                block_table,
-                deterministic,
-            )
-        else:
-            result = _forward(packed, lengths, rule, scores, return_softmax, block_table)[:3]
+        if not _is_differentiated(packed, is_grad_enabled):
+            result = call.forward(packed)
+            return result[:3] if return_attn_probs else result[0]
+        inputs = distinct(packed) + (None,) * (3 - len(packed))
+        return Attention.apply(*inputs, call)
     except (RuntimeError, TypeError, ValueError) as error:
         op = _ops.FORWARD if lengths[0] is None else _ops.VARLEN_FORWARD
         raise _arguments.renamed(error, op, name) from error.__cause__
-    return result if return_attn_probs else result[0]
+
+
+_ARGUMENTS = {1: ("qkv",), 2: ("q", "kv"), 3: ("q", "k", "v")}
 
 
 def _check_packing(name: str, packed: tuple[Tensor, ...], is_varlen: bool) -> None:
     """What `split` relies on; the op checks the rest on q, k and v."""
-    arguments = (("qkv",), ("q", "kv"), ("q", "k", "v"))[len(packed) - 1]
-    _arguments.check_tensors(name, **dict(zip(arguments, packed)))
+    arguments = _ARGUMENTS[len(packed)]
+    for argument, x in zip(arguments, packed):
+        if not isinstance(x, Tensor):
+            _arguments.check_tensors(name, **{argument: x})
     if len(packed) < 3:
         _arguments.check_packed(
             name, arguments[-1], packed[-1], 4 - len(packed), 4 if is_varlen else 5
