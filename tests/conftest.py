@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -33,26 +35,43 @@ def _reason_against_every_gpu_test() -> str:
     return ""
 
 
+# GPU backends compute in 16 bits: there, rows in wider dtypes run in these.
+_ON_GPU = {torch.float32: torch.float16, torch.float64: torch.bfloat16}
+
+
+def _is_served(problem: Any) -> bool:
+    """Whether the GPU backends of this release have what a row asks for."""
+    features = frozenset().union(
+        *(row.features for row in _support.BACKENDS if "cuda" in row.device_types)
+    )
+    wanted = {"qv": problem.qv, "fp8": problem.dtype == torch.float8_e4m3fn}
+    is_narrow = problem.value_dim <= _support.MAX_HEAD_DIM
+    return is_narrow and all(name in features for name, is_on in wanted.items() if is_on)
+
+
 def _runs_here(item: pytest.Item) -> bool:
-    """Whether this machine runs the item; a gpu row runs in the dtypes of the GPU backends only."""
+    """Whether this machine runs the item; a row for a GPU is fitted to it."""
     if item.get_closest_marker("gpu") is None:
         return True
     if _reason_against_every_gpu_test():
         return False
     callspec = getattr(item, "callspec", None)
-    problem = callspec.params.get("problem") if callspec else None
-    served = _support.dtypes_of_device("cuda")
-    return problem is None or str(problem.dtype).removeprefix("torch.") in served
+    params = callspec.params if callspec else {}
+    problem = params.get("problem")
+    if problem is None:
+        return True
+    params["problem"] = replace(problem, dtype=_ON_GPU.get(problem.dtype, problem.dtype))
+    return _is_served(problem)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    deselected = [item for item in items if not _runs_here(item)]
-    items[:] = [item for item in items if _runs_here(item)]
-    config.hook.pytest_deselected(items=deselected)
+    runs = [_runs_here(item) for item in items]
+    config.hook.pytest_deselected(items=[x for x, run in zip(items, runs) if not run])
+    items[:] = [x for x, run in zip(items, runs) if run]
 
 
 def pytest_report_header() -> str:
     reason = _reason_against_every_gpu_test()
     if reason:
         return f"gpu tests: deselected ({reason})"
-    return f"gpu tests: rows in {', '.join(_support.dtypes_of_device('cuda'))}"
+    return f"gpu tests: in {', '.join(_support.dtypes_of_device('cuda'))}"
