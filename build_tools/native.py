@@ -27,7 +27,7 @@ SHIM_FLAGS = ("-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden")
 
 @dataclass(frozen=True)
 class Torch:
-    """What a shim needs of an installed torch: headers, libraries, version."""
+    """What a shim needs of a torch: headers, libraries to link with, version."""
 
     version: tuple[int, int]
     include: Path
@@ -62,14 +62,15 @@ def sources(folder: str) -> list[str]:
 
 def host(target: Path = PACKAGE / HOST_LIBRARY, cxx: Optional[str] = None) -> Path:
     """Builds the host library: needs libc, and nothing of CUDA, torch or C++ at run time."""
-    is_windows = target.suffix == ".dll"
     flags = [*HOST_FLAGS, *WARNINGS, "-Icsrc", "-shared", "-Wl,-s"]
-    if is_windows:
+    if target.suffix == ".dll":
         flags += ["-static", "-static-libgcc"]
+        libraries = []
     else:
         flags += ["-fPIC", "-nodefaultlibs", f"-Wl,-soname,{target.name}", "-Wl,-z,defs"]
-    # -lgcc holds helpers of the compiler itself; it is static and hidden.
-    libraries = [] if is_windows else ["-lpthread", "-ldl", "-lc", "-lgcc"]
+        # dlopen has a library of its own before glibc 2.34, so that one is needed wherever this is
+        # built. -lgcc holds helpers of the compiler itself; it is static and hidden.
+        libraries = ["-lpthread", "-Wl,--no-as-needed,-l:libdl.so.2,--as-needed", "-lc", "-lgcc"]
     target.parent.mkdir(parents=True, exist_ok=True)
     run([cxx or compiler(), *flags, *sources("host"), "-o", str(target), *libraries])
     return target
@@ -97,8 +98,10 @@ def find_torch(python: str = sys.executable) -> Torch:
 
 def shim_name(torch: Torch) -> str:
     """File of the shim that serves this torch; `backends/cuda.py` looks for the same names."""
+    if torch.is_stable:
+        return STABLE_SHIM
     major, minor = torch.version
-    return STABLE_SHIM if torch.is_stable else f"_shim_torch{major}_{minor}.so"
+    return f"_shim_torch{major}_{minor}_cxx11abi{'TRUE' if torch.cxx11_abi else 'FALSE'}.so"
 
 
 def shim(
@@ -106,18 +109,26 @@ def shim(
     host_library: Path = PACKAGE / HOST_LIBRARY,
     torch: Optional[Torch] = None,
     cxx: Optional[str] = None,
+    is_portable: bool = False,
 ) -> Path:
     """Builds the shim for a torch, beside the host library that it finds through $ORIGIN.
 
-    The stable ABI passes no C++ types, so libstdc++ is linked in and hidden; with the full ABI both
-    sides must share one (strings of torch 2.4 to 2.6 are freed where they were not made). libgcc_s
+    With the full ABI both sides must share one libstdc++: strings of torch 2.4 to 2.6 are freed
+    where they were not made. The stable ABI passes no C++ types, so there it is linked in and
+    hidden, because the compiler's may be newer than the one that an environment brings. libgcc_s
     stays shared: an exception that crosses two unwinders ends the process.
+
+    Args:
+        is_portable: for wheels, that run on systems older than this one: the libstdc++ linked in
+            asks for the glibc of this machine, the one that torch has loaded for nothing.
     """
     torch = torch or find_torch()
     target = target or PACKAGE / shim_name(torch)
     if not host_library.exists():
         host(host_library)
     flags = [*SHIM_FLAGS, *WARNINGS, *abi_flags(torch), "-Icsrc", *_torch_includes(torch)]
+    # Messages of torch's headers name their file; no path of this machine goes along.
+    flags.append(f"-ffile-prefix-map={torch.include}/=")
     cxx = cxx or compiler()
     objects = BUILD / "shim" / target.stem
     objects.mkdir(parents=True, exist_ok=True)
@@ -129,7 +140,8 @@ def shim(
         cxx, "-shared", *map(str, made.values()), "-o", str(target),
         f"-L{host_library.parent}", f"-l:{host_library.name}", "-Wl,-rpath,$ORIGIN",
         f"-L{torch.lib}", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu",
-        *(["-static-libstdc++"] if torch.is_stable else ["-lc10"]),
+        *([] if torch.is_stable else ["-lc10"]),
+        *(["-static-libstdc++"] if torch.is_stable and not is_portable else []),
         "-Wl,--as-needed", "-Wl,--exclude-libs,ALL", "-Wl,-s",
     ])  # fmt: skip
     return target

@@ -39,7 +39,15 @@ def check_forward(name: str, call: Forward) -> None:
         fail(name, "return_softmax is only supported when p_dropout > 0.0", "p_dropout 0.0")
     _check_fa3(name, call)
     if call.out is not None:
-        _check_shape(name, "out", call.out, (*q.shape[:-1], v.shape[-1]), "(like q, dim of v)")
+        _check_out(name, call.out, q, v)
+
+
+def _check_out(name: str, out: Tensor, q: Tensor, v: Tensor) -> None:
+    dtype = torch.bfloat16 if q.dtype == torch.float8_e4m3fn else q.dtype
+    if out.dtype != dtype:
+        fail(name, f"out must have dtype {dtype}", f"{out.dtype}")
+    _check_shape(name, "out", out, (*q.shape[:-1], v.shape[-1]), "(like q, dim of v)")
+    check_devices(name, q=q, out=out)
 
 
 def check_backward(name: str, call: Backward) -> None:

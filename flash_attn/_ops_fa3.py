@@ -8,7 +8,7 @@ projects that call them by position. Shapes and options: docstrings of `flash_at
 from __future__ import annotations
 
 import math
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 from torch import Tensor
@@ -149,14 +149,12 @@ def _forward(
             "flash_attn_with_kvcache, and write into `out_` through flash_attn_3::fwd",
             ", ".join(given),
         )
-    mask = Mask.of(causal, window_size_left, window_size_right, attention_chunk)
-    scale = _arguments.default_scale(q, qv) if softmax_scale is None else softmax_scale
-    call = Forward(
+    call = _forward_call(
         q,
         k,
         v,
-        Scores(scale, mask, softcap),
-        Sequences(
+        qv,
+        (
             cu_seqlens_q,
             cu_seqlens_k,
             seqused_q,
@@ -167,14 +165,48 @@ def _forward(
             max_seqlen_q,
             max_seqlen_k,
         ),
-        qv=qv,
-        descale=Descale(q_descale, k_descale, v_descale),
-        num_splits=num_splits,
+        (q_descale, k_descale, v_descale),
+        softmax_scale,
+        Mask.of(causal, window_size_left, window_size_right, attention_chunk),
+        softcap,
+        num_splits,
     )
-    check_forward(FORWARD, call)
     check_metadata(FORWARD, scheduler_metadata, q)
-    out, lse, _ = backends.forward(call, FORWARD)
-    return out, lse, *_fakes.no_partials(q)
+    return _run(FORWARD, call)
+
+
+def _forward_call(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    qv: Optional[Tensor],
+    sequences: tuple[Any, ...],
+    descale: tuple[Optional[Tensor], Optional[Tensor], Optional[Tensor]],
+    softmax_scale: Optional[float],
+    mask: Mask,
+    softcap: float,
+    num_splits: int,
+    out: Optional[Tensor] = None,
+) -> Forward:
+    """A call without new keys; `sequences` are the fields of `Sequences` in order."""
+    scale = _arguments.default_scale(q, qv) if softmax_scale is None else softmax_scale
+    return Forward(
+        q,
+        k,
+        v,
+        Scores(scale, mask, softcap),
+        Sequences(*sequences),
+        qv=qv,
+        descale=Descale(*descale),
+        num_splits=num_splits,
+        out=out,
+    )
+
+
+def _run(name: str, call: Forward) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    check_forward(name, call)
+    out, lse, _ = backends.forward(call, name)
+    return out, lse, *_fakes.no_partials(call.q)
 
 
 def _backward(
@@ -255,69 +287,59 @@ def _fwd(
     check_metadata(FWD, scheduler_metadata, q)
     new = (k_new, v_new, cu_seqlens_k_new, rotary_cos, rotary_sin, seqlens_rotary)
     if all(x is None for x in new):
-        result = torch.ops.flash_attn_3._flash_attn_forward(
+        call = _forward_call(
             q,
             k,
             v,
-            None,
-            None,
             q_v,
-            None,
-            cu_seqlens_q,
-            cu_seqlens_k,
-            None,
-            seqused_q,
-            seqused_k,
-            max_seqlen_q,
-            max_seqlen_k,
-            page_table,
-            kv_batch_idx,
-            leftpad_k,
-            None,
-            None,
-            None,
-            q_descale,
-            k_descale,
-            v_descale,
+            (
+                cu_seqlens_q,
+                cu_seqlens_k,
+                seqused_q,
+                seqused_k,
+                leftpad_k,
+                page_table,
+                kv_batch_idx,
+                max_seqlen_q,
+                max_seqlen_k,
+            ),
+            (q_descale, k_descale, v_descale),
             softmax_scale,
-            is_causal,
-            window_size_left,
-            window_size_right,
-            attention_chunk,
+            Mask.of(is_causal, window_size_left, window_size_right, attention_chunk),
             softcap,
-            num_splits=num_splits,
-        )[:2]
-    else:
-        result = with_kvcache(
-            FWD,
-            q,
-            k,
-            v,
-            k=k_new,
-            v=v_new,
-            qv=q_v,
-            rotary_cos=rotary_cos,
-            rotary_sin=rotary_sin,
-            cache_seqlens=seqused_k,
-            cache_batch_idx=kv_batch_idx,
-            cache_leftpad=leftpad_k,
-            block_table=page_table,
-            cu_seqlens_q=cu_seqlens_q,
-            cu_seqlens_k_new=cu_seqlens_k_new,
-            max_seqlen_q=max_seqlen_q,
-            rotary_seqlens=seqlens_rotary,
-            q_descale=q_descale,
-            k_descale=k_descale,
-            v_descale=v_descale,
-            softmax_scale=softmax_scale,
-            causal=is_causal,
-            window_size=(window_size_left, window_size_right),
-            attention_chunk=attention_chunk,
-            softcap=softcap,
-            rotary_interleaved=is_rotary_interleaved,
-            num_splits=num_splits,
+            num_splits,
+            out,
         )
-    first, lse = result
+        return _run(FWD, call)
+    first, lse = with_kvcache(
+        FWD,
+        q,
+        k,
+        v,
+        k=k_new,
+        v=v_new,
+        qv=q_v,
+        rotary_cos=rotary_cos,
+        rotary_sin=rotary_sin,
+        cache_seqlens=seqused_k,
+        cache_batch_idx=kv_batch_idx,
+        cache_leftpad=leftpad_k,
+        block_table=page_table,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k_new=cu_seqlens_k_new,
+        max_seqlen_q=max_seqlen_q,
+        rotary_seqlens=seqlens_rotary,
+        q_descale=q_descale,
+        k_descale=k_descale,
+        v_descale=v_descale,
+        softmax_scale=softmax_scale,
+        causal=is_causal,
+        window_size=(window_size_left, window_size_right),
+        attention_chunk=attention_chunk,
+        softcap=softcap,
+        rotary_interleaved=is_rotary_interleaved,
+        num_splits=num_splits,
+    )
     return first if out is None else out.copy_(first), lse, *_fakes.no_partials(q)
 
 
@@ -455,7 +477,7 @@ _ops.define(_LIBRARY, FORWARD, SCHEMAS[FORWARD], _forward, _fakes.forward_fa3, _
 _ops.define(
     _LIBRARY, BACKWARD, SCHEMAS[BACKWARD], _backward, _fakes.backward_fa3, _flops.backward_fa3
 )
-_ops.define(_LIBRARY, FWD, SCHEMAS[FWD], _fwd)
+_ops.define(_LIBRARY, FWD, SCHEMAS[FWD], _fwd, flops=_flops.forward_fa3)
 _ops.define(_LIBRARY, BWD, SCHEMAS[BWD], _bwd)
 _ops.define(_LIBRARY, COMBINE, SCHEMAS[COMBINE], _fwd_combine)
 _ops.define(_LIBRARY, COMBINE_PARTS, SCHEMAS[COMBINE_PARTS], _combine, _fakes.combine)

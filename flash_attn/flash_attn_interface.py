@@ -290,6 +290,9 @@ def flash_attn_with_kvcache(
             i + rotary_dim / 2 (GPT-NeoX).
         num_splits: parts that the keys are cut into for parallel work; 0 chooses.
 
+    Lengths and indices that point outside the cache are a ValueError on the CPU. A call on a GPU
+    does not wait to read them; its kernels see fewer keys then, and never read or write outside.
+
     Returns:
         out (b, sq, hq, d), or (out, softmax_lse (b, hq, sq)) with `return_softmax_lse`.
     """

@@ -33,6 +33,13 @@ void* find_symbol(void* library, const char* name) { return dlsym(library, name)
 
 static FILE* open_file(const char* path) { return fopen(path, "rb"); }
 
+// By their first version: a linker takes the newest, 2.34, which older systems do not have.
+#if defined(__GLIBC__) && defined(__x86_64__)
+__asm__(".symver dlopen, dlopen@GLIBC_2.2.5\n.symver dlsym, dlsym@GLIBC_2.2.5");
+#elif defined(__GLIBC__) && defined(__aarch64__)
+__asm__(".symver dlopen, dlopen@GLIBC_2.17\n.symver dlsym, dlsym@GLIBC_2.17");
+#endif
+
 #endif
 
 char* read_file(const char* path, size_t* size) {
