@@ -85,7 +85,8 @@ def test_a_graph_replays_forward_backward_and_a_growing_cache() -> None:
         out = flash_attn.flash_attn_func(*leaves, causal=True, deterministic=True)
         decoded = flash_attn.flash_attn_with_kvcache(q, *caches, new, new, cache_seqlens=lens)
         lens.add_(1)
-        return (out, *torch.autograd.grad(out, leaves, tensors.dout), decoded)
+        # Detached: kept graphs of a captured call would tie the leaves to its stream.
+        return (out.detach(), *torch.autograd.grad(out, leaves, tensors.dout), decoded)
 
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):

@@ -220,9 +220,9 @@ int flash_plan_backward(int ordinal, int dtype, BackwardParams* params, FlashWor
   if (on == nullptr || !prepare(FLASH_BACKWARD, wider(params->d, params->dv), dtype, *on, &ready)) {
     return 0;
   }
-  params->heads_per_section = choose_section(*params, *on);
   params->dq_cols = ready.kernel->head_dim;
   params->dq_copies = params->deterministic ? choose_columns(*params, ready.shape, *on) : 1;
+  params->heads_per_section = choose_section(*params, ready.shape, *on);
   const int64_t heads = params->seqs.cu_seqlens_q == nullptr ? int64_t{params->hq} * params->seqs.b
                                                              : int64_t{params->hq};
   params->dq_accum_copy = heads * params->delta_head * params->dq_cols;

@@ -13,9 +13,11 @@ int clamp(int64_t x, int64_t low, int64_t high) {
   return static_cast<int>(clamped < low ? low : clamped);
 }
 
-// How many heads of `bytes` each find room in the half of L2 that other traffic leaves.
-int64_t heads_in_l2(int64_t bytes, const Device& device) {
-  return bytes == 0 ? 1 : device.l2_bytes / 2 / bytes;
+// Heads of a section: at most `most` of `heads`. Sections are of one size, because tiles run long
+// first within a section: the long tiles of a short last one would leave most of the device idle.
+int section(int64_t heads, int64_t most) {
+  if (heads == 0) return 1;
+  return clamp(ceil_div(heads, ceil_div(heads, most < 1 ? 1 : most)), 1, INT32_MAX);
 }
 
 int64_t num_tiles(const ForwardParams& params, const Shape& shape) {
@@ -27,7 +29,7 @@ int64_t num_tiles(const ForwardParams& params, const Shape& shape) {
 Shape shape_of(int kind, int head_dim, int arch) {
   switch (kind) {
     case FLASH_FORWARD: {
-      const sm80::ForwardTile tile = sm80::forward_tile(head_dim);
+      const sm80::ForwardTile tile = sm80::forward_tile(head_dim, arch);
       return {tile.block_m, tile.block_n, tile.threads(), tile.smem_bytes()};
     }
     case FLASH_BACKWARD:
@@ -87,16 +89,26 @@ int limit_splits(int wanted, const ForwardParams& params, const Shape& shape) {
 }
 
 int choose_section(const ForwardParams& params, const Device& device) {
+  const int group = params.hq / params.hk;
   const int64_t bytes = int64_t{2} * params.seqs.sk * (params.d + params.dv);
-  const int64_t heads_k = clamp(heads_in_l2(bytes, device), 1, INT32_MAX);
-  return clamp(heads_k * (params.hq / params.hk), 1, int64_t{params.hq} * params.seqs.b);
+  // Tiles of the same head run side by side, and share K and V anyway, where heads are few.
+  const int64_t few = device.num_sms / 3 / group;
+  // Half of L2: the rest is for other traffic.
+  const int64_t fitting = bytes == 0 ? 1 : device.l2_bytes / 2 / bytes;
+  return section(int64_t{params.hk} * params.seqs.b, fitting > few ? fitting : few) * group;
 }
 
-int choose_section(const BackwardParams& params, const Device& device) {
-  // Q and dO of a group, and its sums for dQ.
-  const int64_t row_bytes = int64_t{2} * (params.d + params.dv) + int64_t{4} * params.d;
-  const int64_t bytes = row_bytes * params.seqs.sq * (params.hq / params.hk);
-  return clamp(heads_in_l2(bytes, device), 1, int64_t{params.hk} * params.seqs.b);
+int choose_section(const BackwardParams& params, const Shape& shape, const Device& device) {
+  // All columns of a head run side by side, so that its queries are read from L2.
+  const int64_t heads = int64_t{params.hk} * params.seqs.b;
+  if (heads == 0 || params.seqs.sk == 0) return 1;
+  const int64_t most = clamp(device.num_sms * heads / num_ctas(params, shape), 1, heads);
+  int64_t best = most;
+  for (int64_t size = most; 2 * size > most; --size) {
+    const auto idle = [&](int64_t x) { return ceil_div(heads, x) * x - heads; };
+    if (idle(size) < idle(best)) best = size;
+  }
+  return static_cast<int>(best);
 }
 
 int choose_columns(const BackwardParams& params, const Shape& shape, const Device& device) {

@@ -28,8 +28,8 @@ int limit_splits(int wanted, const ForwardParams& params, const Shape& shape);
 // Query heads that run together, so that their keys and values stay in L2.
 int choose_section(const ForwardParams& params, const Device& device);
 
-// Key-value heads that run together, so that the queries of their groups stay in L2.
-int choose_section(const BackwardParams& params, const Device& device);
+// Key-value heads that run together: a wave of CTAs, of a size that leaves no short last section.
+int choose_section(const BackwardParams& params, const Shape& shape, const Device& device);
 
 // Columns of CTAs that a deterministic backward call has, each with its own sums for dQ.
 int choose_columns(const BackwardParams& params, const Shape& shape, const Device& device);

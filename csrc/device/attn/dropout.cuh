@@ -1,8 +1,8 @@
 // The dropout stream: the byte of an entry is a pure function of the seed and of the entry's place.
 //
-// Philox4x32-10 (Salmon et al., SC 2011). One call yields the 16 bytes that a lane needs for a tile of
-// 16 rows x 32 columns in accumulator layout; flash_attn/_cpu/philox.py writes the mapping out and
-// docs/numerics.md specifies it.
+// Philox4x32-10 (Salmon et al., SC 2011). One call yields the 16 bytes that a lane needs for a tile
+// of 16 rows x 32 columns in accumulator layout; flash_attn/_cpu/philox.py writes the mapping out
+// and docs/numerics.md specifies it.
 #pragma once
 
 #include "host/flash.h"
@@ -14,7 +14,8 @@ struct Dropout {
   uint32_t threshold;
   uint32_t head;  // sequence * hq + query head
 
-  __device__ Dropout(const Scores& scores, int head) : threshold(scores.keep_threshold), head(head) {
+  __device__ Dropout(const Scores& scores, int head)
+      : threshold(scores.keep_threshold), head(head) {
     const uint64_t seed = static_cast<uint64_t>(scores.rng_state[0]);
     key0 = static_cast<uint32_t>(seed);
     key1 = static_cast<uint32_t>(seed >> 32);

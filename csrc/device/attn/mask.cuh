@@ -12,7 +12,10 @@ struct Mask {
   int left, right, chunk;
 
   __device__ Mask(const Scores& scores, int sq, int sk)
-      : sk(sk), diagonal(sk - sq), left(scores.window_left), right(scores.window_right),
+      : sk(sk),
+        diagonal(sk - sq),
+        left(scores.window_left),
+        right(scores.window_right),
         chunk(scores.attention_chunk) {}
 
   __device__ int chunk_start(int at) const {

@@ -5,24 +5,40 @@
 
 namespace flash::attn {
 
-// Tiles are numbered so that the long ones start first and CTAs that run together share K and V: heads
-// come in sections small enough for L2; within a section all heads of the last rows come first.
+// Tiles are numbered so that the long ones start first and CTAs that run together share K and V:
+// heads come in sections small enough for L2; within a section all heads of the last rows come
+// first.
 struct TileIndex {
-  int block_m, head, sequence, split;
+  int block_m, head, sequence;
 
-  __device__ TileIndex(int index, int num_blocks, int hq, int b, int num_splits, int section) {
-    const int heads = hq * b;
-    const int per_split = num_blocks * heads;
-    split = num_splits > 1 ? index / per_split : 0;
-    index -= split * per_split;
-    const int first = index / (num_blocks * section) * section;
-    const int size = min(section, heads - first);
-    index -= first * num_blocks;
-    block_m = num_blocks - 1 - index / size;
-    const int at = first + index % size;
+  // A division costs a hundred clocks, so the usual call has two.
+  __device__ TileIndex(uint32_t index, uint32_t num_blocks, uint32_t hq, uint32_t b,
+                       uint32_t section) {
+    const uint32_t heads = hq * b;
+    uint32_t first = 0;
+    uint32_t size = heads;
+    if (section < heads) {
+      first = index / (num_blocks * section) * section;
+      size = min(section, heads - first);
+      index -= first * num_blocks;
+    }
+    const uint32_t row = index / size;
+    block_m = num_blocks - 1 - row;
+    const uint32_t at = first + index - row * size;
     sequence = at / hq;
     head = at - sequence * hq;
   }
 };
+
+// The part of a call in `num_splits` parts that this CTA computes: one part stands behind the
+// other.
+__device__ inline int split_index(uint32_t num_splits) {
+  return num_splits > 1 ? blockIdx.x / (gridDim.x / num_splits) : 0;
+}
+
+// The key-value head of a query head.
+__device__ inline int key_head(uint32_t head, uint32_t hq, uint32_t hk) {
+  return hq == hk ? head : head / (hq / hk);
+}
 
 }  // namespace flash::attn

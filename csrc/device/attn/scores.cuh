@@ -34,6 +34,7 @@ __device__ inline float tanh(float x) {
 template <int kM, int kN>
 __device__ inline void transform(tile::Accumulators<kM, kN>& s, const ScoreRule& rule,
                                  const Mask& mask, int row, int col) {
+  const float inverse_cap = 1.0f / rule.softcap;
 #pragma unroll
   for (int m = 0; m < kM; ++m) {
 #pragma unroll
@@ -41,7 +42,7 @@ __device__ inline void transform(tile::Accumulators<kM, kN>& s, const ScoreRule&
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         float x = s.c[m][n][i] * rule.scale;
-        if (rule.softcap > 0.0f) x = rule.softcap * tanh(x / rule.softcap);
+        if (rule.softcap > 0.0f) x = rule.softcap * tanh(x * inverse_cap);
         const int distance = row + 16 * m + 8 * (i / 2) + mask.diagonal - (col + 8 * n + i % 2);
         s.c[m][n][i] = x - rule.slope * abs(distance);
       }
@@ -53,21 +54,76 @@ __device__ inline void transform(tile::Accumulators<kM, kN>& s, const ScoreRule&
 template <int kM, int kN>
 __device__ inline void transform(tile::Accumulators<kM, kN>& s, tile::Accumulators<kM, kN>& ds,
                                  const ScoreRule& rule, const Mask& mask, int row, int col) {
-  const float inverse_cap = 1.0f / rule.softcap;
 #pragma unroll
   for (int m = 0; m < kM; ++m) {
 #pragma unroll
     for (int n = 0; n < kN; ++n) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        float x = s.c[m][n][i] * rule.scale;
-        if (rule.softcap > 0.0f) {
-          const float t = tanh(x * inverse_cap);
-          x = rule.softcap * t;
+      for (int i = 0; i < 4; ++i) s.c[m][n][i] *= rule.scale;
+    }
+  }
+  if (rule.softcap > 0.0f) {
+    // Opaque: taken out of the loop over blocks, the quotient would keep a register.
+    const float inverse_cap = 1.0f / ptx::opaque(rule.softcap);
+#pragma unroll
+    for (int m = 0; m < kM; ++m) {
+#pragma unroll
+      for (int n = 0; n < kN; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const float t = tanh(s.c[m][n][i] * inverse_cap);
+          s.c[m][n][i] = rule.softcap * t;
           ds.c[m][n][i] *= 1.0f - t * t;
         }
-        const int distance = row + 16 * m + 8 * (i / 2) + mask.diagonal - (col + 8 * n + i % 2);
-        s.c[m][n][i] = x - rule.slope * abs(distance);
+      }
+    }
+  }
+  if (rule.slope != 0.0f) {
+#pragma unroll
+    for (int m = 0; m < kM; ++m) {
+#pragma unroll
+      for (int n = 0; n < kN; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int distance = row + 16 * m + 8 * (i / 2) + mask.diagonal - (col + 8 * n + i % 2);
+          s.c[m][n][i] -= rule.slope * abs(distance);
+        }
+      }
+    }
+  }
+}
+
+// Sets entries from the end of what their row sees on to -inf.
+template <int kM, int kN>
+__device__ inline void hide_right(tile::Accumulators<kM, kN>& s, const Mask& mask, int row,
+                                  int col) {
+#pragma unroll
+  for (int m = 0; m < kM; ++m) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int end = mask.highest(ptx::opaque(row) + 16 * m + 8 * h) - col;
+#pragma unroll
+      for (int n = 0; n < kN; ++n) {
+        if (8 * n >= end) s.c[m][n][2 * h] = -infinity();
+        if (8 * n + 1 >= end) s.c[m][n][2 * h + 1] = -infinity();
+      }
+    }
+  }
+}
+
+// Sets entries in front of what their row sees to -inf.
+template <int kM, int kN>
+__device__ inline void hide_left(tile::Accumulators<kM, kN>& s, const Mask& mask, int row,
+                                 int col) {
+#pragma unroll
+  for (int m = 0; m < kM; ++m) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int begin = mask.lowest(ptx::opaque(row) + 16 * m + 8 * h) - col;
+#pragma unroll
+      for (int n = 0; n < kN; ++n) {
+        if (8 * n < begin) s.c[m][n][2 * h] = -infinity();
+        if (8 * n + 1 < begin) s.c[m][n][2 * h + 1] = -infinity();
       }
     }
   }
@@ -76,22 +132,8 @@ __device__ inline void transform(tile::Accumulators<kM, kN>& s, tile::Accumulato
 // Sets entries that are not visible to -inf.
 template <int kM, int kN>
 __device__ inline void hide(tile::Accumulators<kM, kN>& s, const Mask& mask, int row, int col) {
-#pragma unroll
-  for (int m = 0; m < kM; ++m) {
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const int lowest = mask.lowest(row + 16 * m + 8 * h);
-      const int highest = mask.highest(row + 16 * m + 8 * h);
-#pragma unroll
-      for (int n = 0; n < kN; ++n) {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const int key = col + 8 * n + i;
-          if (key < lowest || key >= highest) s.c[m][n][2 * h + i] = -infinity();
-        }
-      }
-    }
-  }
+  hide_right(s, mask, row, col);
+  hide_left(s, mask, row, col);
 }
 
 }  // namespace flash::attn

@@ -9,10 +9,23 @@ __device__ inline uint32_t smem_address(const void* ptr) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(ptr));
 }
 
-// x, as a value that the compiler knows nothing of: what is computed from it stays where it stands,
-// in front of no loop, and takes no register there.
+// x, as a value that the compiler knows nothing of but that it is not negative: what is computed
+// from it stays where it stands, in front of no loop, and takes no register there.
 __device__ inline int opaque(int x) {
   asm volatile("" : "+r"(x));
+  __builtin_assume(x >= 0);
+  return x;
+}
+
+// The same for a float.
+__device__ inline float opaque(float x) {
+  asm volatile("" : "+f"(x));
+  return x;
+}
+
+// The same for a pointer: offsets from it stay constants of the instructions that use it.
+__device__ inline const uint16_t* opaque(const uint16_t* x) {
+  asm volatile("" : "+l"(x));
   return x;
 }
 
@@ -22,6 +35,15 @@ __device__ inline void cp_async_16(uint32_t smem, const void* gmem, bool valid) 
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(smem), "l"(gmem),
                "r"(bytes)
                : "memory");
+}
+
+// Copies 16 bytes if `is_due`.
+__device__ inline void cp_async_16_if(bool is_due, uint32_t smem, const void* gmem) {
+  asm volatile(
+      "{.reg .pred due; setp.ne.s32 due, %2, 0;"
+      " @due cp.async.cg.shared.global.L2::128B [%0], [%1], 16;}" ::"r"(smem),
+      "l"(gmem), "r"(static_cast<int>(is_due))
+      : "memory");
 }
 
 // Copies 4 bytes, or writes zeros where `valid` is false.
@@ -70,6 +92,18 @@ __device__ inline uint4 ld_shared_128(uint32_t smem) {
                : "r"(smem)
                : "memory");
   return x;
+}
+
+__device__ inline void st_shared_128(uint32_t smem, uint4 x) {
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(smem), "r"(x.x), "r"(x.y), "r"(x.z),
+               "r"(x.w)
+               : "memory");
+}
+
+__device__ inline void st_global_128(void* gmem, uint4 x) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(gmem), "r"(x.x), "r"(x.y), "r"(x.z),
+               "r"(x.w)
+               : "memory");
 }
 
 // Adds to memory without a reply.

@@ -32,12 +32,6 @@
 
 namespace flash::sm80 {
 
-#ifdef __CUDA_ARCH__
-constexpr int kArch = __CUDA_ARCH__ / 10;
-#else
-constexpr int kArch = 80;
-#endif
-
 template <class T_, int kHeadDim_>
 struct BackwardConfig {
   using T = T_;
@@ -373,8 +367,7 @@ __device__ inline void backward(const BackwardParams& params) {
   const Buffers<Cfg> smem{ptx::smem_address(storage)};
   const int num_blocks = (params.seqs.sk + Cfg::kBlockN - 1) / Cfg::kBlockN;
   const int columns = params.deterministic ? params.dq_copies : num_blocks;
-  const attn::TileIndex at(blockIdx.x, columns, params.hk, params.seqs.b, 1,
-                           params.heads_per_section);
+  const attn::TileIndex at(blockIdx.x, columns, params.hk, params.seqs.b, params.heads_per_section);
   // The first keys are seen by most queries under a causal mask: their blocks start first.
   const int column = columns - 1 - at.block_m;
   const attn::Sequence seq(params.seqs, at.sequence);

@@ -1,27 +1,56 @@
-// Tile sizes of the sm80 family: the one place that knows them, read by the kernels and by the host.
+// Tile sizes of the sm80 family: the one place that knows them, read by the kernels and by the
+// host.
 #pragma once
 
 namespace flash::sm80 {
+
+#ifdef __CUDA_ARCH__
+constexpr int kArch = __CUDA_ARCH__ / 10;
+#else
+constexpr int kArch = 80;
+#endif
+
+// Shared memory of an SM of compute capability `cc` (80 for 8.0); a CTA costs 1 KB beyond its own.
+constexpr int smem_of_sm(int cc) {
+  if (cc == 80 || cc == 87) return 164 * 1024;
+  return cc < 90 || cc >= 120 ? 100 * 1024 : 228 * 1024;
+}
 
 struct ForwardTile {
   int head_dim;
   int block_m;
   int block_n;
   int warps;
+  int stages;  // buffers of K and V: 1 or 2
+  int held;    // steps of 16 columns of Q that stay in registers
+  int ctas;    // an SM
 
   constexpr int threads() const { return warps * 32; }
   constexpr int rows_per_warp() const { return block_m / warps; }
-  // Q, K and V, each one buffer; O leaves through Q's.
-  constexpr int smem_bytes() const { return (block_m + 2 * block_n) * head_dim * 2; }
+  // Q; K and V in stages. O leaves through Q's.
+  constexpr int smem_bytes() const { return (block_m + 2 * stages * block_n) * head_dim * 2; }
 };
 
+// For each head dim the preferred tile first: the first that fits is used.
 constexpr ForwardTile kForwardTiles[] = {
-    {64, 128, 128, 4}, {96, 128, 64, 4}, {128, 128, 64, 4}, {192, 128, 64, 8}, {256, 128, 64, 8},
+    {64, 128, 128, 4, 2, 0, 2},  //
+    {64, 128, 64, 4, 2, 0, 2},   //
+    {96, 128, 64, 4, 2, 0, 2},   //
+    {96, 128, 64, 4, 1, 0, 2},   //
+    {128, 128, 64, 4, 2, 0, 2},  //
+    {128, 128, 64, 4, 1, 0, 2},  //
+    {128, 128, 32, 4, 1, 0, 2},  //
+    {192, 64, 64, 4, 1, 12, 2},  //
+    {192, 64, 32, 4, 1, 12, 2},  //
+    {256, 64, 64, 4, 1, 10, 2},  //
+    {256, 64, 32, 4, 1, 8, 2},   //
+    {256, 64, 32, 4, 1, 8, 1},   //
 };
 
-constexpr ForwardTile forward_tile(int head_dim) {
+constexpr ForwardTile forward_tile(int head_dim, int cc) {
   for (const ForwardTile& tile : kForwardTiles) {
-    if (tile.head_dim == head_dim) return tile;
+    const int smem = tile.ctas * (tile.smem_bytes() + 1024);
+    if (tile.head_dim == head_dim && smem <= smem_of_sm(cc)) return tile;
   }
   return {};
 }
@@ -59,12 +88,6 @@ constexpr BackwardTile kBackwardTiles[] = {
     {256, 64, 64, 8, 2, 2, 2, 1, 1},   //
     {256, 32, 32, 4, 2, 1, 2, 1, 1},
 };
-
-// Shared memory of an SM of compute capability `cc` (80 for 8.0); a CTA costs 1 KB beyond its own.
-constexpr int smem_of_sm(int cc) {
-  if (cc == 80 || cc == 87) return 164 * 1024;
-  return cc < 90 || cc >= 120 ? 100 * 1024 : 228 * 1024;
-}
 
 constexpr BackwardTile backward_tile(int head_dim, int cc) {
   for (const BackwardTile& tile : kBackwardTiles) {

@@ -4,7 +4,7 @@
 // on the way, so no tile is ever stored twice.
 #pragma once
 
-#include "tile/gemm.cuh"
+#include "tile/accumulators.cuh"
 
 namespace flash::tile {
 
@@ -41,10 +41,45 @@ struct ColumnsOfB {
   }
 };
 
-// acc += A B^T: A rows [row, + 16 kM), B rows [col, + 8 kN).
-template <class T, class TileA, class TileB, int kM, int kN>
+// A operands of the first kHeld steps of k, which stay in registers from product to product.
+template <int kM, int kHeld>
+struct HeldA {
+  uint32_t a[kHeld][kM][4];
+
+  template <class Tile>
+  __device__ void load(uint32_t smem, int row, int lane) {
+    const uint32_t at = smem + Tile::offset(row + lane % 16, lane / 16);
+#pragma unroll
+    for (int k = 0; k < kHeld; ++k) {
+#pragma unroll
+      for (int m = 0; m < kM; ++m) ptx::ldmatrix_x4(a[k][m], walk<Tile>(at, 16 * m, 2 * k));
+    }
+  }
+
+  __device__ void get(uint32_t (&to)[4], int k, int m) const {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) to[i] = a[k][m][i];
+  }
+};
+
+template <int kM>
+struct HeldA<kM, 0> {
+  template <class Tile>
+  __device__ void load(uint32_t, int, int) {}
+  __device__ void get(uint32_t (&)[4], int, int) const {}
+};
+
+struct DoNothing {
+  __device__ void operator()() const {}
+};
+
+// acc += A B^T: A rows [row, + 16 kM), B rows [col, + 8 kN). `behind_first` is called behind the
+// first step of k: loads that start there do not keep the first fragments waiting.
+template <class T, class TileA, class TileB, int kM, int kN, int kHeld = 0,
+          class Action = DoNothing>
 __device__ inline void multiply_abt(Accumulators<kM, kN>& acc, uint32_t a_smem, uint32_t b_smem,
-                                    int row, int col, int lane) {
+                                    int row, int col, int lane, const HeldA<kM, kHeld>& held = {},
+                                    const Action& behind_first = {}) {
   static_assert(TileA::kCols == TileB::kCols, "shapes must agree");
   const uint32_t a_lane = a_smem + TileA::offset(row + lane % 16, lane / 16);
   const uint32_t b_lane = b_smem + TileB::offset(col + lane % 8 + lane / 16 * 8, lane / 8 % 2);
@@ -52,7 +87,13 @@ __device__ inline void multiply_abt(Accumulators<kM, kN>& acc, uint32_t a_smem, 
   for (int k = 0; k < TileA::kCols / 16; ++k) {
     uint32_t a[kM][4];
 #pragma unroll
-    for (int m = 0; m < kM; ++m) ptx::ldmatrix_x4(a[m], walk<TileA>(a_lane, 16 * m, 2 * k));
+    for (int m = 0; m < kM; ++m) {
+      if (k < kHeld) {
+        held.get(a[m], k, m);
+      } else {
+        ptx::ldmatrix_x4(a[m], walk<TileA>(a_lane, 16 * m, 2 * k));
+      }
+    }
 #pragma unroll
     for (int n = 0; n < kN; n += 2) {
       uint32_t b[4];
@@ -63,6 +104,7 @@ __device__ inline void multiply_abt(Accumulators<kM, kN>& acc, uint32_t a_smem, 
         ptx::mma_m16n8k16<T>(acc.c[m][n + 1], a[m], b[2], b[3]);
       }
     }
+    if (k == 0) behind_first();
   }
 }
 
@@ -78,6 +120,36 @@ __device__ inline void multiply_ab(Accumulators<kM, kN>& acc, uint32_t a_smem, u
     uint32_t a[kM][4];
 #pragma unroll
     for (int m = 0; m < kM; ++m) ptx::ldmatrix_x4(a[m], walk<TileA>(a_lane, 16 * m, 2 * k));
+#pragma unroll
+    for (int n = 0; n < kN; n += 2) {
+      uint32_t b[4];
+      columns.load(b, k, n);
+#pragma unroll
+      for (int m = 0; m < kM; ++m) {
+        ptx::mma_m16n8k16<T>(acc.c[m][n], a[m], b[0], b[1]);
+        ptx::mma_m16n8k16<T>(acc.c[m][n + 1], a[m], b[2], b[3]);
+      }
+    }
+  }
+}
+
+// acc += P B: P, accumulators rounded, are the A operands; B has kN x 8 columns.
+template <class T, class TileB, int kM, int kP, int kN>
+__device__ inline void multiply_pb(Accumulators<kM, kN>& acc, const Accumulators<kM, kP>& p,
+                                   uint32_t b_smem, int lane) {
+  static_assert(TileB::kCols == kN * 8 && TileB::kRows == kP * 8, "shapes must agree");
+  const ColumnsOfB<TileB, kN> columns(b_smem, 0, lane);
+#pragma unroll
+  for (int k = 0; k < kP / 2; ++k) {
+    uint32_t a[kM][4];
+#pragma unroll
+    for (int m = 0; m < kM; ++m) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float(&from)[4] = p.c[m][2 * k + i / 2];
+        a[m][i] = ptx::pack<T>(from[i % 2 * 2], from[i % 2 * 2 + 1]);
+      }
+    }
 #pragma unroll
     for (int n = 0; n < kN; n += 2) {
       uint32_t b[4];

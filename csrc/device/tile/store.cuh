@@ -2,7 +2,7 @@
 // to floats in global memory, in an order of our own.
 #pragma once
 
-#include "tile/gemm.cuh"
+#include "tile/accumulators.cuh"
 
 namespace flash::tile {
 
@@ -34,9 +34,33 @@ __device__ inline void copy_out(uint16_t* to, int64_t row_stride, uint32_t smem,
     const int row = at / kChunks;
     const int chunk = at % kChunks;
     if (row < num_rows && chunk * kChunk < num_cols) {
-      *reinterpret_cast<uint4*>(to + row * row_stride + chunk * kChunk) =
-          ptx::ld_shared_128(smem + Tile::offset(row, chunk));
+      ptx::st_global_128(to + row * row_stride + chunk * kChunk,
+                         ptx::ld_shared_128(smem + Tile::offset(row, chunk)));
     }
+  }
+}
+
+// The same by one warp alone: rows [row, + kRows) of a tile to `to`, of which `num_rows` are
+// wanted.
+template <class Tile, int kRows>
+__device__ inline void copy_out_rows(uint16_t* to, int64_t row_stride, uint32_t smem, int row,
+                                     int num_rows, int num_cols, int lane) {
+  constexpr int kRowsPerPass = 32 / Tile::kPanelChunks;
+  const int first = lane / Tile::kPanelChunks;
+  const int chunk = lane % Tile::kPanelChunks;
+  to += first * row_stride + chunk * kChunk;
+#pragma unroll
+  for (int pass = 0; pass < kRows / kRowsPerPass; ++pass) {
+#pragma unroll
+    for (int panel = 0; panel < Tile::kCols / Tile::kPanel; ++panel) {
+      if (first + pass * kRowsPerPass < num_rows &&
+          chunk * kChunk + panel * Tile::kPanel < num_cols) {
+        const uint32_t from = smem + Tile::offset(row + first + pass * kRowsPerPass, chunk);
+        ptx::st_global_128(to + panel * Tile::kPanel,
+                           ptx::ld_shared_128(from + panel * Tile::kPanelBytes));
+      }
+    }
+    to += kRowsPerPass * row_stride;
   }
 }
 
