@@ -1,4 +1,8 @@
-"""The build front: `python -m build_tools kernels | host | shim | all | matrix`."""
+"""The build front: `python -m build_tools COMMAND`.
+
+`kernels`, `host`, `shim` and `all` build in place, for this machine; `matrix`, `part`, `build`,
+`slim`, `audit`, `mirror`, `verify` and `serve` are about wheels.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Optional
 
-from build_tools import kernels, matrix_report, native
+from build_tools import assemble, audit, kernels, matrix_report, mirror, native, serve, slim
 from build_tools.ninja import BuildError
 
 
@@ -29,12 +33,30 @@ def parser() -> argparse.ArgumentParser:
     for command in (s, a):
         command.add_argument("--python", help="a Python with the torch to build for")
     matrix_report.add_parser(commands)
+    assemble.add_parsers(commands)
+    slim.add_parser(commands)
+    audit.add_parser(commands)
+    mirror.add_parsers(commands)
+    serve.add_parser(commands)
     return made
 
 
+# What takes the options of a command and returns the exit status.
+OF_WHEELS = {
+    "matrix": matrix_report.run,
+    "part": assemble.run_part,
+    "build": assemble.run_build,
+    "slim": slim.run,
+    "audit": audit.run,
+    "mirror": mirror.run,
+    "verify": mirror.run_verify,
+    "serve": serve.run,
+}
+
+
 def run(options: argparse.Namespace) -> int:
-    if options.command == "matrix":
-        return matrix_report.run(options)
+    if options.command in OF_WHEELS:
+        return OF_WHEELS[options.command](options)
     if options.command in ("host", "all"):
         print(native.host())
     if options.command in ("shim", "all"):

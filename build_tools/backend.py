@@ -1,25 +1,28 @@
-"""The PEP 517 backend: setuptools, which also asks for a compiler where kernels are built.
+"""The PEP 517 backend: a finished wheel of a mirror, or setuptools with a compiler for the kernels.
 
 An isolated build sees only what it asks for here. Nothing here imports torch, and where no kernels
-are built it asks for nothing.
+are built it asks for nothing. What goes wrong before setuptools runs ends in one message.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Optional
 
 from setuptools import build_meta
 from setuptools.build_meta import (
-    build_editable,
     build_sdist,
-    build_wheel,
     get_requires_for_build_sdist,
     prepare_metadata_for_build_editable,
     prepare_metadata_for_build_wheel,
 )
+from setuptools.errors import OptionError
 
-from build_tools import compilers, install, ninja
-from build_tools.paths import package_folders
+from build_tools import compilers, install, ninja, prebuilt
+from build_tools.messages import announce, log
+from build_tools.paths import env, package_folders
 
 __all__ = [
     "build_editable",
@@ -32,15 +35,74 @@ __all__ = [
     "prepare_metadata_for_build_wheel",
 ]
 
+# `pip install -C no-cuda-extensions=true`, as FLASH_ATTENTION_SKIP_CUDA_BUILD=TRUE.
+SETTING = "no-cuda-extensions"
+WITH = (
+    f"{env.FLASH_ATTN_CUDA_ARCHS.name} compiles kernels, {env.FLASH_ATTN_WHEEL_MIRROR.name} names "
+    "finished wheels."
+)
 Settings = Optional[dict[str, Any]]
 
 
 def get_requires_for_build_wheel(config_settings: Settings = None) -> list[str]:
-    return [*build_meta.get_requires_for_build_wheel(config_settings), *for_kernels()]
+    with telling():
+        heed(config_settings)
+        wanted = [] if prebuilt.offers(install.builds_kernels()) else for_kernels()
+    return [*build_meta.get_requires_for_build_wheel(config_settings), *wanted]
 
 
 def get_requires_for_build_editable(config_settings: Settings = None) -> list[str]:
-    return [*build_meta.get_requires_for_build_editable(config_settings), *for_kernels()]
+    with telling():
+        heed(config_settings)
+        if prebuilt.mode() == prebuilt.PREBUILT:
+            raise ValueError("an editable install runs its own sources; no wheel can stand in")
+        wanted = for_kernels()
+    return [*build_meta.get_requires_for_build_editable(config_settings), *wanted]
+
+
+def build_wheel(
+    wheel_directory: str,
+    config_settings: Settings = None,
+    metadata_directory: Optional[str] = None,
+) -> str:
+    with telling():
+        heed(config_settings)
+        name = prebuilt.obtain(Path(wheel_directory), install.builds_kernels())
+        if name is not None:
+            return name
+        is_asked = env.FLASH_ATTENTION_SKIP_CUDA_BUILD.is_true()
+        if not is_asked and not install.builds_kernels():
+            announce(f"installing the package without kernels, which runs on CPU tensors. {WITH}")
+        return build_meta.build_wheel(wheel_directory, config_settings, metadata_directory)
+
+
+def build_editable(
+    wheel_directory: str,
+    config_settings: Settings = None,
+    metadata_directory: Optional[str] = None,
+) -> str:
+    with telling():
+        heed(config_settings)
+        return build_meta.build_editable(wheel_directory, config_settings, metadata_directory)
+
+
+def heed(config_settings: Settings) -> None:
+    """Switches kernels off if a setting asks for that."""
+    for name, value in (config_settings or {}).items():
+        if name.lstrip("-") != SETTING:
+            continue
+        if str(value).lower() not in ("", "true", "1", "yes"):
+            raise ValueError(f"the setting {name} is {value!r}; it must be true, or be left out")
+        env.FLASH_ATTENTION_SKIP_CUDA_BUILD.set("TRUE")
+
+
+@contextmanager
+def telling() -> Iterator[None]:
+    """Ends the process with a message in place of a traceback, which would hide it."""
+    try:
+        yield
+    except (ninja.BuildError, OptionError, ValueError, OSError) as error:
+        raise SystemExit(f"error: {error}") from None
 
 
 def for_kernels() -> list[str]:
@@ -56,7 +118,10 @@ def for_kernels() -> list[str]:
         compilers.find_nvrtc()
     except FileNotFoundError:
         wanted.append(f"nvidia-cuda-nvrtc-cu12>={'.'.join(map(str, compilers.OLDEST_NVRTC))}")
-    # The newest there is, as the package itself will bring.
     if not any((folder / "torch" / "version.py").exists() for folder in package_folders()):
-        wanted.append("torch>=2.4")
+        torch = prebuilt.torch_here()
+        # Without one to match, the newest there is, as the package itself will bring.
+        wanted.append("torch=={}.{}.*".format(*torch.minor) if torch else "torch>=2.4")
+    if wanted:
+        log(f"kernels will be compiled, which needs {', '.join(wanted)}")
     return wanted

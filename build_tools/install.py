@@ -1,28 +1,48 @@
 """What `pip install .` makes: the package alone, or with the kernels compiled for this machine.
 
 `builds_kernels` decides, from the environment and from the GPUs here. The commands below then put
-the kernels, the host library and the shim into the wheel and mark it for this platform.
+the kernels, the host library and the shim into the wheel and mark it for this platform. Where a
+finished wheel is taken instead, by prebuilt.py, none of this runs.
 """
 
 from __future__ import annotations
 
+import re
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import ClassVar, Optional
+from typing import Any, ClassVar, Optional
 
 from setuptools import Command, Distribution
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build import build
 from setuptools.errors import ExecError, OptionError
 
-from build_tools import arch, kernels, native
+from build_tools import arch, kernels, native, prebuilt
+from build_tools.messages import announce
 from build_tools.ninja import BuildError, find_ninja
 from build_tools.paths import BUILD, KERNELS, PACKAGE, env
 
 STAGE = BUILD / "stage"
 WITHOUT = f"{env.FLASH_ATTENTION_SKIP_CUDA_BUILD.name}=TRUE installs the package without kernels."
+
+AGAIN = (
+    "After a change of torch install again, with `--no-cache-dir` (pip) or "
+    "`--refresh-package flash-attn` (uv)."
+)
+
+
+@contextmanager
+def telling() -> Iterator[None]:
+    """Turns what goes wrong in compiling into an error that setuptools shows in one message."""
+    try:
+        yield
+    except (BuildError, OSError, ValueError) as error:
+        raise ExecError(f"the CUDA kernels cannot be built: {error}\nhint: {WITHOUT}") from None
 
 
 @cache
@@ -31,15 +51,16 @@ def builds_kernels() -> bool:
     skip, force = env.FLASH_ATTENTION_SKIP_CUDA_BUILD, env.FLASH_ATTENTION_FORCE_BUILD
     try:
         is_skipped, is_forced = skip.is_true(), force.is_true()
+        mode = prebuilt.mode()
     except ValueError as error:
         raise OptionError(str(error)) from None
     if is_skipped and is_forced:
         raise OptionError(f"{skip.name} and {force.name} are both TRUE; one of them can be")
-    if is_skipped:
+    if is_skipped or mode == prebuilt.PREBUILT:
         return False
-    is_asked = is_forced or env.FLASH_ATTN_CUDA_ARCHS.text() is not None
+    is_asked = is_forced or mode == prebuilt.SOURCE or env.FLASH_ATTN_CUDA_ARCHS.text() is not None
     if not sys.platform.startswith("linux"):
-        if is_asked:
+        if is_asked and not prebuilt.is_sought():
             raise OptionError(f"CUDA kernels are built on Linux only. {WITHOUT}")
         return False
     return is_asked or any(kernels.is_served(gpu) for gpu in arch.local_gpus())
@@ -48,7 +69,9 @@ def builds_kernels() -> bool:
 @cache
 def torch_here() -> native.Torch:
     """The torch that the shim is built for."""
-    return native.find_torch()
+    found = native.find_torch()
+    is_forced = env.FLASH_ATTENTION_FORCE_CXX11_ABI.is_true()
+    return replace(found, cxx11_abi=True) if is_forced else found
 
 
 def make(folder: Path) -> None:
@@ -76,6 +99,18 @@ class BinaryDistribution(Distribution):
     def has_ext_modules(self) -> bool:
         return builds_kernels()
 
+    def parse_config_files(self, *arguments: Any, **options: Any) -> None:
+        super().parse_config_files(*arguments, **options)
+        local = env.FLASH_ATTN_LOCAL_VERSION.text()
+        if local is None:
+            return
+        if not re.fullmatch(r"[A-Za-z0-9]+(?:[-_.][A-Za-z0-9]+)*", local):
+            raise SystemExit(  # setuptools shows a traceback of any other error here
+                f"error: {env.FLASH_ATTN_LOCAL_VERSION.name} is set to {local!r}; it must be "
+                "letters and digits, with dots between"
+            )
+        self.metadata.version = f"{self.metadata.version}+{local}"
+
 
 class BuildNative(Command):
     """Compiles; for an editable install the results go beside the sources."""
@@ -93,10 +128,14 @@ class BuildNative(Command):
         self.set_undefined_options("build", ("build_lib", "build_lib"))
 
     def run(self) -> None:
-        try:
+        asked = env.FLASH_ATTN_CUDA_ARCHS.text()
+        gpus = ", ".join(map(str, arch.local_gpus()))
+        announce(f"compiling CUDA kernels for {asked or gpus or 'every architecture'}. {WITHOUT}")
+        with telling():
             make(STAGE)
-        except (BuildError, OSError, ValueError) as error:
-            raise ExecError(f"the CUDA kernels cannot be built: {error}\nhint: {WITHOUT}") from None
+            if not torch_here().is_stable:
+                version = "{}.{}".format(*torch_here().version)
+                announce(f"what was compiled serves torch {version} alone. {AGAIN}")
         place(STAGE, PACKAGE if self.editable_mode else Path(self.build_lib or "", PACKAGE.name))
 
     def get_source_files(self) -> list[str]:
@@ -130,6 +169,8 @@ class BdistWheel(bdist_wheel):
         return "py3", "none", super().get_tag()[2]
 
     def run(self) -> None:
-        if builds_kernels() and not torch_here().is_stable:
-            self.build_number = "0torch{}.{}".format(*torch_here().version)
+        if builds_kernels():
+            with telling():
+                if not torch_here().is_stable:
+                    self.build_number = "0torch{}.{}".format(*torch_here().version)
         super().run()

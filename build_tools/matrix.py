@@ -151,19 +151,24 @@ class Matrix:
             parts += shims(facts, torch, platform)
         return Wheel(facts.index, plain_name(platform), tuple(dict.fromkeys(parts)))
 
-    def wheels(self, only: Iterable[str] = ()) -> tuple[Wheel, ...]:
-        """Every wheel, or those that one of the patterns fits; each file stands once."""
+    @cached_property
+    def by_path(self) -> dict[str, Wheel]:
+        """Every wheel, once."""
         made = [self.universal(platform) for platform in self.facts.platform.values()]
         for cell in self.cells:
             made += cell.wheels()
+        return {wheel.path: wheel for wheel in made}
+
+    def wheels(self, only: Iterable[str] = ()) -> tuple[Wheel, ...]:
+        """Every wheel, or those that one of the patterns fits."""
         patterns = tuple(only)
-        chosen = {wheel.path: wheel for wheel in made if fits(wheel, patterns)}
+        chosen = [wheel for wheel in self.by_path.values() if fits(wheel, patterns)]
         if not chosen:
             raise MatrixError(
                 f"no wheel fits {' or '.join(patterns)}; `matrix --format names` lists all, "
                 "`matrix --explain --only ...` says why one is missing"
             )
-        return tuple(chosen.values())
+        return tuple(chosen)
 
 
 def fits(wheel: Wheel, patterns: tuple[str, ...]) -> bool:

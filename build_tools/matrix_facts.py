@@ -78,6 +78,7 @@ class Facts:
 
     index: str
     kernels_on: Platform
+    headers_from: Platform
     pythons: tuple[str, ...]
     cxx11abi: tuple[str, ...]
     cuda: Mapping[str, Cuda]
@@ -119,6 +120,7 @@ def load(file: Path = FILE) -> Facts:
     facts = Facts(
         index=top.text("index"),
         kernels_on=platform[top.text("kernels_on", known=platform)],
+        headers_from=platform[top.text("headers_from", known=platform)],
         pythons=pythons,
         cxx11abi=cxx11abi,
         cuda=cuda,

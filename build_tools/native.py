@@ -15,7 +15,8 @@ from build_tools.ninja import BuildError
 from build_tools.paths import BUILD, CSRC, PACKAGE, ROOT, env
 
 HOST_LIBRARY = "libflash_attn_host.so"
-STABLE_SHIM = "_shim_stable.so"
+# One shim serves every torch from this one on.
+STABLE_SHIM, STABLE_SINCE = "_shim_stable.so", (2, 10)
 WARNINGS = ("-Wall", "-Wextra", "-Werror")
 # No C++ runtime: an exception, RTTI or a guarded static would pull it in.
 HOST_FLAGS = (
@@ -37,7 +38,7 @@ class Torch:
     @property
     def is_stable(self) -> bool:
         """Whether the one shim of the stable ABI serves it."""
-        return self.version >= (2, 10)
+        return self.version >= STABLE_SINCE
 
 
 def compiler() -> str:
@@ -97,11 +98,15 @@ def find_torch(python: str = sys.executable) -> Torch:
 
 
 def shim_name(torch: Torch) -> str:
-    """File of the shim that serves this torch; `backends/cuda.py` looks for the same names."""
-    if torch.is_stable:
+    """File of the shim that serves this torch."""
+    return shim_file(torch.version, torch.cxx11_abi)
+
+
+def shim_file(version: tuple[int, ...], cxx11_abi: bool) -> str:
+    """File of the shim for a version of torch; `backends/cuda.py` looks for the same names."""
+    if version >= STABLE_SINCE:
         return STABLE_SHIM
-    major, minor = torch.version
-    return f"_shim_torch{major}_{minor}_cxx11abi{'TRUE' if torch.cxx11_abi else 'FALSE'}.so"
+    return f"_shim_torch{version[0]}_{version[1]}_cxx11abi{'TRUE' if cxx11_abi else 'FALSE'}.so"
 
 
 def shim(
@@ -127,8 +132,10 @@ def shim(
     if not host_library.exists():
         host(host_library)
     flags = [*SHIM_FLAGS, *WARNINGS, *abi_flags(torch), "-Icsrc", *_torch_includes(torch)]
-    # Messages of torch's headers name their file; no path of this machine goes along.
-    flags.append(f"-ffile-prefix-map={torch.include}/=")
+    # Messages of torch's headers name their file, g++'s behind links; no path of this machine goes
+    # along.
+    for folder in (torch.include, torch.include.resolve()):
+        flags.append(f"-ffile-prefix-map={folder}/=")
     cxx = cxx or compiler()
     objects = BUILD / "shim" / target.stem
     objects.mkdir(parents=True, exist_ok=True)

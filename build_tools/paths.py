@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import subprocess
 import sys
 from functools import cache
@@ -39,6 +40,21 @@ def package_folders() -> list[Path]:
     hidden = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout
     entries = dict.fromkeys([*sys.path, *hidden.splitlines()])
     return [Path(entry) for entry in entries if entry and Path(entry).is_dir()]
+
+
+def activated_folders() -> list[Path]:
+    """Where the packages of the activated environment stand.
+
+    uv builds in an environment that knows nothing of the one it installs into; but if that one is
+    activated, its programs still come next on the PATH.
+    """
+    for programs in map(Path, os.get_exec_path()):
+        prefix = programs.parent
+        is_environment = (prefix / "pyvenv.cfg").exists() or (prefix / "conda-meta").exists()
+        if is_environment and prefix.resolve() != Path(sys.prefix).resolve():
+            found = (*prefix.glob("lib/python3*/site-packages"), prefix / "Lib" / "site-packages")
+            return [folder for folder in found if folder.is_dir()]
+    return []
 
 
 support = truth("_support")

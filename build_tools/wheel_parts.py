@@ -88,7 +88,7 @@ def kernels(facts: Facts, cuda: Cuda, archs: ArchSet) -> tuple[Part, ...]:
     return tuple(KernelsPart(cuda, arch, facts.kernels_on) for arch in archs.has)
 
 
-def shims(facts: Facts, torch: Torch, platform: Platform) -> tuple[Part, ...]:
+def shims(facts: Facts, torch: Torch, platform: Platform) -> tuple[ShimPart, ...]:
     """The shims that serve a torch on a platform, one for each C++ ABI it is met with."""
     if numbers(torch.name) >= numbers(facts.stable_since):
         return (ShimPart(platform, "stable", facts.torch[facts.stable_since].release),)

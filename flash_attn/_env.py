@@ -127,6 +127,43 @@ class BuildVariable:
             raise ValueError(f"{self.name} is set to {text!r}; it must be TRUE or FALSE")
         return text.upper() == "TRUE"
 
+    def set(self, text: str) -> None:
+        """Sets it for this process, as another way to say the same does."""
+        os.environ[self.name] = text
+
+    def choice(self, *choices: str) -> str:
+        """The one of several words that is set, the first if none is; ValueError for another."""
+        text = (self.text() or choices[0]).lower()
+        if text not in choices:
+            raise ValueError(f"{self.name} is set to {text!r}; it must be {' or '.join(choices)}")
+        return text
+
+    def words(self) -> list[str]:
+        """The words set, between blanks or commas."""
+        return (self.text() or "").replace(",", " ").split()
+
+
+FLASH_ATTN_BUILD = BuildVariable(
+    name="FLASH_ATTN_BUILD",
+    doc="What `pip install` does with the sources of a release. `auto`, the default: a wheel of "
+    "`FLASH_ATTN_WHEEL_MIRROR`, else it compiles where that is asked for or a GPU is found, else "
+    "the package without kernels. `prebuilt`: such a wheel or an error. `source`: it compiles, and "
+    "fetches nothing.",
+)
+
+FLASH_ATTN_WHEEL_MIRROR = BuildVariable(
+    name="FLASH_ATTN_WHEEL_MIRROR",
+    doc="Where `pip install` from sources looks for wheels: https or file: addresses, or folders, "
+    "of mirrors (docs/mirrors.md), the best first, with blanks or commas between. Unset: nothing "
+    "is fetched.",
+)
+
+PIP_CERT = BuildVariable(
+    name="PIP_CERT",
+    doc="A file of certificates for https mirrors. Unset: the system's. Proxies are those of "
+    "`HTTPS_PROXY` and `NO_PROXY`.",
+    aliases=("REQUESTS_CA_BUNDLE", "SSL_CERT_FILE"),
+)
 
 FLASH_ATTENTION_SKIP_CUDA_BUILD = BuildVariable(
     name="FLASH_ATTENTION_SKIP_CUDA_BUILD",
@@ -136,6 +173,18 @@ FLASH_ATTENTION_SKIP_CUDA_BUILD = BuildVariable(
 FLASH_ATTENTION_FORCE_BUILD = BuildVariable(
     name="FLASH_ATTENTION_FORCE_BUILD",
     doc="`TRUE`: `pip install` compiles the kernels or fails, also where no GPU is found.",
+)
+
+FLASH_ATTENTION_FORCE_CXX11_ABI = BuildVariable(
+    name="FLASH_ATTENTION_FORCE_CXX11_ABI",
+    doc="`TRUE`: a shim for torch before 2.10 is compiled for the new C++ ABI, whatever torch "
+    "says.",
+)
+
+FLASH_ATTN_LOCAL_VERSION = BuildVariable(
+    name="FLASH_ATTN_LOCAL_VERSION",
+    doc="Text after the version, as in `2.8.3+TEXT`, of what is built from a checkout or folder. "
+    "pip refuses it for a source archive, whose file name already says the version.",
 )
 
 FLASH_ATTN_CUDA_ARCHS = BuildVariable(
@@ -163,12 +212,24 @@ CUDA_HOME = BuildVariable(
     aliases=("CUDA_PATH",),
 )
 
+SOURCE_DATE_EPOCH = BuildVariable(
+    name="SOURCE_DATE_EPOCH",
+    doc="The time that files in a wheel of `python -m build_tools build` bear, in seconds since "
+    "1970. Unset: the start of 1980.",
+)
+
 BUILD_VARIABLES: tuple[BuildVariable, ...] = (
+    FLASH_ATTN_BUILD,
+    FLASH_ATTN_WHEEL_MIRROR,
+    PIP_CERT,
     FLASH_ATTENTION_SKIP_CUDA_BUILD,
     FLASH_ATTENTION_FORCE_BUILD,
+    FLASH_ATTENTION_FORCE_CXX11_ABI,
+    FLASH_ATTN_LOCAL_VERSION,
     FLASH_ATTN_CUDA_ARCHS,
     MAX_JOBS,
     NVCC_THREADS,
     CXX,
     CUDA_HOME,
+    SOURCE_DATE_EPOCH,
 )

@@ -12,6 +12,7 @@ import torch
 from flash_attn import _env, _support, backends
 from flash_attn._problem import Problem
 from flash_attn._version import __version__
+from flash_attn.backends import cuda
 
 _TYPICAL: tuple[tuple[str, str, int, frozenset[str]], ...] = (
     ("training, causal", "bfloat16", 128, frozenset({"causal", "backward"})),
@@ -102,13 +103,17 @@ def advice() -> list[str]:
     """What a person should know or do; empty if all is well."""
     told = []
     served = served_devices()
+    reasons = {plan.device: plan.reasons for plan in reversed(plans())}
     for device in devices():
         if device.name not in served:
+            words = "; ".join(f"{name}: {why[0]}" for name, why in reasons[device.name].items())
             told.append(
-                f"{device.name} ({device.description}) is not served: this release carries no GPU "
-                "kernels. Until one does, run attention on CPU tensors, or use "
+                f"{device.name} ({device.description}) is not served: {words}. Remedy: "
+                f"{cuda.REMEDY}. Until then run attention on CPU tensors, or use "
                 "torch.nn.functional.scaled_dot_product_attention on this device."
             )
+    if cuda.LOADER_SAID:
+        told.append(f"The system's loader said of the CUDA backend: {cuda.LOADER_SAID}")
     if torch.version.cuda and not torch.cuda.is_available():
         told.append(
             f"torch is built for CUDA {torch.version.cuda} but sees no GPU: check the driver with "

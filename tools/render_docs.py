@@ -147,6 +147,10 @@ def build_table() -> str:
     return sections("build", build_section)
 
 
+def install_table() -> str:
+    return sections("install", install_section)
+
+
 def bench_section(result: dict[str, Any]) -> str:
     """Heading and table of one result file: a line per call, a column per method."""
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
@@ -239,6 +243,46 @@ def build_section(result: dict[str, Any]) -> str:
     return f"{title}\n\n{total}\n\n{table(header, lines)}"
 
 
+def install_section(result: dict[str, Any]) -> str:
+    """A line for each way to install."""
+    lines = [
+        (
+            row["way"],
+            *(f"{row[f'{step}_seconds']:.1f}" for step in ("install", "call")),
+            f"{row['install_seconds'] + row['call_seconds']:.1f}",
+            f"{row['peak_mb']:.0f}",
+        )
+        for row in result["rows"]
+    ]
+    header = ("Way", "install, s", "first call, s", "together, s", "peak MB")
+    title = f"### {result['device']}, {result['cores']} cores, {result['date']}"
+    size = f"`{result['wheel']}`: {result['wheel_bytes'] / 1e6:.1f} MB. Python {result['python']}."
+    return f"{title}\n\n{size}\n\n{table(header, lines)}"
+
+
+def environments_table() -> str:
+    return sections("environments", environments_section)
+
+
+def environments_section(result: dict[str, Any]) -> str:
+    """A line for each torch and Python that a wheel was installed beside."""
+    lines = [
+        (
+            row["torch"],
+            row["python"],
+            row["cxx11abi"],
+            f"`{row['shim']}`" if not row["not_loaded"] else row["not_loaded"],
+            ", ".join(row["gpus"]) or "none",
+            f"{row['error']:.0e}",
+            f"{row['passed']} of {row['checks']}",
+        )
+        for row in result["rows"]
+    ]
+    header = ("torch", "Python", "cxx11abi", "Shim loaded", "GPUs", "Error", "Self-tests passed")
+    title = f"`{result['wheel']}`, {result['bytes'] / 1e6:.1f} MB, {result['date']}:"
+    return f"{title}\n\n{table(header, lines)}"
+
+
 def matrix_table(kind: str) -> str:
     """A table of the wheel matrix."""
     from build_tools import matrix, matrix_report
@@ -256,6 +300,8 @@ RENDERERS = {
     "bench": bench_table,
     "gpu": gpu_table,
     "build": build_table,
+    "install": install_table,
+    "environments": environments_table,
     "matrix": lambda: matrix_table("support_table"),
     "matrix_archs": lambda: matrix_table("archs_table"),
     "matrix_rules": lambda: matrix_table("rules_table"),

@@ -8,6 +8,8 @@ Python. What comes here is the rest: FlashAttention-3's operators, and every cal
 from __future__ import annotations
 
 import ctypes
+import platform
+import re
 from pathlib import Path
 from typing import Optional
 
@@ -19,12 +21,13 @@ from flash_attn._problem import Append, Backward, Forward, Problem
 
 REMEDY = (
     "build the CUDA kernels for this machine (docs/building.md), or install a release that has "
-    "them (`pip install --upgrade --force-reinstall flash-attn`)"
+    "them for this torch (`pip install --force-reinstall --no-deps --no-cache-dir flash-attn`)"
 )
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 _HOST_LIBRARY = _PACKAGE / "libflash_attn_host.so"
 _KERNELS = _PACKAGE / "kernels"
+_STABLE = "_shim_stable.so"
 # csrc/host/api.h numbers kinds and dtypes in this order.
 _KINDS = ("forward", "combine", "append", "delta", "backward", "convert", "s_dmask", "fill")
 _DTYPES = _support.HALF_DTYPES
@@ -32,11 +35,56 @@ _DTYPES = _support.HALF_DTYPES
 _KINDS_OF_FEATURES = (("kv_append", "append"), ("varlen", "fill"), ("seqused", "fill"))
 
 
-def shim_file(version: str) -> Path:
-    """Where the shim for a torch version stands: one for all from 2.10 on, one a minor before."""
+def shim_file(version: str, cxx11_abi: bool) -> Path:
+    """Where the shim for a torch stands: one for all from 2.10 on, before by minor and C++ ABI."""
     major, minor = (int(word) for word in version.split("+")[0].split(".")[:2])
-    name = "_shim_stable.so" if (major, minor) >= (2, 10) else f"_shim_torch{major}_{minor}.so"
-    return _PACKAGE / name
+    abi = "TRUE" if cxx11_abi else "FALSE"
+    is_stable = (major, minor) >= (2, 10)
+    return _PACKAGE / (_STABLE if is_stable else f"_shim_torch{major}_{minor}_cxx11abi{abi}.so")
+
+
+def _served_torches() -> str:
+    """The torches that this installation has shims for, in words; empty if there is none."""
+    abis: dict[tuple[int, int], list[str]] = {}
+    for file in _PACKAGE.glob("_shim_torch*_cxx11abi*.so"):
+        found = re.fullmatch(r"_shim_torch(\d+)_(\d+)_cxx11abi([A-Z]+)\.so", file.name)
+        if found is not None:
+            abis.setdefault((int(found[1]), int(found[2])), []).append(found[3])
+    words = [
+        f"{major}.{minor}" + (f" (cxx11abi {only[0]})" if len(only) == 1 else "")
+        for (major, minor), only in sorted(abis.items())
+    ]
+    return ", ".join(words + ["2.10 and later"] * (_PACKAGE / _STABLE).exists())
+
+
+def _missing(version: str, cxx11_abi: bool) -> str:
+    """Why there is no shim for a torch."""
+    served = _served_torches()
+    if not served:
+        return f"this installation has no compiled kernels for torch {version}"
+    abi = "TRUE" if cxx11_abi else "FALSE"
+    return (
+        f"this installation has kernels for torch {served}, not for torch {version} with "
+        f"cxx11abi {abi}"
+    )
+
+
+class _LoadError(Exception):
+    """A library that is there and does not load; `told` are the system's own words."""
+
+    def __init__(self, words: str, told: object) -> None:
+        super().__init__(words)
+        self.told = str(told)
+
+
+def _open(file: Path, made_for: str) -> ctypes.CDLL:
+    if not file.exists():
+        raise _LoadError(f"this installation is damaged: {file.name} is missing", "")
+    try:
+        return ctypes.CDLL(str(file))
+    except OSError as error:
+        words = f"{file.name} is made for another {made_for}, or damaged"
+        raise _LoadError(words, error) from None
 
 
 def _serves_directly() -> bool:
@@ -52,26 +100,30 @@ def _serves_directly() -> bool:
         return False  # the first call through Python tells what is wrong
 
 
-def _load() -> tuple[Optional[ctypes.CDLL], str]:
-    """The host library behind a loaded shim, or None with the reason."""
-    shim = shim_file(torch.__version__)
+def _load() -> tuple[Optional[ctypes.CDLL], str, str]:
+    """(host library behind a loaded shim or None, the reason, the system's words on it)."""
+    version, cxx11_abi = torch.__version__, torch.compiled_with_cxx11_abi()
+    shim = shim_file(version, cxx11_abi)
     if not shim.exists():
-        return None, f"this installation has no compiled kernels for torch {torch.__version__}"
+        return None, _missing(version, cxx11_abi), ""
+    system = f"system than {platform.system()} on {platform.machine()}"
     try:
         # By its path and first: the shim then takes this one, whatever LD_LIBRARY_PATH has.
-        host = ctypes.CDLL(str(_HOST_LIBRARY))
+        host = _open(_HOST_LIBRARY, system)
         host.flash_last_error.restype = ctypes.c_char_p
-        serve = ctypes.CDLL(str(shim)).flash_attn_serve
+        serve = _open(shim, f"{system}, another build of torch than {version}").flash_attn_serve
         serve.restype = ctypes.c_char_p
         error = serve(str(_KERNELS).encode(), int(_serves_directly()))
-        if error is not None:
-            return None, f"the compiled kernels cannot be used: {error.decode()}"
-        return host, ""
-    except OSError as error:
-        return None, f"{shim.name} does not load under torch {torch.__version__}: {error}"
+    except _LoadError as damage:
+        return None, str(damage), damage.told
+    if error is not None:
+        return None, f"the compiled kernels cannot be used: {error.decode()}", ""
+    return host, "", ""
 
 
-_HOST, _WHY_NOT_LOADED = _load()
+# What the system's loader says names paths and symbols: nothing to act on, so only
+# `python -m flash_attn` shows it.
+_HOST, _WHY_NOT_LOADED, LOADER_SAID = _load()
 
 
 def why_not(problem: Problem) -> list[str]:

@@ -10,6 +10,7 @@ import json
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,9 @@ from native_tools import (
     native,
     needs,
 )
+
+from build_tools import elf
+from build_tools.audit_native import MANYLINUX_2_28
 
 PREAMBLE = """
 import ctypes, json, torch, flash_attn
@@ -372,12 +376,15 @@ def test_the_shim_needs_no_cuda_and_hides_its_runtime(installed: Stub) -> None:
     assert ("GLIBCXX" in told) == (not native.find_torch().is_stable)
 
 
-def test_a_shim_for_another_torch_is_not_loaded() -> None:
-    from flash_attn.backends import cuda
-
-    assert cuda.shim_file("2.13.0+cpu").name == cuda.shim_file("2.10.1").name
-    assert cuda.shim_file("2.4.1").name == "_shim_torch2_4.so"
-    # build_tools names them alike.
-    for version in ((2, 4), (2, 9), (2, 10), (2, 13)):
-        made = native.Torch(version, Path(), Path(), True)
-        assert native.shim_name(made) == cuda.shim_file(f"{version[0]}.{version[1]}.0").name
+def test_a_portable_shim_asks_nothing_new_of_a_system(tmp_path: Path) -> None:
+    here = native.find_torch()
+    host = native.host(tmp_path / native.HOST_LIBRARY, needs("g++"))
+    # Behind a link, because g++ names the file at its end.
+    (tmp_path / "include").symlink_to(here.include)
+    linked = replace(here, include=tmp_path / "include")
+    library = native.shim(tmp_path / "shim.so", host, linked, needs("g++"), is_portable=True)
+    for file in (host, library):
+        assert elf.read(file).newer_than(MANYLINUX_2_28) == []
+    strings = library.read_bytes()
+    for path in (here.include, linked.include, ROOT):
+        assert str(path).encode() not in strings

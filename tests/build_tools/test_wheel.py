@@ -18,7 +18,7 @@ from native_tools import ROOT, codegen, native, needs
 from setuptools.errors import OptionError
 from test_house import project_files
 
-from build_tools import arch, backend, compilers, install, ninja
+from build_tools import arch, backend, compilers, install, ninja, prebuilt
 from build_tools.paths import env
 
 NAMES = [name for v in env.BUILD_VARIABLES for name in (v.name, *v.aliases)]
@@ -111,6 +111,7 @@ def test_an_isolated_build_asks_for_what_it_lacks(
     (tmp_path / "torch").mkdir()
     (tmp_path / "torch" / "version.py").touch()
     decide.setattr(backend, "package_folders", lambda: [] if "torch" in missing else [tmp_path])
+    decide.setattr(prebuilt, "torch_here", lambda: None)
     decide.setattr(backend.build_meta, f"get_requires_for_build_{hook}", lambda settings: [])
     requires = getattr(backend, f"get_requires_for_build_{hook}")
     assert requires() == [], "nothing is needed where nothing is compiled"

@@ -1,0 +1,162 @@
+"""What is picked when the package is imported, and what a person reads where nothing fits."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from native_tools import Stub, lay_out_kernels, native, needs
+
+from flash_attn import backends, info
+from flash_attn._problem import Problem
+from flash_attn.backends import cuda
+
+HOPPER = Problem("cuda", "bfloat16", 64, 64, frozenset({"causal"}), (9, 0))
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty installation under torch 2.7.1 with the old C++ ABI."""
+    monkeypatch.setattr(cuda, "_PACKAGE", tmp_path)
+    monkeypatch.setattr(cuda, "_HOST_LIBRARY", tmp_path / native.HOST_LIBRARY)
+    monkeypatch.setattr(cuda, "_KERNELS", tmp_path / "kernels")
+    monkeypatch.setattr(cuda.torch, "__version__", "2.7.1")
+    monkeypatch.setattr(cuda.torch, "compiled_with_cxx11_abi", lambda: False)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("version", "cxx11_abi", "file"),
+    [
+        ("2.4.1", False, "_shim_torch2_4_cxx11abiFALSE.so"),
+        ("2.9.1+cu128", True, "_shim_torch2_9_cxx11abiTRUE.so"),
+        ("2.10.0", True, "_shim_stable.so"),
+        ("2.13.0+cpu", True, "_shim_stable.so"),
+        ("2.16.0a0+git1234", True, "_shim_stable.so"),
+        ("3.0.0", True, "_shim_stable.so"),
+    ],
+)
+def test_the_shim_is_picked_by_torch_and_its_abi(version: str, cxx11_abi: bool, file: str) -> None:
+    assert cuda.shim_file(version, cxx11_abi).name == file
+    # What builds them names them alike.
+    numbers = tuple(int(word) for word in version.split(".")[:2])
+    assert native.shim_file(numbers, cxx11_abi) == file
+
+
+@pytest.mark.parametrize(
+    ("shims", "words"),
+    [
+        ("stable", "2.10 and later"),
+        ("torch2_8_cxx11abiTRUE", "2.8 (cxx11abi TRUE)"),
+        ("torch2_9_cxx11abiTRUE torch2_8_cxx11abiTRUE torch2_8_cxx11abiFALSE stable",
+         "2.8, 2.9 (cxx11abi TRUE), 2.10 and later"),
+    ],
+)  # fmt: skip
+def test_an_installation_tells_which_torches_it_is_for(
+    package: Path, shims: str, words: str
+) -> None:
+    for name in shims.split():
+        (package / f"_shim_{name}.so").touch()
+    assert cuda._load() == (
+        None,
+        f"this installation has kernels for torch {words}, not for torch 2.7.1 with cxx11abi FALSE",
+        "",
+    )
+
+
+def test_the_package_alone_says_that_it_has_no_kernels(package: Path) -> None:
+    assert cuda._load()[1] == "this installation has no compiled kernels for torch 2.7.1"
+
+
+def compile_library(file: Path, text: str = "", *options: str) -> None:
+    source = file.with_suffix(".cpp")
+    source.write_text(text, "utf-8")
+    command = [needs("g++"), "-shared", "-fPIC", str(source), "-o", str(file), *options]
+    subprocess.run(command, check=True)
+
+
+def break_nothing_of_host(stub: Stub, shim: Path) -> None:
+    shutil.copyfile(stub.host, shim.with_name(stub.host.name))
+
+
+def no_host(stub: Stub, shim: Path) -> None:
+    shim.touch()
+
+
+def host_for_another_machine(stub: Stub, shim: Path) -> None:
+    shim.touch()
+    data = bytearray(stub.host.read_bytes())
+    data[18] = 0xF3  # RISC-V
+    shim.with_name(stub.host.name).write_bytes(data)
+
+
+def empty_shim(stub: Stub, shim: Path) -> None:
+    break_nothing_of_host(stub, shim)
+    shim.touch()
+
+
+def shim_with_a_symbol_that_nobody_has(stub: Stub, shim: Path) -> None:
+    break_nothing_of_host(stub, shim)
+    text = 'extern "C" int torch_absent(); extern "C" int flash_attn_serve = torch_absent();'
+    compile_library(shim, text, "-Wl,-z,now")
+
+
+OTHER = "is made for another system than "
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (no_host, f"this installation is damaged: {native.HOST_LIBRARY} is missing"),
+        (host_for_another_machine, f"{native.HOST_LIBRARY} {OTHER}"),
+        (empty_shim, f"_shim_torch2_7_cxx11abiFALSE.so {OTHER}"),
+        (shim_with_a_symbol_that_nobody_has, "another build of torch than 2.7.1, or damaged"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_a_library_that_does_not_load_is_told_in_a_sentence(
+    package: Path, stub: Stub, spoil: object, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert callable(spoil)
+    spoil(stub, cuda.shim_file("2.7.1", False))
+    host, why, said = cuda._load()
+    assert host is None
+    assert words in why
+    assert str(package) not in why
+    assert "\n" not in why
+    for name, value in (("_HOST", host), ("_WHY_NOT_LOADED", why), ("LOADER_SAID", said)):
+        monkeypatch.setattr(cuda, name, value)
+    with pytest.raises(RuntimeError) as caught:
+        backends.choose(HOPPER)
+    message = str(caught.value)
+    assert f"  cuda: {why}\n" in message
+    assert cuda.REMEDY in message
+    for loaders in ("cannot open shared object", "undefined symbol", "file too short"):
+        assert loaders not in message
+    # The report for people who look closer has the system's words.
+    assert [line for line in info.advice() if said and said in line] == [
+        f"The system's loader said of the CUDA backend: {said}"
+    ] * bool(said)
+
+
+def test_a_device_without_kernels_is_told_with_the_remedy(
+    package: Path, stub: Stub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    break_nothing_of_host(stub, package / "shim")
+    lay_out_kernels(package / "kernels", ("80",))
+    host = cuda._open(package / native.HOST_LIBRARY, "system")
+    host.flash_last_error.restype = ctypes.c_char_p
+    host.flash_open(str(package / "kernels").encode())
+    monkeypatch.setattr(cuda, "_HOST", host)
+    reasons = cuda.why_not(HOPPER)
+    assert len(reasons) == 1
+    assert "was built for 8.0" in reasons[0]
+    gpu = info.Device("cuda:0", "Hopper, cc 9.0", (9, 0))
+    monkeypatch.setattr(info, "devices", lambda: [gpu])
+    pattern = r"cuda:0 \(Hopper, cc 9\.0\) is not served: cuda: no delta kernel .* built for 8\.0"
+    assert re.match(pattern, info.advice()[0])
+    assert f"Remedy: {cuda.REMEDY}." in info.advice()[0]
