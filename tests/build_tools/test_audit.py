@@ -251,8 +251,13 @@ def test_the_command_tells_every_rule_and_ends_by_them(
 
 
 def test_strict_takes_no_rule_on_trust(
-    factory: Factory, tools: object, capsys: pytest.CaptureFixture[str]
+    factory: Factory,
+    tools: object,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    monkeypatch.setattr(fetch, "FETCHED", tmp_path)  # no torch to compare with but the one here
     [universal] = factory.build(small_wheels.universal().path)
     command = ["audit", "--parts", str(factory.parts), "--python", sys.executable, str(universal)]
     assert main(command) == 0

@@ -128,6 +128,8 @@ def decide(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.MonkeyPatc
     monkeypatch.setattr(prebuilt, "ROOT", tmp_path)
     monkeypatch.setattr(arch, "local_gpus", list)
     monkeypatch.setattr(prebuilt, "torch_here", lambda: HERE.torch)
+    # setuptools would answer from this checkout, and leave its notes there.
+    monkeypatch.setattr(backend.build_meta, "get_requires_for_build_wheel", lambda settings: [])
     monkeypatch.setattr(prebuilt, "offers", prebuilt.offers.__wrapped__)
     monkeypatch.setattr(install, "builds_kernels", install.builds_kernels.__wrapped__)
     return monkeypatch
@@ -253,7 +255,6 @@ def test_where_no_wheel_fits_kernels_are_compiled_and_that_is_announced(
 ) -> None:
     decide.setattr(prebuilt, "torch_here", lambda: TorchHere("2.8.0", "11.8"))
     decide.setattr(backend, "for_kernels", lambda: ["a compiler"])
-    decide.setattr(backend.build_meta, "get_requires_for_build_wheel", lambda settings: [])
     decide.setenv("FLASH_ATTN_WHEEL_MIRROR", str(made))
     decide.setenv("FLASH_ATTN_CUDA_ARCHS", "90")
     assert backend.get_requires_for_build_wheel() == ["a compiler"]
