@@ -5,6 +5,7 @@ A unit instantiates one template under an `extern "C"` name that says what it is
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from string import Template
 from typing import Any
@@ -114,6 +115,14 @@ KINDS = {
     )
 }
 
+# Kinds that a family makes its own way. A CTA of Hopper's has an SM to itself, as the compiler must
+# know for the registers that its warps hand over.
+KINDS_OF_FAMILIES = {
+    ("sm90", "forward"): dataclasses.replace(
+        KINDS["forward"], threads=f"{_FORWARD}::kThreads, 1", params="TmaForwardParams"
+    ),
+}
+
 UNIT = Template("""\
 $includes
 
@@ -140,7 +149,7 @@ class Unit:
 def units() -> list[Unit]:
     """Every kernel of the truth table, in the table's order."""
     return [
-        _unit(family, KINDS[kind], head_dim, dtype)
+        _unit(family, KINDS_OF_FAMILIES.get((family.name, kind), KINDS[kind]), head_dim, dtype)
         for family in support.KERNEL_FAMILIES
         for kind in family.kinds
         for head_dim in family.head_dims or (0,)

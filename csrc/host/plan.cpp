@@ -2,6 +2,7 @@
 
 #include "device/common/config.h"
 #include "device/sm80/config.h"
+#include "device/sm90/config.h"
 #include "host/api.h"
 
 namespace flash::host {
@@ -24,33 +25,49 @@ int64_t num_tiles(const ForwardParams& params, const Shape& shape) {
 
 }  // namespace
 
-Shape shape_of(int kind, int head_dim, int arch) {
+Shape shape_of(int family, int kind, int head_dim, int arch) {
+  if (family == kSm90) {
+    const sm90::ForwardTile tile = sm90::forward_tile(head_dim);
+    return {sm90::kBlockM, tile.block_n, sm90::kThreads, tile.smem_bytes(), sm90::kBoxM};
+  }
   switch (kind) {
     case FLASH_FORWARD: {
       const sm80::ForwardTile tile = sm80::forward_tile(head_dim);
-      return {tile.block_m, tile.block_n, tile.threads(), tile.smem_bytes()};
+      return {tile.block_m, tile.block_n, tile.threads(), tile.smem_bytes(), 0};
     }
     case FLASH_BACKWARD:
     case FLASH_CONVERT: {
       const sm80::BackwardTile tile = sm80::backward_tile(head_dim, arch);
       const int smem_bytes = kind == FLASH_BACKWARD ? tile.smem_bytes() : 0;
-      return {tile.block_m, tile.block_n, tile.threads(), smem_bytes};
+      return {tile.block_m, tile.block_n, tile.threads(), smem_bytes, 0};
     }
     case FLASH_DELTA:
-      return {common::kDeltaRows, 0, common::kDeltaThreads, 0};
+      return {common::kDeltaRows, 0, common::kDeltaThreads, 0, 0};
     case FLASH_COMBINE:
-      return {common::kCombineRows, 0, common::kCombineThreads, 0};
+      return {common::kCombineRows, 0, common::kCombineThreads, 0, 0};
     case FLASH_APPEND:
-      return {common::kAppendRows, 0, common::kAppendThreads, 0};
+      return {common::kAppendRows, 0, common::kAppendThreads, 0, 0};
     case FLASH_S_DMASK:
-      return {common::kSDmaskRows, 0, common::kSDmaskThreads, 0};
+      return {common::kSDmaskRows, 0, common::kSDmaskThreads, 0, 0};
     default:
-      return {common::kFillThreads, 0, common::kFillThreads, 0};
+      return {common::kFillThreads, 0, common::kFillThreads, 0, 0};
   }
 }
 
-int64_t num_ctas(const ForwardParams& params, const Shape& shape) {
-  return num_tiles(params, shape) * params.num_splits;
+bool takes(int family, const ForwardParams& params) {
+  if (family != kSm90) return true;
+  const Sequences& seqs = params.seqs;
+  // Tensors without rows have no tensor maps.
+  const bool has_rows = seqs.sk > 0 && (seqs.cu_seqlens_q == nullptr || seqs.total_q > 0) &&
+                        (seqs.cu_seqlens_k == nullptr || seqs.total_k > 0);
+  return has_rows && seqs.block_table == nullptr && params.scores.rng_state == nullptr &&
+         params.num_splits <= 1;
+}
+
+int64_t num_ctas(const ForwardParams& params, const Shape& shape, const Device& device) {
+  const int64_t tiles = num_tiles(params, shape) * params.num_splits;
+  // CTAs that load by TMA have a multiprocessor to themselves, and take tile after tile.
+  return shape.box_m > 0 && tiles > device.num_sms ? device.num_sms : tiles;
 }
 
 int64_t num_ctas(const BackwardParams& params, const Shape& shape) {
