@@ -146,10 +146,15 @@ class Unit:
     source: str
 
 
+def kind_in(family: str, kind: str) -> Kind:
+    """A kind as a family makes it."""
+    return KINDS_OF_FAMILIES.get((family, kind), KINDS[kind])
+
+
 def units() -> list[Unit]:
     """Every kernel of the truth table, in the table's order."""
     return [
-        _unit(family, KINDS_OF_FAMILIES.get((family.name, kind), KINDS[kind]), head_dim, dtype)
+        _unit(family, kind_in(family.name, kind), head_dim, dtype)
         for family in support.KERNEL_FAMILIES
         for kind in family.kinds
         for head_dim in family.head_dims or (0,)
