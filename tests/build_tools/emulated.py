@@ -52,7 +52,15 @@ def build_driver(folder: Path, head_dims: tuple[int, ...], dtype: str = "bf16") 
     source.write_text(kernel_source(units), "utf-8")
     csrc = ROOT / "csrc"
     includes = [f"-I{HERE / 'emulator'}", f"-I{csrc}", f"-I{csrc / 'device'}"]
-    options = ["-std=c++17", "-O2", "-fPIC", "-shared", "-Wno-attributes", "-Wno-unknown-pragmas", "-Wno-psabi"]
+    options = [
+        "-std=c++17",
+        "-O2",
+        "-fPIC",
+        "-shared",
+        "-Wno-attributes",
+        "-Wno-unknown-pragmas",
+        "-Wno-psabi",
+    ]
     files = [source, HERE / "stub_driver.cpp", HERE / "emulator" / "emulator.cpp"]
     library = folder / "libcuda.so.1"
     command = [needs("g++"), *options, *includes, *map(str, files), "-o", str(library)]

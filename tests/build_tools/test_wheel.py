@@ -226,7 +226,10 @@ def test_a_compiled_wheel_holds_kernels_libraries_and_nothing_stale(wheels: Whee
         f"flash_attn/{native.HOST_LIBRARY}",
         f"flash_attn/{shim}",
         "flash_attn/kernels/index.txt",
-        *(f"flash_attn/kernels/sm_90/{unit.symbol}.cubin" for unit in units),
+        *(
+            f"flash_attn/kernels/sm_{'90a' if '90a' in unit.archs else '90'}/{unit.symbol}.cubin"
+            for unit in units
+        ),
     }
     assert native_files(wheels.pure) == set()
 
