@@ -326,7 +326,7 @@ def test_a_pattern_that_nothing_fits_is_an_error(
         ('pythons = ["3.10"', 'pythons = ["3.8"', "[torch.2.9]: 'pythons' has '3.8'; there is 3.9"),
         ('pythons = ["3.10"', "pythons = [3.10", "'pythons' has 3.1; it must be a list of texts"),
         ("cuda.linux_aarch64", "cuda.linux_arm", "[torch.2.4.cuda]: 'linux_arm' is not known"),
-        ('has = ["90a", ', 'has = ["91", ', "[archs.sm90]: 'has' has '91'; there is 90a, 80"),
+        ('has = ["90a", "90"]', 'has = ["91"]', "[archs.sm90]: 'has' has '91'; there is 90a, 80"),
         ("120 = ", "121 = ", "[first_toolkit]: '121' is not known here; do you mean '120'?"),
         (
             "{python}",
