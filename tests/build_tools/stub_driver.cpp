@@ -1,6 +1,7 @@
 // A CUDA driver that runs nothing and writes down what it is asked, so that the host library's
 // paths run without a GPU. `STUB_LOG` names the file; `STUB_CC` the device's compute capability, 90
-// if unset; `STUB_SMS` how many multiprocessors it has, 132 if unset.
+// if unset; `STUB_SMS` how many multiprocessors it has, 132 if unset; `STUB_L2` the
+// bytes of its L2 cache.
 //
 // With kernels made for the emulator linked in, a launch runs them.
 //
@@ -84,7 +85,7 @@ CUresult cuDeviceGetAttribute(int* value, CUdevice_attribute attribute, CUdevice
       *value = getenv("STUB_SMS") != nullptr ? atoi(getenv("STUB_SMS")) : 132;
       break;
     case kL2CacheSize:
-      *value = 50 << 20;
+      *value = getenv("STUB_L2") != nullptr ? atoi(getenv("STUB_L2")) : 50 << 20;
       break;
     case kComputeCapabilityMajor:
       *value = cc / 10;

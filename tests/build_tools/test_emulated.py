@@ -2,7 +2,8 @@
 
 The emulator of `emulator/` runs the device code with copies and products that happen late and in
 random order, so what is tested is masks, layouts, and which buffer may be touched when. A CTA gets
-several tiles, because the device has only two multiprocessors.
+several tiles, because the device has only two multiprocessors, and heads come in sections of few,
+because its L2 cache is small.
 """
 
 from __future__ import annotations
@@ -88,6 +89,7 @@ CASES = {
     "ragged": "dense({d}, 200, 333)",
     "whole_blocks": "dense({d}, 256, 256, hq=4, hk=2)",
     "causal": "dense({d}, 300, 300, causal=True)",
+    "causal_many_heads": "dense({d}, 300, 300, hq=6, hk=3, b=3, causal=True)",
     "causal_more_keys": "dense({d}, 257, 640, causal=True)",
     "rows_without_keys": "dense({d}, 300, 100, causal=True)",
     "window": "dense({d}, 500, 500, window=(100, 30))",
@@ -141,6 +143,7 @@ def told(machine: Stub, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[
             PYTHONPATH=str(machine.folder),
             OMP_NUM_THREADS="1",
             STUB_SMS="2",
+            STUB_L2="100000",
         )
         assert child.returncode == 0, child.stderr
         for name, error in json.loads(child.stdout.splitlines()[-1]).items():

@@ -10,27 +10,33 @@
 
 namespace flash::sm90 {
 
-// Tiles that this CTA works on. They are numbered long ones first, and dealt out back and forth:
-// who gets the longest of one round gets the shortest of the next.
+// Tiles that this CTA works on, so that all CTAs get equal shares of short and long ones.
+//
+// Heads come in sections small enough for L2. Under a causal mask later rows are longer: within a
+// section all heads of one block of rows follow those of the last, and from section to section the
+// rows rise and fall in turn, so that tiles next to each other are of about one length. The last
+// section falls: short tiles fill the gaps at the end. Tiles are dealt out round by round, back and
+// forth: who gets the longest of one round gets the shortest of the next.
 template <class Cfg>
 struct Schedule {
   const ForwardParams& params;
-  const uint32_t num_blocks;
+  const uint32_t num_blocks, num_heads, section;
   uint32_t round = 0;
 
   __device__ explicit Schedule(const ForwardParams& params)
-      : params(params), num_blocks((params.seqs.sq + kBlockM - 1) / kBlockM) {}
+      : params(params),
+        num_blocks((params.seqs.sq + kBlockM - 1) / kBlockM),
+        num_heads(params.hq * params.seqs.b),
+        section(min(static_cast<uint32_t>(params.heads_per_section), num_heads)) {}
 
   __device__ void next(Tile& tile) {
-    const uint32_t total = num_blocks * params.hq * params.seqs.b;
     for (;;) {
       const uint32_t place = round % 2 == 0 ? blockIdx.x : gridDim.x - 1 - blockIdx.x;
       const uint32_t index = round * gridDim.x + place;
       ++round;
       tile.end = 0;
-      if (index >= total) return;
-      const attn::TileIndex at(index, num_blocks, params.hq, params.seqs.b,
-                               params.heads_per_section);
+      if (index >= num_blocks * num_heads) return;
+      const Place at = place_of(index);
       const attn::Sequence seq(params.seqs, at.sequence);
       if (at.block_m * kBlockM < seq.sq) {
         describe(at, seq, tile);
@@ -40,7 +46,24 @@ struct Schedule {
   }
 
  private:
-  __device__ void describe(const attn::TileIndex& at, const attn::Sequence& seq, Tile& tile) const {
+  struct Place {
+    int block_m, head, sequence;
+  };
+
+  __device__ Place place_of(uint32_t index) const {
+    const uint32_t at = index / (num_blocks * section);
+    const uint32_t first = at * section;
+    const uint32_t size = min(section, num_heads - first);
+    index -= first * num_blocks;
+    const uint32_t row = index / size;
+    const uint32_t head = first + index - row * size;
+    const uint32_t sections_behind = (num_heads - first - 1) / section;
+    const uint32_t sequence = head / params.hq;
+    return {static_cast<int>(sections_behind % 2 == 0 ? num_blocks - 1 - row : row),
+            static_cast<int>(head - sequence * params.hq), static_cast<int>(sequence)};
+  }
+
+  __device__ void describe(const Place& at, const attn::Sequence& seq, Tile& tile) const {
     const Sequences& seqs = params.seqs;
     const int row0 = at.block_m * kBlockM;
     tile.sequence = at.sequence;
