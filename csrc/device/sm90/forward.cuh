@@ -1,4 +1,17 @@
 // Forward attention for cc 9.0: O = softmax(scores(Q K^T)) V and its log-sum-exp.
+//
+// A CTA has a multiprocessor to itself and takes tile after tile, 128 rows of one head each. One
+// warpgroup plans, loads and stores; two compute, 64 rows each:
+//
+//   for block j, descending:
+//     S = Q K(j)^T                     asynchronous
+//     O += P V(j + 1)                  asynchronous
+//     softmax: S -> p                  as soon as S is there, beside the product with V
+//     P = p; O is rescaled only where a maximum grew by much
+//   O / sum -> Q's buffer -> TMA       beside the next tile
+//
+// Q stays in registers where it fits. Who waits for whom: pipeline.cuh. What bounds it, and what was
+// measured: docs/kernels/sm90.md. Sources: FlashAttention-3 (arXiv:2407.08608).
 #pragma once
 
 #include "ptx/warpgroup.cuh"
@@ -11,6 +24,7 @@ __device__ inline void forward(const TmaForwardParams& params) {
   extern __shared__ __align__(1024) unsigned char storage[];
   const Pipeline<Cfg> pipe(storage);
   pipe.init();
+  // 128 * 40 + 256 * 232 is what the launch has given: 168 for each of 384.
   if (threadIdx.x < 128) {
     ptx::give_registers<40>();
     const int warp = threadIdx.x / 32;
