@@ -10,8 +10,8 @@
 //     P = p; O is rescaled only where a maximum grew by much
 //   O / sum -> Q's buffer -> TMA       beside the next tile
 //
-// Q stays in registers where it fits. Who waits for whom: pipeline.cuh. What bounds it, and what was
-// measured: docs/kernels/sm90.md. Sources: FlashAttention-3 (arXiv:2407.08608).
+// Q stays in registers where it fits. Who waits for whom: pipeline.cuh. What bounds it, and what
+// was measured: docs/kernels/sm90.md. Sources: FlashAttention-3 (arXiv:2407.08608).
 #pragma once
 
 #include "ptx/warpgroup.cuh"
