@@ -125,7 +125,6 @@ class Consumer {
     tile::pack<T>(p_, s);
     o_.clear();
     --key_block_;
-    has_tail_ = pipe_.tile(tile_).tail < kBlockN;
   }
 
   // Scores of one block beside the product of the last one with V. `opens`: these are the first
@@ -136,15 +135,15 @@ class Consumer {
     pipe_.k().wait_full(next);
     if (Cfg::kTile.takes_turns) turns().take();
     start_scores(s, next);
-    start_output(opens ? tile_ - 1 : tile_);
+    const uint32_t tile_of_p = opens ? tile_ - 1 : tile_;
+    start_output(tile_of_p, opens ? pipe_.tile(tile_of_p).begin : key_block_ + 1);
     if (Cfg::kTile.takes_turns) turns().pass();
     ptx::wgmma_wait<1>();
     ptx::pin(s.c[0]);
     release(pipe_.k(), next);
 
-    float factor[2];
     if (opens) {
-      finish_sums(factor, tile_ - 1);
+      finish_sums(tile_ - 1);
       softmax_.clear();
     }
     if (!is_lazy() || !absorb_lazily(s)) absorb(s);
@@ -154,9 +153,8 @@ class Consumer {
     release(pipe_.v(), block_);
     tile::pack<T>(p_, s);
     if (opens) {
-      store_output(factor, tile_ - 1);
+      store_output(tile_ - 1);
       o_.clear();
-      has_tail_ = pipe_.tile(tile_).tail < kBlockN;
     } else if (softmax_.is_moved) {
       softmax_.scale_rows(o_);
     }
@@ -167,15 +165,14 @@ class Consumer {
   // The last product with V of a tile behind which no other stands yet.
   __device__ __forceinline__ void last_step() {
     if (Cfg::kTile.takes_turns) turns().take();
-    start_output(tile_);
+    start_output(tile_, key_block_ + 1);
     if (Cfg::kTile.takes_turns) turns().pass();
-    float factor[2];
-    finish_sums(factor, tile_);
+    finish_sums(tile_);
     ptx::wgmma_wait<0>();
     ptx::pin(o_.c[0]);
     ptx::pin(p_);
     release(pipe_.v(), block_);
-    store_output(factor, tile_);
+    store_output(tile_);
   }
 
   __device__ __forceinline__ void start_scores(AccS& s, uint32_t block) {
@@ -187,9 +184,11 @@ class Consumer {
     }
   }
 
-  __device__ __forceinline__ void start_output(uint32_t tile) {
+  // `key_block`: of the tile, whose P is due.
+  __device__ __forceinline__ void start_output(uint32_t tile, int key_block) {
+    const Tile& t = pipe_.tile(tile);
     pipe_.v().wait_full(block_);
-    if (has_tail_) clear_tail(pipe_.tile(tile).tail);
+    if (t.tail < kBlockN && key_block == t.end - 1) clear_tail(t.tail);
     tile::start_pb<T, TileK>(o_, p_, pipe_.v_buffer(block_));
   }
 
@@ -203,7 +202,6 @@ class Consumer {
     }
     ptx::fence_async_proxy();
     ptx::named_barrier_sync(1 + consumer(), 128);
-    has_tail_ = false;
   }
 
   // The ordinary way: for blocks of which some row does not see all, or whose scores must be
@@ -236,8 +234,14 @@ class Consumer {
     return false;
   }
 
-  // Stores the log-sum-exp of a tile; `factor` normalises its O. A row without keys gets O 0.
-  __device__ __forceinline__ void finish_sums(float (&factor)[2], uint32_t tile) const {
+  // Where a thread keeps what it must not keep in registers: among its warp's rows of Q, which no
+  // one reads any more.
+  __device__ uint32_t kept(uint32_t tile) const {
+    return pipe_.q_buffer(tile, consumer()) + warp_row() * 128 + lane() * 8;
+  }
+
+  // Stores the log-sum-exp of a tile, and keeps what normalises its O. A row without keys gets O 0.
+  __device__ __forceinline__ void finish_sums(uint32_t tile) const {
     const Tile& t = pipe_.tile(tile);
     const int row = t.row0 + 64 * consumer() + warp_row() + lane() / 4;
     float* lse =
@@ -246,7 +250,8 @@ class Consumer {
     for (int h = 0; h < 2; ++h) {
       const float sum = softmax_.row_sum(h);
       const bool is_empty = sum == 0.0f;
-      factor[h] = is_empty ? 0.0f : __fdividef(1.0f, sum);
+      const float factor = is_empty ? 0.0f : __fdividef(1.0f, sum);
+      ptx::st_shared_32(kept(tile) + 4 * h, __float_as_uint(factor));
       if (lane() % 4 == 0 && row + 8 * h < t.sq) {
         lse[8 * h] = is_empty ? attn::infinity() : (softmax_.shift[h] + ptx::lg2(sum)) * attn::kLn2;
       }
@@ -254,9 +259,10 @@ class Consumer {
   }
 
   // Normalises and stores O, by way of the tile's buffer of Q.
-  __device__ __forceinline__ void store_output(const float (&factor)[2], uint32_t tile) const {
+  __device__ __forceinline__ void store_output(uint32_t tile) const {
     const Tile& t = pipe_.tile(tile);
     const uint32_t smem = pipe_.q_buffer(tile, consumer());
+    const float factor[2] = {ptx::ld_shared_f32(kept(tile)), ptx::ld_shared_f32(kept(tile) + 4)};
     ptx::named_barrier_sync(1 + consumer(), 128);  // everyone is done with Q
     tile::store_matrix<T, TileQ>(smem, o_, factor, warp_row(), lane());
     if (!is_stored_whole(params_, t, consumer())) {
@@ -294,7 +300,6 @@ class Consumer {
   uint32_t block_ = 0;  // of P, counted likewise: its product with V is due
   int key_block_;       // whose scores are due next
   bool is_careful_;     // no lazy maximum in this tile
-  bool has_tail_;       // the block of V that is due has rows that must be cleared
 };
 
 }  // namespace flash::sm90

@@ -26,23 +26,26 @@ __device__ __forceinline__ void recompute(typename Cfg::AccS& s, const ForwardPa
                                           int lane) {
   using TileQ = typename Cfg::TileQ;
   // A lane holds keys l / 4 of every 8, columns 2 (l % 4) and 8 further of every 16.
-  const int64_t step = 8 * params.k.row;
   const uint16_t* key = keys_of(params, tile) + (first + lane / 4) * params.k.row + lane % 4 * 2;
-  s.clear();
-#pragma unroll 1
-  for (int k = 0; k < Cfg::kHeadDim / 16; ++k) {
-    uint32_t a[4];
-    ptx::ldmatrix_x4(a, q_smem + TileQ::offset(row + lane % 16, 2 * k + lane / 16));
-    const uint16_t* from = key + 16 * k;
-    const bool has_low = 16 * k < params.d;
-    const bool has_high = 16 * k + 8 < params.d;
 #pragma unroll
-    for (int n = 0; n < Cfg::kBlockN / 8; ++n) {
+  for (int n = 0; n < Cfg::kBlockN / 8; ++n) {
+    float c[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+    const uint16_t* from = key;
+    // Rolled up: one step at a time takes few registers.
+#pragma unroll 1
+    for (int k = 0; k < Cfg::kHeadDim / 16; ++k) {
+      uint32_t a[4];
+      ptx::ldmatrix_x4(a, q_smem + TileQ::offset(row + lane % 16, 2 * k + lane / 16));
+      const bool has_low = 16 * k < params.d;
+      const bool has_high = 16 * k + 8 < params.d;
       const uint32_t low = has_low ? *reinterpret_cast<const uint32_t*>(from) : 0;
       const uint32_t high = has_high ? *reinterpret_cast<const uint32_t*>(from + 8) : 0;
-      ptx::mma_m16n8k16<typename Cfg::T>(s.c[0][n], a, low, high);
-      from += step;
+      ptx::mma_m16n8k16<typename Cfg::T>(c, a, low, high);
+      from += 16;
     }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) s.c[0][n][i] = c[i];
+    key += 8 * params.k.row;
   }
 }
 

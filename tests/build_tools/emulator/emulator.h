@@ -113,6 +113,7 @@ inline float __fdividef(float x, float y) { return x / y; }
 inline int __float_as_int(float x) { return emulator::from_bits<int>(emulator::bits_of<float>(x)); }
 inline float __int_as_float(int x) { return emulator::from_bits<float>(emulator::bits_of<int>(x)); }
 inline float __uint_as_float(uint32_t x) { return __int_as_float(static_cast<int>(x)); }
+inline uint32_t __float_as_uint(float x) { return static_cast<uint32_t>(__float_as_int(x)); }
 inline float2 make_float2(float x, float y) { return {x, y}; }
 inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
 inline int __ffs(uint32_t x) { return __builtin_ffs(static_cast<int>(x)); }

@@ -42,6 +42,12 @@ inline void st_shared_128(uint32_t smem, uint4 x) { memcpy(emulator::at(smem, 16
 
 inline void st_shared_32(uint32_t smem, uint32_t x) { memcpy(emulator::at(smem, 4), &x, 4); }
 
+inline float ld_shared_f32(uint32_t smem) {
+  float x;
+  memcpy(&x, emulator::at(smem, 4), 4);
+  return x;
+}
+
 inline void st_global_128(void* gmem, uint4 x) { memcpy(gmem, &x, 16); }
 
 inline void red_add_f32(float* gmem, float x) { *gmem += x; }
