@@ -4,6 +4,7 @@
 #include "device/sm80/config.h"
 #include "device/sm90/config.h"
 #include "host/api.h"
+#include "host/tensor_maps.h"
 
 namespace flash::host {
 
@@ -61,7 +62,7 @@ bool takes(int family, const ForwardParams& params) {
   const bool has_rows = seqs.sk > 0 && (seqs.cu_seqlens_q == nullptr || seqs.total_q > 0) &&
                         (seqs.cu_seqlens_k == nullptr || seqs.total_k > 0);
   return has_rows && seqs.block_table == nullptr && params.scores.rng_state == nullptr &&
-         params.num_splits <= 1;
+         params.num_splits <= 1 && have_tensor_maps(params);
 }
 
 int64_t num_ctas(const ForwardParams& params, const Shape& shape, const Device& device) {

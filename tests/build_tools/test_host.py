@@ -343,6 +343,9 @@ say(plan_and_run(0, d=96, b=1, sq=1, sk=200, q=Rows(0x10000, 3, 5, 96), k=kv, v=
         ("given=['rng_state']", "90"),
         ("splits=2", "90"),
         ("sk=0", "90"),
+        ("k=Rows(4096, 38400, 128, 0)", "90"),  # one head of keys, shown twice
+        ("k=Rows(4096, 38400, 128, 68)", "90"),
+        ("k=Rows(4104, 38400, 128, 64)", "90"),
         ("", "89"),
         ("", "100"),
     ],
@@ -350,7 +353,7 @@ say(plan_and_run(0, d=96, b=1, sq=1, sk=200, q=Rows(0x10000, 3, 5, 96), k=kv, v=
 def test_what_hoppers_kernel_does_not_do_stays_with_the_others(
     stub: Stub, hopper: Path, tmp_path: Path, offsets: dict[str, int], options: str, cc: str
 ) -> None:
-    text = f"say(plan_and_run(0, {options}))"
+    text = f"from native_tools import Rows\nsay(plan_and_run(0, {options}))"
     first, *_ = run_with(hopper, stub, tmp_path / "log", offsets, text, STUB_CC=cc)
     assert first.kernel == "flash_fwd_sm80_d64_bf16"
 
