@@ -53,7 +53,7 @@ __device__ inline void transform(tile::Accumulators<kM, kN>& s, const ScoreRule&
 template <int kM, int kN>
 __device__ inline void transform(tile::Accumulators<kM, kN>& s, tile::Accumulators<kM, kN>& ds,
                                  const ScoreRule& rule, const Mask& mask, int row, int col) {
-  const float inverse_cap = __fdividef(1.0f, rule.softcap);
+  const float inverse_cap = 1.0f / rule.softcap;
 #pragma unroll
   for (int m = 0; m < kM; ++m) {
 #pragma unroll

@@ -30,6 +30,29 @@ struct Turns {
   }
 };
 
+// Softcap and ALiBi, as attn::transform() has them. That one divides by a call of a function, which
+// must not be while products of the warpgroup are under way. `distance`: from the key of this
+// lane's first entry to its query.
+template <int kN>
+__device__ __forceinline__ void transform(tile::Accumulators<1, kN>& s, const attn::ScoreRule& rule,
+                                          int distance) {
+  const float factor = rule.softcap > 0.0f ? __fdividef(rule.scale, rule.softcap) : rule.scale;
+  const auto each = [&](const auto& change) {
+#pragma unroll
+    for (int n = 0; n < kN; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) change(s.c[0][n][i], 8 * n + i % 2, i / 2);
+    }
+  };
+  each([&](float& x, int, int) { x *= factor; });
+  if (rule.softcap > 0.0f) {
+    each([&](float& x, int, int) { x = rule.softcap * attn::tanh(x); });
+  }
+  if (rule.slope != 0.0f) {
+    each([&](float& x, int col, int h) { x -= rule.slope * abs(distance + 8 * h - col); });
+  }
+}
+
 template <class Cfg>
 class Consumer {
   using T = typename Cfg::T;
@@ -215,7 +238,7 @@ class Consumer {
     const int col = col0 + lane() % 4 * 2;
     float scale = params_.scores.softmax_scale;
     if (!is_plain()) {
-      attn::transform(s, attn::ScoreRule(params_.scores, t.sequence, t.head), mask, row, col);
+      transform(s, attn::ScoreRule(params_.scores, t.sequence, t.head), row + mask.diagonal - col);
       scale = 1.0f;
     }
     if (mask.lowest(row0 + 63) > col0 || mask.highest(row0) < col0 + kBlockN) {
