@@ -24,12 +24,20 @@ int64_t num_tiles(const ForwardParams& params, const Shape& shape) {
   return ceil_div(params.seqs.sq, shape.block_m) * params.hq * params.seqs.b;
 }
 
+// Every query sees every key, and scores go to softmax as they are.
+bool is_plain(const ForwardParams& params) {
+  const Scores& scores = params.scores;
+  return scores.window_left < 0 && scores.window_right < 0 && scores.attention_chunk == 0 &&
+         scores.softcap == 0.0f && scores.alibi_slopes == nullptr && scores.softmax_scale > 0.0f;
+}
+
 }  // namespace
 
 Shape shape_of(int family, int kind, int head_dim, int arch) {
-  if (family == kSm90) {
-    const sm90::ForwardTile tile = sm90::forward_tile(head_dim);
-    return {sm90::kBlockM, tile.block_n, sm90::kThreads, tile.smem_bytes(), sm90::kBoxM};
+  if (family == kSm90 || family == kSm90Wide) {
+    const sm90::Width width = family == kSm90 ? sm90::kNarrow : sm90::kWide;
+    const sm90::ForwardTile tile = sm90::forward_tile(width, head_dim);
+    return {tile.block_m(), tile.block_n, tile.threads(), tile.smem_bytes(), sm90::kBoxM};
   }
   switch (kind) {
     case FLASH_FORWARD: {
@@ -56,8 +64,10 @@ Shape shape_of(int family, int kind, int head_dim, int arch) {
 }
 
 bool takes(int family, const ForwardParams& params) {
-  if (family != kSm90) return true;
+  if (family != kSm90 && family != kSm90Wide) return true;
   const Sequences& seqs = params.seqs;
+  // Below two narrow tiles of rows a wide one has more that are empty.
+  if (family == kSm90Wide && (!is_plain(params) || seqs.sq < 256)) return false;
   // Tensors without rows have no tensor maps.
   const bool has_rows = seqs.sk > 0 && (seqs.cu_seqlens_q == nullptr || seqs.total_q > 0) &&
                         (seqs.cu_seqlens_k == nullptr || seqs.total_k > 0);

@@ -6,8 +6,8 @@
 
 namespace flash::host {
 
-// Designs of kernels, the folders of csrc/device.
-enum Family : int { kSm80, kSm90, kCommon, kNumFamilies };
+// Designs of kernels, as flash_attn/_support.py names them.
+enum Family : int { kSm80, kSm90, kSm90Wide, kCommon, kNumFamilies };
 
 // Tile and CTA of a kernel.
 struct Shape {

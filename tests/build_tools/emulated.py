@@ -8,6 +8,7 @@ from pathlib import Path
 from native_tools import ROOT, codegen, needs
 
 HERE = Path(__file__).parent
+FAMILIES = ("sm90", "sm90_wide")
 
 
 def kernel_source(units: list[codegen.Unit]) -> str:
@@ -45,7 +46,7 @@ def build_driver(folder: Path, head_dims: tuple[int, ...], dtype: str = "bf16") 
     units = [
         unit
         for unit in codegen.units()
-        if (unit.family == "sm90" and unit.head_dim in head_dims and unit.dtype == dtype)
+        if (unit.family in FAMILIES and unit.head_dim in head_dims and unit.dtype == dtype)
         or (unit.kind == "fill" and unit.dtype == dtype)
     ]
     source = folder / "kernels.cpp"

@@ -16,7 +16,7 @@ import emulated
 import pytest
 from native_tools import ROOT, Stub, lay_out_kernels, native, needs
 
-HEAD_DIMS = (64, 128, 256)  # with turns; with Q in registers; with one buffer of Q
+HEAD_DIMS = (64, 128, 256)  # with turns, and wide; with Q in registers; with one buffer of Q
 
 PROGRAM = """
 import json, math, sys, torch
@@ -88,6 +88,7 @@ CASES = {
     "one_row": "dense({d}, 1, 1)",
     "ragged": "dense({d}, 200, 333)",
     "whole_blocks": "dense({d}, 256, 256, hq=4, hk=2)",
+    "full": "dense({d}, 700, 600, hq=4, hk=2)",
     "causal": "dense({d}, 300, 300, causal=True)",
     "causal_many_heads": "dense({d}, 300, 300, hq=6, hk=3, b=3, causal=True)",
     "causal_more_keys": "dense({d}, 257, 640, causal=True)",
@@ -102,6 +103,7 @@ CASES = {
     "odd_head_dim": "dense({d} - 8, 150, 270)",
     "rising_scores": "dense({d}, 200, 900, rise=60.0)",
     "overflowing_scores": "dense({d}, 200, 900, rise=600.0)",
+    "overflowing_scores_full": "dense({d}, 400, 900, rise=600.0)",
     "packed": "packed({d}, (100, 0, 200, 1, 64), (100, 50, 333, 257, 0))",
     "packed_causal": "packed({d}, (130, 5, 256), (130, 300, 256), causal=True)",
     "packed_used": "packed({d}, (130, 5, 256), (130, 300, 256), used_k=(1, 290, 0))",
@@ -149,7 +151,8 @@ def told(machine: Stub, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[
         for name, error in json.loads(child.stdout.splitlines()[-1]).items():
             results[d, name] = error
     launched = {line.split()[1] for line in log.read_text("utf-8").splitlines() if "launch" in line}
-    assert launched == {*(f"flash_fwd_sm90_d{d}_bf16" for d in HEAD_DIMS), "flash_fill_bf16"}
+    forward = {f"flash_fwd_sm90_d{d}_bf16" for d in HEAD_DIMS}
+    assert launched == forward | {"flash_fwd_sm90_wide_d64_bf16", "flash_fill_bf16"}
     return results
 
 

@@ -103,6 +103,9 @@ def plan_and_run(device, d=64, stream=77, splits=1, b=2, sq=300, sk=300, given=(
     call = Call()
     for name, value in dict(b=b, sq=sq, sk=sk, hq=4, hk=2, d=d, dv=d, cache_rows=b).items():
         ctypes.c_int32.from_buffer(call, OFFSETS[name]).value = value
+    for name in ("window_left", "window_right"):
+        ctypes.c_int32.from_buffer(call, OFFSETS[name]).value = -1
+    ctypes.c_float.from_buffer(call, OFFSETS["softmax_scale"]).value = 0.125
     for name in given:
         ctypes.c_uint64.from_buffer(call, OFFSETS[name]).value = 4096
     for name, value in rows.items():
@@ -119,6 +122,10 @@ def offsets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
     folder = tmp_path_factory.mktemp("offsets")
     fields = {name: f"seqs.{name}" for name in ("b", "sq", "sk", "cache_rows", "block_table")}
     fields["rng_state"] = "scores.rng_state"
+    fields["alibi_slopes"] = "scores.alibi_slopes"
+    fields["window_left"] = "scores.window_left"
+    fields["window_right"] = "scores.window_right"
+    fields["softmax_scale"] = "scores.softmax_scale"
     fields.update({name: name for name in ("hq", "hk", "d", "dv")})
     rows = "".join(
         f'printf("{name} %d\\n", int(offsetof(flash::ForwardParams, {field})));'
@@ -304,13 +311,33 @@ def run_with(
 def test_hopper_runs_its_own_kernel_on_all_multiprocessors(
     stub: Stub, hopper: Path, tmp_path: Path, offsets: dict[str, int]
 ) -> None:
-    text = "say(plan_and_run(0)); say(plan_and_run(0, sq=3000, sk=3000))"
+    text = "say(plan_and_run(0, d=128)); say(plan_and_run(0, d=128, sq=3000, sk=3000))"
     few, many = run_with(hopper, stub, tmp_path / "log", offsets, text)
-    assert few.kernel == many.kernel == "flash_fwd_sm90_d64_bf16"
+    assert few.kernel == many.kernel == "flash_fwd_sm90_d128_bf16"
     # 2 sequences of 4 heads have 3 tiles of 128 rows each, or 24; there are 132 multiprocessors.
     assert (few.grid, many.grid, few.block) == (2 * 4 * 3, 132, 3 * 128)
-    # Q twice, K and V four times each, in 64 columns of 2 bytes, and barriers.
-    assert few.smem == (2 * 128 + 2 * 4 * 128) * 64 * 2 + 1024
+    # Q twice, K and V twice each, in 128 columns of 2 bytes, and barriers.
+    assert few.smem == (2 * 128 + 2 * 2 * 128) * 128 * 2 + 1024
+
+
+def test_wide_tiles_are_for_long_calls_without_masks(
+    stub: Stub, hopper: Path, tmp_path: Path, offsets: dict[str, int]
+) -> None:
+    text = """
+say(plan_and_run(0))
+say(plan_and_run(0, sq=255))
+say(plan_and_run(0, given=['alibi_slopes']))
+say(plan_and_run(0, d=72))
+"""
+    wide, *narrow = run_with(hopper, stub, tmp_path / "log", offsets, text)
+    assert (wide.kernel, wide.block) == ("flash_fwd_sm90_wide_d64_bf16", 4 * 128)
+    assert wide.grid == 2 * 4 * 2  # 300 rows in tiles of 192
+    assert wide.smem == (2 * 192 + 2 * 4 * 128) * 64 * 2 + 1024
+    assert [x.kernel for x in narrow] == [
+        "flash_fwd_sm90_d64_bf16",
+        "flash_fwd_sm90_d64_bf16",
+        "flash_fwd_sm90_d96_bf16",
+    ]
 
 
 def test_tensor_maps_tell_sizes_and_strides(
@@ -366,8 +393,8 @@ def test_a_driver_that_refuses_hoppers_kernel_gets_another_and_is_asked_once(
     (folder / "90a.cubin").write_text("wrong-arch", "utf-8")
     found = run_with(folder, stub, log, offsets, "say(plan_and_run(0)); say(plan_and_run(0))")
     assert [x.kernel for x in found] == ["flash_fwd_sm80_d64_bf16"] * 2
-    # Any of the five widths would serve; none is tried twice.
-    assert (len(lines_of(log, "load")), len(lines_of(log, "unload"))) == (5 + 1, 5)
+    # Any of five widths would serve, and wide tiles; none is tried twice.
+    assert (len(lines_of(log, "load")), len(lines_of(log, "unload"))) == (6 + 1, 6)
 
 
 @pytest.mark.parametrize("cxx", ["g++", "clang++"])

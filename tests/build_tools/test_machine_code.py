@@ -36,6 +36,7 @@ HOPPER = (
 )
 MUST_HAVE = {
     "sm90 forward": (*HOPPER, PRODUCT, FRAGMENT, STORE),
+    "sm90_wide forward": (*HOPPER, PRODUCT, FRAGMENT, STORE),
     "forward": (PRODUCT, COPY, FRAGMENT, STORE),
     "backward": (PRODUCT, COPY, FRAGMENT, STORE),
     "delta": (LOAD,),

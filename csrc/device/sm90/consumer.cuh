@@ -11,8 +11,9 @@
 
 namespace flash::sm90 {
 
-// Two warpgroups that issue their products one after the other, so that the softmax of one runs
-// beside the products of the other.
+// Warpgroups that issue their products one after the other, so that the softmax of one runs beside
+// the products of another.
+template <int kConsumers>
 struct Turns {
   static constexpr int kFirstBarrier = 1 + kConsumers;
   int consumer;
@@ -132,6 +133,7 @@ class Consumer {
   // Scores go to softmax as they are: no softcap, no ALiBi, a positive scale.
   __device__ bool is_plain() const {
     const Scores& scores = params_.scores;
+    if (Cfg::kIsPlain) return true;
     return scores.softcap == 0.0f && !scores.alibi_slopes && scores.softmax_scale > 0.0f;
   }
 
@@ -309,7 +311,7 @@ class Consumer {
   // Opaque, so that nothing that is seldom needed is computed ahead and kept.
   __device__ static int thread() { return ptx::opaque(threadIdx.x) % 128; }
   __device__ static int consumer() { return ptx::opaque(threadIdx.x) / 128 - 1; }
-  __device__ static Turns turns() { return {consumer()}; }
+  __device__ static Turns<Cfg::kConsumers> turns() { return {consumer()}; }
   __device__ static int lane() { return ptx::opaque(threadIdx.x) % 32; }
   __device__ static int warp_row() { return thread() / 32 * 16; }
 

@@ -1,7 +1,7 @@
 // Forward attention for cc 9.0: O = softmax(scores(Q K^T)) V and its log-sum-exp.
 //
-// A CTA has a multiprocessor to itself and takes tile after tile, 128 rows of one head each. One
-// warpgroup plans, loads and stores; two compute, 64 rows each:
+// A CTA has a multiprocessor to itself and takes tile after tile. One
+// warpgroup plans, loads and stores; two (three at head dim 64) compute, 64 rows each:
 //
 //   for block j, descending:
 //     S = Q K(j)^T                     asynchronous
@@ -24,16 +24,15 @@ __device__ inline void forward(const TmaForwardParams& params) {
   extern __shared__ __align__(1024) unsigned char storage[];
   const Pipeline<Cfg> pipe(storage);
   pipe.init();
-  // 128 * 40 + 256 * 232 is what the launch has given: 168 for each of 384.
   if (threadIdx.x < 128) {
-    ptx::give_registers<40>();
+    ptx::give_registers<Cfg::kTile.registers_of_others()>();
     const int warp = threadIdx.x / 32;
     if (threadIdx.x % 32 != 0) return;
     if (warp == 0) load_tiles<Cfg>(params, pipe);
     if (warp == 1) plan_tiles<Cfg>(params.call, pipe);
     if (warp >= 2) store_tiles<Cfg>(params, pipe, warp - 2);
   } else {
-    ptx::take_registers<232>();
+    ptx::take_registers<Cfg::kTile.registers_of_consumer()>();
     Consumer<Cfg>(params.call, pipe).run();
   }
 }

@@ -7,13 +7,16 @@
 
 namespace flash::sm90 {
 
-template <class T_, int kHeadDim_>
+template <class T_, int kHeadDim_, Width kWidth = kNarrow>
 struct ForwardConfig {
   using T = T_;
-  static constexpr ForwardTile kTile = forward_tile(kHeadDim_);
+  static constexpr ForwardTile kTile = forward_tile(kWidth, kHeadDim_);
+  static constexpr bool kIsPlain = kWidth == kWide;
+  static constexpr int kConsumers = kTile.consumers;
+  static constexpr int kBlockM = kTile.block_m();
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kBlockN = kTile.block_n;
-  static constexpr int kThreads = sm90::kThreads;
+  static constexpr int kThreads = kTile.threads();
   static constexpr int kStages = kTile.stages;
   static constexpr int kQBuffers = kTile.q_buffers;
   using TileQ = tile::SmemTile<64, kTile.columns()>;  // of one consumer
@@ -22,12 +25,14 @@ struct ForwardConfig {
   using AccO = tile::Accumulators<1, kHeadDim / 8>;
 };
 
+constexpr int kMaxConsumers = 3;
+
 // What one round of the CTA computes: kBlockM rows of one head. The planner writes it, everyone
 // else reads it.
 struct Tile {
   int begin, end;  // blocks of keys, at least one; end 0: there are no more tiles
   // Blocks that all rows of a consumer see to the full, behind one in which each has seen a key.
-  int lazy_begin[kConsumers], lazy_end[kConsumers];
+  int lazy_begin[kMaxConsumers], lazy_end[kMaxConsumers];
   int sequence, head;
   int row0;  // of the sequence's queries
   int sq, sk;
@@ -72,6 +77,7 @@ struct Ring {
 template <class Cfg>
 struct Pipeline {
   static constexpr int kTiles = 4;
+  static constexpr int kConsumers = Cfg::kConsumers;
   static constexpr int kQBytes = Cfg::kQBuffers * kConsumers * Cfg::TileQ::kBytes;
   static constexpr int kKBytes = Cfg::kStages * Cfg::TileK::kBytes;
   static constexpr int kBarriers = kQBytes + 2 * kKBytes;

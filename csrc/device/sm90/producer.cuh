@@ -25,7 +25,7 @@ struct Schedule {
 
   __device__ explicit Schedule(const ForwardParams& params)
       : params(params),
-        num_blocks((params.seqs.sq + kBlockM - 1) / kBlockM),
+        num_blocks((params.seqs.sq + Cfg::kBlockM - 1) / Cfg::kBlockM),
         num_heads(params.hq * params.seqs.b),
         section(min(static_cast<uint32_t>(params.heads_per_section), num_heads)) {}
 
@@ -38,7 +38,7 @@ struct Schedule {
       if (index >= num_blocks * num_heads) return;
       const Place at = place_of(index);
       const attn::Sequence seq(params.seqs, at.sequence);
-      if (at.block_m * kBlockM < seq.sq) {
+      if (at.block_m * Cfg::kBlockM < seq.sq) {
         describe(at, seq, tile);
         return;
       }
@@ -65,7 +65,7 @@ struct Schedule {
 
   __device__ void describe(const Place& at, const attn::Sequence& seq, Tile& tile) const {
     const Sequences& seqs = params.seqs;
-    const int row0 = at.block_m * kBlockM;
+    const int row0 = at.block_m * Cfg::kBlockM;
     tile.sequence = at.sequence;
     tile.head = at.head;
     tile.row0 = row0;
@@ -78,14 +78,14 @@ struct Schedule {
     tile.head_k = attn::key_head(at.head, params.hq, params.hk);
 
     const attn::Mask mask(params.scores, seq.sq, seq.sk);
-    const int last_row = min(row0 + kBlockM, seq.sq) - 1;
+    const int last_row = min(row0 + Cfg::kBlockM, seq.sq) - 1;
     const int begin = mask.lowest(row0) / Cfg::kBlockN;
     const int end = (max(mask.highest(last_row), 0) + Cfg::kBlockN - 1) / Cfg::kBlockN;
     // Rows that see no key take a block all the same, and hide it.
     tile.begin = begin < end ? begin : 0;
     tile.end = begin < end ? end : 1;
 #pragma unroll
-    for (int consumer = 0; consumer < kConsumers; ++consumer) {
+    for (int consumer = 0; consumer < Cfg::kConsumers; ++consumer) {
       const int first = row0 + 64 * consumer;
       tile.lazy_begin[consumer] = (mask.lowest(first + 63) + Cfg::kBlockN - 1) / Cfg::kBlockN;
       const int lazy_end = (max(mask.highest(first), 1) - 1) / Cfg::kBlockN;
@@ -162,7 +162,7 @@ __device__ inline void load_tiles(const TmaForwardParams& params, const Pipeline
       if (!is_first || Cfg::kQBuffers == 1) load_last_v();
       if (is_first) {
 #pragma unroll 1
-        for (int consumer = 0; consumer < kConsumers; ++consumer) {
+        for (int consumer = 0; consumer < Cfg::kConsumers; ++consumer) {
           pipe.q(consumer).wait_empty(i);
           load_tile<TileQ>(pipe.q_buffer(i, consumer), params.q, pipe.q(consumer).full(i), kPanels,
                            tile.first_q + tile.row0 + 64 * consumer, tile.head, tile.batch_q);
@@ -186,31 +186,33 @@ __device__ inline bool is_stored_whole(const ForwardParams& params, const Tile& 
   return !params.seqs.cu_seqlens_q || tile.row0 + 64 * (consumer + 1) <= tile.sq;
 }
 
-// One lane's work for each consumer: its rows of O, and room for the next Q.
+// One lane's work: every second consumer's rows of O, from `first` on, and room for the next Q.
 template <class Cfg>
 __device__ inline void store_tiles(const TmaForwardParams& params, const Pipeline<Cfg>& pipe,
-                                   int consumer) {
+                                   int first) {
   using TileQ = typename Cfg::TileQ;
   ptx::tma_prefetch(params.o);
   for (uint32_t i = 0;; ++i) {
     pipe.tiles().wait_full(i);
     const Tile tile = pipe.tile(i);
     if (tile.end == 0) break;
-    pipe.o(consumer).wait_full(i);
-    pipe.tiles().arrive_empty(i);
-    if (is_stored_whole(params.call, tile, consumer)) {
+    for (int consumer = first; consumer < Cfg::kConsumers; consumer += 2) {
+      pipe.o(consumer).wait_full(i);
+      pipe.tiles().arrive_empty(i);
+      if (is_stored_whole(params.call, tile, consumer)) {
 #pragma unroll
-      for (int panel = 0; panel < TileQ::kCols / 64; ++panel) {
-        if (panel * 64 < params.call.dv) {
-          ptx::tma_store(params.o, pipe.q_buffer(i, consumer) + panel * TileQ::kPanelBytes,
-                         panel * 64, tile.first_q + tile.row0 + 64 * consumer, tile.head,
-                         tile.batch_q);
+        for (int panel = 0; panel < TileQ::kCols / 64; ++panel) {
+          if (panel * 64 < params.call.dv) {
+            ptx::tma_store(params.o, pipe.q_buffer(i, consumer) + panel * TileQ::kPanelBytes,
+                           panel * 64, tile.first_q + tile.row0 + 64 * consumer, tile.head,
+                           tile.batch_q);
+          }
         }
+        ptx::tma_store_commit();
+        ptx::tma_store_wait_read();
       }
-      ptx::tma_store_commit();
-      ptx::tma_store_wait_read();
+      pipe.q(consumer).arrive_empty(i);
     }
-    pipe.q(consumer).arrive_empty(i);
   }
   ptx::tma_store_wait();
 }
