@@ -86,7 +86,7 @@ class Consumer {
     open(0);
     first_step();
     for (;;) {
-      const bool opens = is_through();
+      const bool opens = is_through_;
       if (opens) {
         pipe_.tiles().wait_full(tile_ + 1);
         if (pipe_.tile(tile_ + 1).end == 0) break;
@@ -102,7 +102,7 @@ class Consumer {
     for (uint32_t tile = 0; pipe_.tile(tile).end > 0; ++tile) {
       open(tile);
       first_step();
-      while (!is_through()) step(false);
+      while (!is_through_) step(false);
       last_step();
       ++block_;
       pipe_.tiles().wait_full(tile + 1);
@@ -119,9 +119,6 @@ class Consumer {
       tile::load_a<TileQ>(q_, pipe_.q_buffer(tile, consumer()), warp_row(), lane());
     }
   }
-
-  // Whether a tile's scores have all been computed.
-  __device__ bool is_through() const { return key_block_ < pipe_.tile(tile_).begin; }
 
   // Whether the maximum may be lazy in the next block.
   __device__ bool is_lazy() const {
@@ -147,6 +144,7 @@ class Consumer {
     release(pipe_.k(), block_);
     softmax_.clear();
     absorb(s);
+    is_through_ = key_block_ == pipe_.tile(tile_).begin;
     tile::pack<T>(p_, s);
     o_.clear();
     --key_block_;
@@ -171,6 +169,8 @@ class Consumer {
       finish_sums(tile_ - 1);
       softmax_.clear();
     }
+    // Read early: where the step ends, the next products are waited for.
+    is_through_ = key_block_ == pipe_.tile(tile_).begin;
     if (!is_lazy() || !absorb_lazily(s)) absorb(s);
     ptx::wgmma_wait<0>();
     ptx::pin(o_.c[0]);
@@ -324,6 +324,7 @@ class Consumer {
   uint32_t tile_ = 0;   // of the scores, counted from the start
   uint32_t block_ = 0;  // of P, counted likewise: its product with V is due
   int key_block_;       // whose scores are due next
+  bool is_through_;     // all scores of the tile have been computed
   bool is_careful_;     // no lazy maximum in this tile
 };
 
