@@ -5,6 +5,8 @@ A unit instantiates one template under an `extern "C"` name that says what it is
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass
 from string import Template
 from typing import Any
@@ -114,6 +116,22 @@ KINDS = {
     )
 }
 
+# Kinds that a family makes its own way. A CTA of Hopper's has an SM to itself, as the compiler must
+# know for the registers that its warps hand over.
+_WIDE = "flash::sm90::ForwardConfig<flash::ptx::{dtype}, {head_dim}, flash::sm90::kWide>"
+KINDS_OF_FAMILIES = {
+    ("sm90", "forward"): dataclasses.replace(
+        KINDS["forward"], threads=f"{_FORWARD}::kThreads, 1", params="TmaForwardParams"
+    ),
+    ("sm90_wide", "forward"): dataclasses.replace(
+        KINDS["forward"],
+        headers=("sm90/forward.cuh",),
+        call=f"flash::sm90::forward<{_WIDE}>",
+        threads=f"{_WIDE}::kThreads, 1",
+        params="TmaForwardParams",
+    ),
+}
+
 UNIT = Template("""\
 $includes
 
@@ -137,11 +155,36 @@ class Unit:
     source: str
 
 
+def kind_in(family: str, kind: str) -> Kind:
+    """A kind as a family makes it."""
+    return KINDS_OF_FAMILIES.get((family, kind), KINDS[kind])
+
+
 def units() -> list[Unit]:
-    """Every kernel of the truth table, in the table's order."""
+    """Every kernel that is built and shipped, in the order of the truth table."""
+    return units_of(support.KERNEL_FAMILIES)
+
+
+def all_units() -> list[Unit]:
+    """These, and before them the kernels that no GPU has run yet."""
+    return units_of(support.UNPROVEN_FAMILIES) + units()
+
+
+def units_named(part: str) -> list[Unit]:
+    """Kernels by a part of their symbols; unproven ones where it names their family."""
+    shipped = {unit.symbol for unit in units()}
     return [
-        _unit(family, KINDS[kind], head_dim, dtype)
-        for family in support.KERNEL_FAMILIES
+        unit
+        for unit in all_units()
+        if part in unit.symbol and (unit.symbol in shipped or unit.family.split("_")[0] in part)
+    ]
+
+
+def units_of(families: Iterable[Any]) -> list[Unit]:
+    """Every kernel of some families."""
+    return [
+        _unit(family, kind_in(family.name, kind), head_dim, dtype)
+        for family in families
         for kind in family.kinds
         for head_dim in family.head_dims or (0,)
         for dtype in family.dtypes

@@ -4,6 +4,7 @@
 #include "host/launch.h"
 #include "host/plan.h"
 #include "host/registry.h"
+#include "host/tensor_maps.h"
 #include "host/text.h"
 
 using namespace flash;        // NOLINT: the C ABI stands in no namespace
@@ -20,8 +21,8 @@ struct Call {
   int dtype;
   int head_dim;
 
-  bool prepare(int kind, Ready* ready) const {
-    return flash::host::prepare(kind, head_dim, dtype, on, ready);
+  bool prepare(int kind, Ready* ready, const ForwardParams* forward = nullptr) const {
+    return flash::host::prepare({kind, head_dim, dtype, on.cc, forward}, on, ready);
   }
 
   bool run(const Ready& ready, int64_t num_ctas, const void* params) const {
@@ -121,10 +122,19 @@ bool s_dmask(const Call& call, const ForwardParams& params) {
          call.run(ready, ceil_div(params.seqs.sq, ready.shape.block_m) * heads, &params);
 }
 
-bool forward(const Call& call, const ForwardParams& params) {
+bool run_forward(const Call& call, const ForwardParams& params) {
   Ready ready;
-  return call.prepare(FLASH_FORWARD, &ready) &&
-         call.run(ready, num_ctas(params, ready.shape), &params) &&
+  if (!call.prepare(FLASH_FORWARD, &ready, &params)) return false;
+  const int64_t ctas = num_ctas(params, ready.shape, call.on);
+  if (ctas == 0) return true;
+  if (ready.shape.box_m == 0) return call.run(ready, ctas, &params);
+  TmaForwardParams with_maps;
+  return make_tma_params(params, ready.shape, call.dtype, &with_maps) &&
+         call.run(ready, ctas, &with_maps);
+}
+
+bool forward(const Call& call, const ForwardParams& params) {
+  return run_forward(call, params) &&
          (params.num_splits <= 1 || combine(call, combine_params(params))) &&
          (params.s_dmask == nullptr || s_dmask(call, params)) &&
          (!has_unused_q(params.seqs) || fill(call, unused_rows_of(params)));
@@ -189,10 +199,12 @@ int flash_compute_capability(int ordinal) {
 int flash_plan_forward(int ordinal, int dtype, int num_splits, ForwardParams* params,
                        FlashWorkspace* workspace) {
   const Device* on = device(ordinal);
+  if (on == nullptr) return 0;
   Ready ready;
-  if (on == nullptr || !prepare(FLASH_FORWARD, wider(params->d, params->dv), dtype, *on, &ready)) {
-    return 0;
-  }
+  // Not every family splits: who would take the call whole decides how it is split.
+  params->num_splits = num_splits;
+  const Want want = {FLASH_FORWARD, wider(params->d, params->dv), dtype, on->cc, params};
+  if (!prepare(want, *on, &ready)) return 0;
   if (num_splits != 0) {
     params->num_splits = limit_splits(num_splits, *params, ready.shape);
   } else {
@@ -216,10 +228,10 @@ int flash_forward(int ordinal, void* stream, int dtype, const ForwardParams* par
 
 int flash_plan_backward(int ordinal, int dtype, BackwardParams* params, FlashWorkspace* workspace) {
   const Device* on = device(ordinal);
+  if (on == nullptr) return 0;
   Ready ready;
-  if (on == nullptr || !prepare(FLASH_BACKWARD, wider(params->d, params->dv), dtype, *on, &ready)) {
-    return 0;
-  }
+  const Want want = {FLASH_BACKWARD, wider(params->d, params->dv), dtype, on->cc};
+  if (!prepare(want, *on, &ready)) return 0;
   params->dq_cols = ready.kernel->head_dim;
   params->dq_copies = params->deterministic ? choose_columns(*params, ready.shape, *on) : 1;
   params->heads_per_section = choose_section(*params, ready.shape, *on);

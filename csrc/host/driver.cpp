@@ -46,7 +46,8 @@ bool resolve_all(void* library) {
          resolve(library, "cuLibraryUnload", &d.cuLibraryUnload) &&
          resolve(library, "cuKernelSetAttribute", &d.cuKernelSetAttribute) &&
          resolve(library, "cuLaunchKernelEx", &d.cuLaunchKernelEx) &&
-         resolve(library, "cuMemsetD32Async", &d.cuMemsetD32Async);
+         resolve(library, "cuMemsetD32Async", &d.cuMemsetD32Async) &&
+         resolve(library, "cuTensorMapEncodeTiled", &d.cuTensorMapEncodeTiled);
 }
 
 bool read_attribute(CUdevice handle, CUdevice_attribute attribute, int* value) {

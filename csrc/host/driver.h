@@ -66,6 +66,10 @@ struct Driver {
   CUresult (*cuLaunchKernelEx)(const CUlaunchConfig* config, CUkernel kernel, void** params,
                                void** extra);
   CUresult (*cuMemsetD32Async)(CUdeviceptr to, unsigned int value, size_t count, CUstream stream);
+  CUresult (*cuTensorMapEncodeTiled)(void* map, int type, uint32_t rank, void* address,
+                                     const uint64_t* dims, const uint64_t* strides,
+                                     const uint32_t* box, const uint32_t* steps, int interleave,
+                                     int swizzle, int l2_promotion, int fill);
 };
 
 // The driver, opened and initialised by the first caller; null with the error set where it cannot

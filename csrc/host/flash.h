@@ -96,6 +96,18 @@ struct ForwardParams {
   int32_t heads_per_section;
 };
 
+// A tensor as the tensor memory accelerator sees it: the driver's CUtensorMap. Ours have four
+// dimensions: columns, rows, heads, batch (1 of a packed operand).
+struct alignas(64) TensorMap {
+  uint64_t words[16];
+};
+
+// A forward call whose operands come and go by that accelerator.
+struct TmaForwardParams {
+  TensorMap q, k, v, o;
+  ForwardParams call;
+};
+
 struct BackwardParams {
   Rows q, k, v, o, dout;
   Rows dq, dk, dv_grad;

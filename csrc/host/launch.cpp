@@ -66,7 +66,8 @@ bool load_once(Kernel* kernel, const Device& device) {
   CUkernel loaded = nullptr;
   const Image* image = load(*kernel, device, &loaded);
   if (image == nullptr) return false;
-  const int smem_bytes = shape_of(kernel->kind, kernel->head_dim, image->arch).smem_bytes;
+  const int smem_bytes =
+      shape_of(kernel->family, kernel->kind, kernel->head_dim, image->arch).smem_bytes;
   if (smem_bytes > device.max_smem) {
     return fail("%s needs %d bytes of shared memory; device %d has %d for a block", kernel->symbol,
                 smem_bytes, device.ordinal, device.max_smem);
@@ -85,14 +86,26 @@ bool load_once(Kernel* kernel, const Device& device) {
 
 }  // namespace
 
-bool prepare(int kind, int head_dim, int dtype, const Device& device, Ready* ready) {
-  Kernel* kernel = find({kind, head_dim, dtype, device.cc});
-  if (kernel == nullptr) return false;
-  const std::atomic<CUkernel>& slot = kernel->loaded[device.ordinal];
-  if (slot.load(std::memory_order_acquire) == nullptr && !load_once(kernel, device)) return false;
-  *ready = {kernel, slot.load(std::memory_order_acquire),
-            shape_of(kind, kernel->head_dim, kernel->loaded_arch[device.ordinal])};
-  return true;
+bool prepare(const Want& want, const Device& device, Ready* ready) {
+  Kernel* kernel = find(want);
+  while (kernel != nullptr) {
+    const std::atomic<CUkernel>& slot = kernel->loaded[device.ordinal];
+    Kernel* next = nullptr;
+    if (slot.load(std::memory_order_acquire) == nullptr) {
+      next = find_behind(*kernel, want);
+      std::atomic<bool>& is_refused = kernel->is_refused[device.ordinal];
+      if ((is_refused.load() && next != nullptr) || !load_once(kernel, device)) {
+        is_refused.store(true);
+        kernel = next;
+        continue;
+      }
+    }
+    *ready = {kernel, slot.load(std::memory_order_acquire),
+              shape_of(kernel->family, kernel->kind, kernel->head_dim,
+                       kernel->loaded_arch[device.ordinal])};
+    return true;
+  }
+  return false;
 }
 
 bool launch(const Ready& ready, const Device& device, void* stream, int64_t num_ctas,

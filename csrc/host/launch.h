@@ -16,8 +16,9 @@ struct Ready {
   Shape shape;
 };
 
-// Finds what serves a call and loads it where this is its first use on the device.
-bool prepare(int kind, int head_dim, int dtype, const Device& device, Ready* ready);
+// Finds what serves a call and loads it where this is its first use on the device. What the driver
+// refuses gives way to the next that serves.
+bool prepare(const Want& want, const Device& device, Ready* ready);
 
 // Launches a kernel that takes one parameter struct by value. The device's context must be current.
 bool launch(const Ready& ready, const Device& device, void* stream, int64_t num_ctas,

@@ -2,7 +2,9 @@
 
 #include "device/common/config.h"
 #include "device/sm80/config.h"
+#include "device/sm90/config.h"
 #include "host/api.h"
+#include "host/tensor_maps.h"
 
 namespace flash::host {
 
@@ -24,35 +26,61 @@ int64_t num_tiles(const ForwardParams& params, const Shape& shape) {
   return ceil_div(params.seqs.sq, shape.block_m) * params.hq * params.seqs.b;
 }
 
+// Every query sees every key, and scores go to softmax as they are.
+bool is_plain(const ForwardParams& params) {
+  const Scores& scores = params.scores;
+  return scores.window_left < 0 && scores.window_right < 0 && scores.attention_chunk == 0 &&
+         scores.softcap == 0.0f && scores.alibi_slopes == nullptr && scores.softmax_scale > 0.0f;
+}
+
 }  // namespace
 
-Shape shape_of(int kind, int head_dim, int arch) {
+Shape shape_of(int family, int kind, int head_dim, int arch) {
+  if (family == kSm90 || family == kSm90Wide) {
+    const sm90::Width width = family == kSm90 ? sm90::kNarrow : sm90::kWide;
+    const sm90::ForwardTile tile = sm90::forward_tile(width, head_dim);
+    return {tile.block_m(), tile.block_n, tile.threads(), tile.smem_bytes(), sm90::kBoxM};
+  }
   switch (kind) {
     case FLASH_FORWARD: {
       const sm80::ForwardTile tile = sm80::forward_tile(head_dim, arch);
-      return {tile.block_m, tile.block_n, tile.threads(), tile.smem_bytes()};
+      return {tile.block_m, tile.block_n, tile.threads(), tile.smem_bytes(), 0};
     }
     case FLASH_BACKWARD:
     case FLASH_CONVERT: {
       const sm80::BackwardTile tile = sm80::backward_tile(head_dim, arch);
       const int smem_bytes = kind == FLASH_BACKWARD ? tile.smem_bytes() : 0;
-      return {tile.block_m, tile.block_n, tile.threads(), smem_bytes};
+      return {tile.block_m, tile.block_n, tile.threads(), smem_bytes, 0};
     }
     case FLASH_DELTA:
-      return {common::kDeltaRows, 0, common::kDeltaThreads, 0};
+      return {common::kDeltaRows, 0, common::kDeltaThreads, 0, 0};
     case FLASH_COMBINE:
-      return {common::kCombineRows, 0, common::kCombineThreads, 0};
+      return {common::kCombineRows, 0, common::kCombineThreads, 0, 0};
     case FLASH_APPEND:
-      return {common::kAppendRows, 0, common::kAppendThreads, 0};
+      return {common::kAppendRows, 0, common::kAppendThreads, 0, 0};
     case FLASH_S_DMASK:
-      return {common::kSDmaskRows, 0, common::kSDmaskThreads, 0};
+      return {common::kSDmaskRows, 0, common::kSDmaskThreads, 0, 0};
     default:
-      return {common::kFillThreads, 0, common::kFillThreads, 0};
+      return {common::kFillThreads, 0, common::kFillThreads, 0, 0};
   }
 }
 
-int64_t num_ctas(const ForwardParams& params, const Shape& shape) {
-  return num_tiles(params, shape) * params.num_splits;
+bool takes(int family, const ForwardParams& params) {
+  if (family != kSm90 && family != kSm90Wide) return true;
+  const Sequences& seqs = params.seqs;
+  // Below two narrow tiles of rows a wide one has more that are empty.
+  if (family == kSm90Wide && (!is_plain(params) || seqs.sq < 256)) return false;
+  // Tensors without rows have no tensor maps.
+  const bool has_rows = seqs.sk > 0 && (seqs.cu_seqlens_q == nullptr || seqs.total_q > 0) &&
+                        (seqs.cu_seqlens_k == nullptr || seqs.total_k > 0);
+  return has_rows && seqs.block_table == nullptr && params.scores.rng_state == nullptr &&
+         params.num_splits <= 1 && have_tensor_maps(params);
+}
+
+int64_t num_ctas(const ForwardParams& params, const Shape& shape, const Device& device) {
+  const int64_t tiles = num_tiles(params, shape) * params.num_splits;
+  // CTAs that load by TMA have a multiprocessor to themselves, and take tile after tile.
+  return shape.box_m > 0 && tiles > device.num_sms ? device.num_sms : tiles;
 }
 
 int64_t num_ctas(const BackwardParams& params, const Shape& shape) {

@@ -6,16 +6,23 @@
 
 namespace flash::host {
 
+// Designs of kernels, as flash_attn/_support.py names them.
+enum Family : int { kSm80, kSm90, kSm90Wide, kCommon, kNumFamilies };
+
 // Tile and CTA of a kernel.
 struct Shape {
   int block_m;  // rows of a CTA, or of a step
   int block_n;
   int threads;
   int smem_bytes;
+  int box_m;  // rows of Q in one copy by TMA; 0: the kernel uses no tensor maps
 };
 
 // The shape of a kernel built for head dim `head_dim` and architecture `arch` (80 for 8.0).
-Shape shape_of(int kind, int head_dim, int arch);
+Shape shape_of(int family, int kind, int head_dim, int arch);
+
+// Whether forward kernels of a family do what a call asks for.
+bool takes(int family, const ForwardParams& params);
 
 inline int64_t ceil_div(int64_t x, int64_t y) { return (x + y - 1) / y; }
 
@@ -34,7 +41,7 @@ int choose_section(const BackwardParams& params, const Shape& shape, const Devic
 // Columns of CTAs that a deterministic backward call has, each with its own sums for dQ.
 int choose_columns(const BackwardParams& params, const Shape& shape, const Device& device);
 
-int64_t num_ctas(const ForwardParams& params, const Shape& shape);
+int64_t num_ctas(const ForwardParams& params, const Shape& shape, const Device& device);
 int64_t num_ctas(const BackwardParams& params, const Shape& shape);
 
 }  // namespace flash::host

@@ -15,6 +15,7 @@ constexpr int kMaxKernels = 1024;
 const char* const kKindNames[] = {"forward",  "combine", "append",  "delta",
                                   "backward", "convert", "s_dmask", "fill"};
 const char* const kDtypeNames[] = {"fp16", "bf16"};
+const char* const kFamilyNames[] = {"sm80", "sm90", "sm90_wide", "common"};
 
 Kernel* g_kernels;  // the table is opened once and stays
 int g_num_kernels;
@@ -59,13 +60,15 @@ bool parse_row(char* line, int number) {
   }
   const int kind = index_of(words[kKind], kKindNames, FLASH_NUM_KINDS);
   const int dtype = index_of(words[kDtype], kDtypeNames, FLASH_NUM_DTYPES);
+  const int family = index_of(words[kFamily], kFamilyNames, kNumFamilies);
   if (kind < 0) return fail("index.txt, line %d: unknown kind %s", number, words[kKind]);
   if (dtype < 0) return fail("index.txt, line %d: unknown dtype %s", number, words[kDtype]);
+  if (family < 0) return fail("index.txt, line %d: unknown family %s", number, words[kFamily]);
   Kernel* kernel = kernel_of_symbol(words[kSymbol]);
   if (kernel == nullptr || kernel->num_images == kMaxImages) {
     return fail("index.txt, line %d: too many rows", number);
   }
-  kernel->family = words[kFamily];
+  kernel->family = family;
   kernel->kind = kind;
   kernel->dtype = dtype;
   kernel->head_dim = atoi(words[kHeadDim]);
@@ -97,7 +100,8 @@ bool parse(char* text) {
 
 bool serves(const Kernel& kernel, const Want& want) {
   return kernel.kind == want.kind && kernel.dtype == want.dtype &&
-         (kernel.head_dim == 0 || kernel.head_dim >= want.head_dim);
+         (kernel.head_dim == 0 || kernel.head_dim >= want.head_dim) &&
+         (want.forward == nullptr || takes(kernel.family, *want.forward));
 }
 
 bool runs(const Kernel& kernel, int cc) {
@@ -105,6 +109,14 @@ bool runs(const Kernel& kernel, int cc) {
     if (may_run(kernel.images[i], cc)) return true;
   }
   return false;
+}
+
+Kernel* first_from(int index, const Want& want) {
+  const int count = num_kernels();
+  for (int i = index; i < count; ++i) {
+    if (serves(g_kernels[i], want) && runs(g_kernels[i], want.cc)) return &g_kernels[i];
+  }
+  return nullptr;
 }
 
 }  // namespace
@@ -158,14 +170,16 @@ bool may_run(const Image& image, int cc) {
 }
 
 Kernel* find(const Want& want) {
-  const int count = num_kernels();
-  for (int i = 0; i < count; ++i) {
-    if (serves(g_kernels[i], want) && runs(g_kernels[i], want.cc)) return &g_kernels[i];
-  }
+  Kernel* found = first_from(0, want);
+  if (found != nullptr) return found;
   Text& error = last_error();
   error.clear();
   explain(want, &error);
   return nullptr;
+}
+
+Kernel* find_behind(const Kernel& kernel, const Want& want) {
+  return first_from(static_cast<int>(&kernel - g_kernels) + 1, want);
 }
 
 void explain(const Want& want, Text* text) {

@@ -15,6 +15,7 @@
 
 #include "host/api.h"
 #include "host/driver.h"
+#include "host/plan.h"
 #include "host/text.h"
 
 namespace flash::host {
@@ -30,8 +31,8 @@ struct Image {
 constexpr int kMaxImages = 16;
 
 struct Kernel {
-  const char* family;
   const char* symbol;
+  int family;
   int kind;
   int head_dim;
   int dtype;
@@ -39,7 +40,8 @@ struct Kernel {
   Image images[kMaxImages];
   // Where the kernel is loaded, by device; a CUkernel is valid in every context of the device.
   std::atomic<CUkernel> loaded[kMaxDevices];
-  int loaded_arch[kMaxDevices];  // of the image, written before `loaded`
+  int loaded_arch[kMaxDevices];               // of the image, written before `loaded`
+  std::atomic<bool> is_refused[kMaxDevices];  // by the driver
 };
 
 // What a caller needs.
@@ -48,6 +50,7 @@ struct Want {
   int head_dim;
   int dtype;
   int cc;
+  const ForwardParams* forward = nullptr;  // the call, where not every family may take it
 };
 
 // Reads the table. True at once if this folder's table has been read before.
@@ -58,6 +61,9 @@ const Kernel& kernel(int index);
 
 // The first kernel that serves `want`, or null with the error set to the explanation.
 Kernel* find(const Want& want);
+
+// The next one, or null.
+Kernel* find_behind(const Kernel& kernel, const Want& want);
 
 // Says what kernels there are for a kind, and why none of them serves `want`.
 void explain(const Want& want, Text* text);

@@ -122,8 +122,13 @@ def build_stub(folder: Path) -> Stub:
 
 
 def lay_out_kernels(folder: Path, archs: tuple[str, ...] = ("80", "90", "80+ptx")) -> None:
-    """A table of every kernel, whose files have no content but their architecture."""
-    parts = [Part(unit, Arch.parse(arch), "", folder) for unit in codegen.units() for arch in archs]
+    """A table of every kernel of `archs`, whose files have no content but their architecture."""
+    parts = [
+        Part(unit, Arch.parse(arch), "", folder)
+        for unit in codegen.all_units()
+        for arch in archs
+        if arch in unit.archs
+    ]
     files = {part: f"{part.arch}.{part.arch.form}" for part in parts}
     folder.mkdir(exist_ok=True)
     for name in files.values():

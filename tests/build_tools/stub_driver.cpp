@@ -1,6 +1,9 @@
 // A CUDA driver that runs nothing and writes down what it is asked, so that the host library's
 // paths run without a GPU. `STUB_LOG` names the file; `STUB_CC` the device's compute capability, 90
-// if unset.
+// if unset; `STUB_SMS` how many multiprocessors it has, 132 if unset; `STUB_L2` the
+// bytes of its L2 cache.
+//
+// With kernels made for the emulator linked in, a launch runs them.
 //
 // A loaded file that holds "wrong-arch" has no kernel for the device, as the driver finds out when
 // it is asked for the kernel and not before.
@@ -14,6 +17,10 @@
 #include "host/flash.h"
 
 using namespace flash::host;
+
+// Of emulator/, where that is linked in.
+__attribute__((weak)) void run_kernel(const char* name, unsigned grid, unsigned threads,
+                                      const void* params);
 
 namespace {
 
@@ -36,6 +43,7 @@ CUcontext context_of(CUdevice device) {
 // Of the struct that a kernel takes.
 size_t params_size(const char* kernel) {
   const auto is = [&](const char* kind) { return strstr(kernel, kind) != nullptr; };
+  if (is("flash_fwd_sm90")) return sizeof(flash::TmaForwardParams);
   if (is("flash_fwd") || is("flash_s_dmask")) return sizeof(flash::ForwardParams);
   if (is("flash_combine")) return sizeof(flash::CombineParams);
   if (is("flash_append")) return sizeof(flash::AppendParams);
@@ -74,10 +82,10 @@ CUresult cuDeviceGetAttribute(int* value, CUdevice_attribute attribute, CUdevice
   const int cc = text != nullptr ? atoi(text) : 90;
   switch (attribute) {
     case kMultiprocessorCount:
-      *value = 132;
+      *value = getenv("STUB_SMS") != nullptr ? atoi(getenv("STUB_SMS")) : 132;
       break;
     case kL2CacheSize:
-      *value = 50 << 20;
+      *value = getenv("STUB_L2") != nullptr ? atoi(getenv("STUB_L2")) : 50 << 20;
       break;
     case kComputeCapabilityMajor:
       *value = cc / 10;
@@ -140,7 +148,7 @@ CUresult cuKernelSetAttribute(CUfunction_attribute, int value, CUkernel, CUdevic
 CUresult cuLaunchKernelEx(const CUlaunchConfig* config, CUkernel kernel, void** params, void**) {
   const char* name = reinterpret_cast<const char*>(kernel);
   const size_t size = params_size(name);
-  char line[4096];
+  char line[8192];
   int at = snprintf(line, sizeof(line), "launch %s %u %u %u %d %llu ", name, config->gridDimX,
                     config->blockDimX, config->sharedMemBytes, t_current == context_of(0) ? 0 : 1,
                     static_cast<unsigned long long>(reinterpret_cast<uintptr_t>(config->hStream)));
@@ -149,10 +157,37 @@ CUresult cuLaunchKernelEx(const CUlaunchConfig* config, CUkernel kernel, void** 
                    static_cast<const unsigned char*>(params[0])[i]);
   }
   note(line);
+  if (run_kernel != nullptr) run_kernel(name, config->gridDimX, config->blockDimX, params[0]);
   return 0;
 }
 
 CUresult cuMemsetD32Async(CUdeviceptr, unsigned int, size_t, CUstream) { return 0; }
+
+// A map in the open: the address, four sizes, three strides in bytes, columns and rows of the box,
+// the element type and the swizzle.
+CUresult cuTensorMapEncodeTiled(void* map, int type, uint32_t rank, void* address,
+                                const uint64_t* dims, const uint64_t* strides, const uint32_t* box,
+                                const uint32_t* steps, int interleave, int swizzle, int, int fill) {
+  bool is_right = rank == 4 && interleave == 0 && fill == 0 &&
+                  reinterpret_cast<uintptr_t>(map) % 64 == 0 &&
+                  reinterpret_cast<uintptr_t>(address) % 16 == 0 && t_current != nullptr;
+  uint64_t words[16] = {reinterpret_cast<uint64_t>(address)};
+  for (int i = 0; i < 4; ++i) {
+    is_right = is_right && dims[i] >= 1 && dims[i] <= uint64_t{1} << 32 && box[i] >= 1 &&
+               box[i] <= 256 && steps[i] == 1;
+    words[1 + i] = dims[i];
+  }
+  for (int i = 0; i < 3; ++i) {
+    is_right = is_right && strides[i] % 16 == 0 && strides[i] < uint64_t{1} << 40;
+    words[5 + i] = strides[i];
+  }
+  words[8] = box[0];
+  words[9] = box[1];
+  words[10] = static_cast<uint64_t>(type);
+  words[11] = static_cast<uint64_t>(swizzle);
+  memcpy(map, words, sizeof(words));
+  return is_right ? 0 : 1;
+}
 
 // Of libtorch_cuda, which a CPU build of torch lacks.
 int32_t aoti_torch_get_current_cuda_stream(int32_t, void** stream) {

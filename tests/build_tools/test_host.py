@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import re
+import struct
 import subprocess
 from pathlib import Path
 
 import pytest
-from native_tools import ROOT, Stub, launches, lay_out_kernels, lines_of, native, needs
+from native_tools import (
+    ROOT,
+    Launch,
+    Stub,
+    launches,
+    lay_out_kernels,
+    lines_of,
+    native,
+    needs,
+)
 
 PREAMBLE = """
 import ctypes, sys, threading
@@ -51,6 +61,7 @@ say(host.flash_find(99, 64, BF16, 90))
         ("flash-attn-kernels 1\nforward sm80 64\n", "line 2: a row has 8 words"),
         ("flash-attn-kernels 1\nsideways sm80 64 bf16 90 cubin f f\n", "unknown kind sideways"),
         ("flash-attn-kernels 1\nforward sm80 64 fp99 90 cubin f f\n", "unknown dtype fp99"),
+        ("flash-attn-kernels 1\nforward sm99 64 bf16 90 cubin f f\n", "unknown family sm99"),
     ],
 )
 def test_a_broken_table_is_told_with_its_line(
@@ -87,11 +98,18 @@ RUN = """
 from native_tools import ForwardHead
 class Call(ctypes.Structure):
     _fields_ = [("head", ForwardHead), ("rest", ctypes.c_ubyte * 800)]
-def plan_and_run(device, d=64, stream=77, splits=1, b=2, sq=300, sk=300):
+def plan_and_run(device, d=64, stream=77, splits=1, b=2, sq=300, sk=300, given=(), **rows):
     # Only sizes matter to the plan; offsets are asked of the compiler below.
     call = Call()
-    for name, value in dict(b=b, sq=sq, sk=sk, hq=4, hk=2, d=d, dv=d).items():
+    for name, value in dict(b=b, sq=sq, sk=sk, hq=4, hk=2, d=d, dv=d, cache_rows=b).items():
         ctypes.c_int32.from_buffer(call, OFFSETS[name]).value = value
+    for name in ("window_left", "window_right"):
+        ctypes.c_int32.from_buffer(call, OFFSETS[name]).value = -1
+    ctypes.c_float.from_buffer(call, OFFSETS["softmax_scale"]).value = 0.125
+    for name in given:
+        ctypes.c_uint64.from_buffer(call, OFFSETS[name]).value = 4096
+    for name, value in rows.items():
+        setattr(call.head, name, value)
     workspace = (ctypes.c_int64 * 3)()
     ok = host.flash_plan_forward(device, BF16, splits, ctypes.byref(call), workspace)
     return ok and host.flash_forward(device, ctypes.c_void_p(stream), BF16, ctypes.byref(call))
@@ -102,7 +120,12 @@ def plan_and_run(device, d=64, stream=77, splits=1, b=2, sq=300, sk=300):
 def offsets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
     """Offsets of fields of flash::ForwardParams, as the host's compiler lays them out."""
     folder = tmp_path_factory.mktemp("offsets")
-    fields = {"b": "seqs.b", "sq": "seqs.sq", "sk": "seqs.sk"}
+    fields = {name: f"seqs.{name}" for name in ("b", "sq", "sk", "cache_rows", "block_table")}
+    fields["rng_state"] = "scores.rng_state"
+    fields["alibi_slopes"] = "scores.alibi_slopes"
+    fields["window_left"] = "scores.window_left"
+    fields["window_right"] = "scores.window_right"
+    fields["softmax_scale"] = "scores.softmax_scale"
     fields.update({name: name for name in ("hq", "hk", "d", "dv")})
     rows = "".join(
         f'printf("{name} %d\\n", int(offsetof(flash::ForwardParams, {field})));'
@@ -266,6 +289,112 @@ def test_a_cut_off_installation_names_the_missing_file(
     text = f"OFFSETS = {offsets}\nhost.flash_open({str(folder)!r}.encode())\nsay(plan_and_run(0))"
     child = stub.run(program(stub, RUN + text), tmp_path / "log")
     assert "kernels/90.cubin cannot be read" in child.stdout
+
+
+@pytest.fixture(scope="module")
+def hopper(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A table that has Hopper's own kernels too."""
+    folder = tmp_path_factory.mktemp("hopper") / "kernels"
+    lay_out_kernels(folder, ("80", "90", "90a", "80+ptx"))
+    return folder
+
+
+def run_with(
+    kernels: Path, stub: Stub, log: Path, offsets: dict[str, int], text: str, **env: str
+) -> list[Launch]:
+    opened = f"OFFSETS = {offsets}\nhost.flash_open({str(kernels)!r}.encode())\n"
+    child = stub.run(program(stub, RUN + opened + text), log, **env)
+    assert {line.strip() for line in child.stdout.splitlines()} == {"1"}, child.stdout
+    return launches(log)
+
+
+def test_hopper_runs_its_own_kernel_on_all_multiprocessors(
+    stub: Stub, hopper: Path, tmp_path: Path, offsets: dict[str, int]
+) -> None:
+    text = "say(plan_and_run(0, d=128)); say(plan_and_run(0, d=128, sq=3000, sk=3000))"
+    few, many = run_with(hopper, stub, tmp_path / "log", offsets, text)
+    assert few.kernel == many.kernel == "flash_fwd_sm90_d128_bf16"
+    # 2 sequences of 4 heads have 3 tiles of 128 rows each, or 24; there are 132 multiprocessors.
+    assert (few.grid, many.grid, few.block) == (2 * 4 * 3, 132, 3 * 128)
+    # Q twice, K and V twice each, in 128 columns of 2 bytes, and barriers.
+    assert few.smem == (2 * 128 + 2 * 2 * 128) * 128 * 2 + 1024
+
+
+def test_wide_tiles_are_for_long_calls_without_masks(
+    stub: Stub, hopper: Path, tmp_path: Path, offsets: dict[str, int]
+) -> None:
+    text = """
+say(plan_and_run(0))
+say(plan_and_run(0, sq=255))
+say(plan_and_run(0, given=['alibi_slopes']))
+say(plan_and_run(0, d=72))
+"""
+    wide, *narrow = run_with(hopper, stub, tmp_path / "log", offsets, text)
+    assert (wide.kernel, wide.block) == ("flash_fwd_sm90_wide_d64_bf16", 4 * 128)
+    assert wide.grid == 2 * 4 * 2  # 300 rows in tiles of 192
+    assert wide.smem == (2 * 192 + 2 * 4 * 128) * 64 * 2 + 1024
+    assert [x.kernel for x in narrow] == [
+        "flash_fwd_sm90_d64_bf16",
+        "flash_fwd_sm90_d64_bf16",
+        "flash_fwd_sm90_d96_bf16",
+    ]
+
+
+def test_tensor_maps_tell_sizes_and_strides(
+    stub: Stub, hopper: Path, tmp_path: Path, offsets: dict[str, int]
+) -> None:
+    text = """
+from native_tools import Rows
+q = Rows(0x10000, 300 * 4 * 96, 4 * 96, 96)
+kv = Rows(0x20000, 200 * 2 * 96, 96, 200 * 96)
+say(plan_and_run(0, d=96, sq=300, sk=200, q=q, k=kv, v=kv, o=q))
+say(plan_and_run(0, d=96, b=1, sq=1, sk=200, q=Rows(0x10000, 3, 5, 96), k=kv, v=kv, o=q))
+"""
+    launch, one = run_with(hopper, stub, tmp_path / "log", offsets, text)
+    q, k, _, o = (struct.unpack_from("<12Q", launch.params, 128 * i) for i in range(4))
+    bf16, swizzle_128 = 9, 3
+    # Address; columns, rows, heads, batch; strides of the last three in bytes; columns and rows of
+    # a box.
+    sizes_q, strides_q = (96, 300, 4, 2), (2 * 4 * 96, 2 * 96, 2 * 300 * 4 * 96)
+    assert q == o == (0x10000, *sizes_q, *strides_q, 64, 64, bf16, swizzle_128)
+    sizes_k, strides_k = (96, 200, 2, 2), (2 * 96, 2 * 200 * 96, 2 * 200 * 2 * 96)
+    assert k == (0x20000, *sizes_k, *strides_k, 64, 128, bf16, swizzle_128)
+    # Strides of dimensions of one may be anything, and the driver takes multiples of 16 only.
+    assert struct.unpack_from("<12Q", one.params)[5:8] == (16, 2 * 96, 16)
+
+
+@pytest.mark.parametrize(
+    ("options", "cc"),
+    [
+        ("given=['block_table']", "90"),
+        ("given=['rng_state']", "90"),
+        ("splits=2", "90"),
+        ("sk=0", "90"),
+        ("k=Rows(4096, 38400, 128, 0)", "90"),  # one head of keys, shown twice
+        ("k=Rows(4096, 38400, 128, 68)", "90"),
+        ("k=Rows(4104, 38400, 128, 64)", "90"),
+        ("", "89"),
+        ("", "100"),
+    ],
+)
+def test_what_hoppers_kernel_does_not_do_stays_with_the_others(
+    stub: Stub, hopper: Path, tmp_path: Path, offsets: dict[str, int], options: str, cc: str
+) -> None:
+    text = f"from native_tools import Rows\nsay(plan_and_run(0, {options}))"
+    first, *_ = run_with(hopper, stub, tmp_path / "log", offsets, text, STUB_CC=cc)
+    assert first.kernel == "flash_fwd_sm80_d64_bf16"
+
+
+def test_a_driver_that_refuses_hoppers_kernel_gets_another_and_is_asked_once(
+    stub: Stub, tmp_path: Path, offsets: dict[str, int]
+) -> None:
+    folder, log = tmp_path / "kernels", tmp_path / "log"
+    lay_out_kernels(folder, ("80", "90", "90a", "80+ptx"))
+    (folder / "90a.cubin").write_text("wrong-arch", "utf-8")
+    found = run_with(folder, stub, log, offsets, "say(plan_and_run(0)); say(plan_and_run(0))")
+    assert [x.kernel for x in found] == ["flash_fwd_sm80_d64_bf16"] * 2
+    # Any of five widths would serve, and wide tiles; none is tried twice.
+    assert (len(lines_of(log, "load")), len(lines_of(log, "unload"))) == (6 + 1, 6)
 
 
 @pytest.mark.parametrize("cxx", ["g++", "clang++"])

@@ -18,7 +18,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "device/attn": ("host/flash.h", "ptx", "tile"),
     "device/common": ("host/flash.h", "ptx", "tile", "attn"),
     "device/sm80": ("host/flash.h", "ptx", "tile", "attn", "common"),
-    "host": ("device/sm80/config.h", "device/common/config.h"),
+    "device/sm90": ("host/flash.h", "ptx", "tile", "attn"),
+    "host": ("device/sm80/config.h", "device/sm90/config.h", "device/common/config.h"),
     "torch": ("host/api.h", "host/flash.h"),
 }
 FILES = [path for path in sorted(CSRC.rglob("*")) if path.suffix in (".h", ".cuh", ".cpp")]

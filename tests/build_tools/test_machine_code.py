@@ -15,13 +15,28 @@ from native_tools import codegen, kernels
 from build_tools import compilers, parts
 from build_tools.arch import Arch
 
-# What a kernel of each kind must have: words of SASS, and of PTX.
+# What a kernel of each kind must have: words of SASS, and of PTX. A family may have words of its
+# own.
 PRODUCT = (r"HMMA\.16816\.F32", r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32")
 COPY = (r"LDGSTS\.E\.BYPASS(\.\w+)*\.128$", r"cp\.async\.cg\.shared\.global")
 FRAGMENT = (r"LDSM\.16\.M\w*88\.4$", r"ldmatrix\.sync\.aligned\.m8n8\.x4")
 LOAD = (r"LDG\.E(\.\w+)*\.128", r"ld\.global(\.\w+)*\.v4")
 STORE = (r"STG\.E(\.\w+)*\.128", r"st\.global(\.\w+)*\.v4")
+# Products of warpgroups, copies by TMA, barriers that count bytes, registers handed over; none of
+# it is compiled to PTX.
+HOPPER = (
+    (r"HGMMA\.64x\d+x16\.F32", ""),
+    (r"UTMALDG\.4D", ""),
+    (r"UTMASTG\.4D", ""),
+    (r"SYNCS\.ARRIVE\.TRANS64", ""),
+    (r"SYNCS\.PHASECHK\.TRANS64\.TRYWAIT", ""),
+    (r"USETMAXREG\.DEALLOC", ""),
+    (r"USETMAXREG\.TRY_ALLOC", ""),
+    (r"STSM\.16\.M\w*88\.4", ""),
+)
 MUST_HAVE = {
+    "sm90 forward": (*HOPPER, PRODUCT, FRAGMENT, STORE),
+    "sm90_wide forward": (*HOPPER, PRODUCT, FRAGMENT, STORE),
     "forward": (PRODUCT, COPY, FRAGMENT, STORE),
     "backward": (PRODUCT, COPY, FRAGMENT, STORE),
     "delta": (LOAD,),
@@ -35,6 +50,7 @@ ARITHMETIC = r"HMMA|FADD|FFMA|FMUL|MUFU|F2|LDGSTS|LDSM|REDG?\."
 # Copies of other sizes: the backward pass brings 4-byte row statistics too.
 OTHER_COPY = (r"LDGSTS(?!\.E\.BYPASS(\.\w+)*\.128$)", r"cp\.async\.ca\.")
 MAY_COPY_LESS = ("backward",)
+WARPGROUP_PRODUCT_OF_DTYPE = {"fp16": r"HGMMA\.\w+\.F32$", "bf16": r"HGMMA\.\w+\.F32\.BF16$"}
 PRODUCT_OF_DTYPE = {
     "fp16": (PRODUCT[0] + r"$", PRODUCT[1] + r"\.f16\.f16\.f32$"),
     "bf16": (PRODUCT[0] + r"\.BF16$", PRODUCT[1] + r"\.bf16\.bf16\.f32$"),
@@ -60,7 +76,7 @@ SPILLS = {
 
 IMAGES = [
     (unit, arch)
-    for unit in codegen.units()
+    for unit in codegen.all_units()
     if unit.kind == "forward" or unit.dtype == "bf16"
     for arch in kernels.archs_of(unit, None)
 ]
@@ -90,12 +106,17 @@ def faults(unit: codegen.Unit, arch: Arch, code: bytes, log: str) -> Iterator[st
     """What is wrong with an image, in words."""
     found = (machine_code.ptx if arch.is_ptx else machine_code.sass)(code)
     form = 1 if arch.is_ptx else 0
-    for wanted in MUST_HAVE[unit.kind]:
+    for wanted in MUST_HAVE.get(f"{unit.family} {unit.kind}", MUST_HAVE[unit.kind]):
         if not machine_code.count(found, wanted[form]):
             yield f"no {wanted[form]}"
     products = machine_code.count(found, PRODUCT[form])
     if products != machine_code.count(found, PRODUCT_OF_DTYPE[unit.dtype][form]):
         yield "a product has another dtype"
+    products = machine_code.count(found, "HGMMA")
+    if products != machine_code.count(found, WARPGROUP_PRODUCT_OF_DTYPE[unit.dtype]):
+        yield "a product of a warpgroup has another dtype"
+    # C7510 and its kin: products that run one after the other, registers that stay where they are.
+    yield from re.findall(r".*\bC75\d\d\b.*", log)
     if unit.kind not in MAY_COPY_LESS and machine_code.count(found, OTHER_COPY[form]):
         yield "a copy to shared memory is not of 16 bytes"
     local = machine_code.count(found, r"LDL|STL|(ld|st)\.local")

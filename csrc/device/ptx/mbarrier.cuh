@@ -1,0 +1,40 @@
+// Barriers in shared memory that count arrivals and bytes, one instruction a function.
+#pragma once
+
+#include "host/flash.h"
+
+namespace flash::ptx {
+
+// A phase of the barrier ends with `count` arrivals and all bytes that were announced.
+__device__ inline void mbarrier_init(uint32_t barrier, int count) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
+}
+
+// Lets asynchronous copies see barriers that this thread has initialised.
+__device__ inline void mbarrier_init_fence() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
+// Arrives, and announces bytes that copies will bring in this phase.
+__device__ inline void mbarrier_arrive_expect(uint32_t barrier, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
+               : "memory");
+}
+
+__device__ inline void mbarrier_arrive(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+// Waits for the end of the phase of this parity: 0 for the first, 1 for the second, and so on. The
+// phase in front of the first counts as ended.
+__device__ inline void mbarrier_wait(uint32_t barrier, uint32_t parity) {
+  constexpr uint32_t kSleepNs = 10000000;  // at most, before the instruction asks again
+  asm volatile(
+      "{.reg .pred done;\n"
+      "wait_%=: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1, %2;\n"
+      "@!done bra wait_%=;}" ::"r"(barrier),
+      "r"(parity), "n"(kSleepNs)
+      : "memory");
+}
+
+}  // namespace flash::ptx

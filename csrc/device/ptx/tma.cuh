@@ -1,0 +1,53 @@
+// Copies of boxes of tensors by the tensor memory accelerator, one instruction a function.
+#pragma once
+
+#include "host/flash.h"
+
+namespace flash::ptx {
+
+// Copies the box at (col, row, head, batch) to shared memory; its bytes count at `barrier`. What
+// lies outside the tensor becomes zero, and counts too.
+__device__ inline void tma_load(uint32_t smem, const TensorMap& map, uint32_t barrier, int col,
+                                int row, int head, int batch) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(smem),
+      "l"(&map), "r"(barrier), "r"(col), "r"(row), "r"(head), "r"(batch)
+      : "memory");
+}
+
+// Copies shared memory to the box at (col, row, head, batch), as far as it lies in the tensor.
+__device__ inline void tma_store(const TensorMap& map, uint32_t smem, int col, int row, int head,
+                                 int batch) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(
+          &map),
+      "r"(smem), "r"(col), "r"(row), "r"(head), "r"(batch)
+      : "memory");
+}
+
+__device__ inline void tma_store_commit() {
+  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+}
+
+// Waits until this thread's stores have read their shared memory.
+__device__ inline void tma_store_wait_read() {
+  asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+}
+
+// Waits until this thread's stores are done.
+__device__ inline void tma_store_wait() {
+  asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+}
+
+__device__ inline void tma_prefetch(const TensorMap& map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+}
+
+// Orders what this thread has done in shared memory before what TMA and wgmma do behind the next
+// barrier.
+__device__ inline void fence_async_proxy() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+}  // namespace flash::ptx

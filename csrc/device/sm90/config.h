@@ -1,0 +1,52 @@
+// Tile sizes of the sm90 family: the one place that knows them, read by the kernels and by the
+// host.
+#pragma once
+
+namespace flash::sm90 {
+
+constexpr int kBoxM = 64;  // rows of a consumer
+
+// Narrow tiles serve every call. Wide ones have more rows to each block of keys, and registers for
+// plain scores only.
+enum Width { kNarrow, kWide };
+
+struct ForwardTile {
+  Width width;
+  int head_dim;
+  int consumers;  // warpgroups that compute; one more loads and stores
+  int block_n;
+  int stages;        // buffers of K, and of V: a power of two
+  int q_buffers;     // 2: the next tile's scores are computed beside the end of this one
+  bool holds_q;      // Q stays in registers
+  bool takes_turns;  // the consumers issue their products one after the other
+
+  constexpr int block_m() const { return kBoxM * consumers; }
+  constexpr int threads() const { return 128 * (1 + consumers); }
+  // Of each thread; together no more than the launch has given.
+  constexpr int registers_of_consumer() const { return consumers == 2 ? 232 : 160; }
+  constexpr int registers_of_others() const { return consumers == 2 ? 40 : 32; }
+  // In shared memory: whole panels of 64.
+  constexpr int columns() const { return (head_dim + 63) / 64 * 64; }
+  // Q, whose buffers O leaves through; K and V in stages; barriers and tiles.
+  constexpr int smem_bytes() const {
+    return (q_buffers * block_m() + 2 * stages * block_n) * columns() * 2 + 1024;
+  }
+};
+
+constexpr ForwardTile kForwardTiles[] = {
+    {kNarrow, 64, 2, 128, 4, 2, true, true},    //
+    {kNarrow, 96, 2, 128, 2, 2, true, false},   //
+    {kNarrow, 128, 2, 128, 2, 2, true, false},  //
+    {kNarrow, 192, 2, 64, 2, 2, true, false},   //
+    {kNarrow, 256, 2, 64, 2, 1, false, false},  //
+    {kWide, 64, 3, 128, 4, 2, false, true},     //
+};
+
+constexpr ForwardTile forward_tile(Width width, int head_dim) {
+  for (const ForwardTile& tile : kForwardTiles) {
+    if (tile.width == width && tile.head_dim == head_dim) return tile;
+  }
+  return {};
+}
+
+}  // namespace flash::sm90

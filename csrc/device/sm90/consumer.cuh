@@ -1,0 +1,331 @@
+// A warpgroup that computes: 64 rows of each of the CTA's tiles.
+#pragma once
+
+#include "attn/scores.cuh"
+#include "ptx/tma.cuh"
+#include "sm90/producer.cuh"
+#include "sm90/recompute.cuh"
+#include "sm90/softmax.cuh"
+#include "tile/store.cuh"
+#include "tile/warpgroup.cuh"
+
+namespace flash::sm90 {
+
+// Warpgroups that issue their products one after the other, so that the softmax of one runs beside
+// the products of another.
+template <int kConsumers>
+struct Turns {
+  static constexpr int kFirstBarrier = 1 + kConsumers;
+  int consumer;
+
+  __device__ void begin() const {
+    if (consumer == kConsumers - 1) pass();
+  }
+  __device__ void take() const { ptx::named_barrier_sync(kFirstBarrier + consumer, 256); }
+  __device__ void pass() const {
+    ptx::named_barrier_arrive(kFirstBarrier + (consumer + 1) % kConsumers, 256);
+  }
+  // The last turn was passed to the first consumer.
+  __device__ void end() const {
+    if (consumer == 0) take();
+  }
+};
+
+// Softcap and ALiBi, as attn::transform() has them. That one divides by a call of a function, which
+// must not be while products of the warpgroup are under way. `distance`: from the key of this
+// lane's first entry to its query.
+template <int kN>
+__device__ __forceinline__ void transform(tile::Accumulators<1, kN>& s, const attn::ScoreRule& rule,
+                                          int distance) {
+  const float factor = rule.softcap > 0.0f ? __fdividef(rule.scale, rule.softcap) : rule.scale;
+  const auto each = [&](const auto& change) {
+#pragma unroll
+    for (int n = 0; n < kN; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) change(s.c[0][n][i], 8 * n + i % 2, i / 2);
+    }
+  };
+  each([&](float& x, int, int) { x *= factor; });
+  if (rule.softcap > 0.0f) {
+    each([&](float& x, int, int) { x = rule.softcap * attn::tanh(x); });
+  }
+  if (rule.slope != 0.0f) {
+    each([&](float& x, int col, int h) { x -= rule.slope * abs(distance + 8 * h - col); });
+  }
+}
+
+template <class Cfg>
+class Consumer {
+  using T = typename Cfg::T;
+  using TileQ = typename Cfg::TileQ;
+  using TileK = typename Cfg::TileK;
+  using AccS = typename Cfg::AccS;
+  static constexpr int kBlockN = Cfg::kBlockN;
+  static constexpr int kHeadDim = Cfg::kHeadDim;
+
+ public:
+  __device__ __forceinline__ Consumer(const ForwardParams& params, const Pipeline<Cfg>& pipe)
+      : params_(params), pipe_(pipe) {}
+
+  __device__ __forceinline__ void run() {
+    if (Cfg::kTile.takes_turns) turns().begin();
+    pipe_.tiles().wait_full(0);
+    if (pipe_.tile(0).end > 0) {
+      if constexpr (Cfg::kQBuffers > 1) {
+        run_joined();
+      } else {
+        run_apart();
+      }
+    }
+    if (Cfg::kTile.takes_turns) turns().end();
+  }
+
+ private:
+  // Tile after tile without a gap.
+  __device__ __forceinline__ void run_joined() {
+    open(0);
+    first_step();
+    for (;;) {
+      const bool opens = is_through_;
+      if (opens) {
+        pipe_.tiles().wait_full(tile_ + 1);
+        if (pipe_.tile(tile_ + 1).end == 0) break;
+        open(tile_ + 1);
+      }
+      step(opens);
+    }
+    last_step();
+  }
+
+  // Tile after tile, where the next Q can come only after O has gone.
+  __device__ __forceinline__ void run_apart() {
+    for (uint32_t tile = 0; pipe_.tile(tile).end > 0; ++tile) {
+      open(tile);
+      first_step();
+      while (!is_through_) step(false);
+      last_step();
+      ++block_;
+      pipe_.tiles().wait_full(tile + 1);
+    }
+  }
+
+  // Goes on to a tile's scores.
+  __device__ __forceinline__ void open(uint32_t tile) {
+    tile_ = tile;
+    key_block_ = pipe_.tile(tile).end - 1;
+    is_careful_ = !is_plain();
+    pipe_.q(consumer()).wait_full(tile);
+    if constexpr (Cfg::kTile.holds_q) {
+      tile::load_a<TileQ>(q_, pipe_.q_buffer(tile, consumer()), warp_row(), lane());
+    }
+  }
+
+  // Whether the maximum may be lazy in the next block.
+  __device__ bool is_lazy() const {
+    const Tile& t = pipe_.tile(tile_);
+    return !is_careful_ && key_block_ >= t.lazy_begin[consumer()] &&
+           key_block_ < t.lazy_end[consumer()];
+  }
+
+  // Scores go to softmax as they are: no softcap, no ALiBi, a positive scale.
+  __device__ bool is_plain() const {
+    const Scores& scores = params_.scores;
+    if (Cfg::kIsPlain) return true;
+    return scores.softcap == 0.0f && !scores.alibi_slopes && scores.softmax_scale > 0.0f;
+  }
+
+  // Scores of the first block of all.
+  __device__ __forceinline__ void first_step() {
+    AccS s;
+    pipe_.k().wait_full(block_);
+    start_scores(s, block_);
+    ptx::wgmma_wait<0>();
+    ptx::pin(s.c[0]);
+    release(pipe_.k(), block_);
+    softmax_.clear();
+    absorb(s);
+    is_through_ = key_block_ == pipe_.tile(tile_).begin;
+    tile::pack<T>(p_, s);
+    o_.clear();
+    --key_block_;
+  }
+
+  // Scores of one block beside the product of the last one with V. `opens`: these are the first
+  // scores of a tile, and that product the last of the tile before.
+  __device__ __forceinline__ void step(bool opens) {
+    AccS s;
+    const uint32_t next = block_ + 1;
+    pipe_.k().wait_full(next);
+    if (Cfg::kTile.takes_turns) turns().take();
+    start_scores(s, next);
+    const uint32_t tile_of_p = opens ? tile_ - 1 : tile_;
+    start_output(tile_of_p, opens ? pipe_.tile(tile_of_p).begin : key_block_ + 1);
+    if (Cfg::kTile.takes_turns) turns().pass();
+    ptx::wgmma_wait<1>();
+    ptx::pin(s.c[0]);
+    release(pipe_.k(), next);
+
+    if (opens) {
+      finish_sums(tile_ - 1);
+      softmax_.clear();
+    }
+    // Read early: where the step ends, the next products are waited for.
+    is_through_ = key_block_ == pipe_.tile(tile_).begin;
+    if (!is_lazy() || !absorb_lazily(s)) absorb(s);
+    ptx::wgmma_wait<0>();
+    ptx::pin(o_.c[0]);
+    ptx::pin(p_);
+    release(pipe_.v(), block_);
+    tile::pack<T>(p_, s);
+    if (opens) {
+      store_output(tile_ - 1);
+      o_.clear();
+    } else if (softmax_.is_moved) {
+      softmax_.scale_rows(o_);
+    }
+    --key_block_;
+    block_ = next;
+  }
+
+  // The last product with V of a tile behind which no other stands yet.
+  __device__ __forceinline__ void last_step() {
+    if (Cfg::kTile.takes_turns) turns().take();
+    start_output(tile_, key_block_ + 1);
+    if (Cfg::kTile.takes_turns) turns().pass();
+    finish_sums(tile_);
+    ptx::wgmma_wait<0>();
+    ptx::pin(o_.c[0]);
+    ptx::pin(p_);
+    release(pipe_.v(), block_);
+    store_output(tile_);
+  }
+
+  __device__ __forceinline__ void start_scores(AccS& s, uint32_t block) {
+    const uint32_t k = pipe_.k_buffer(block);
+    if constexpr (Cfg::kTile.holds_q) {
+      tile::start_abt<T, TileK>(s, q_, k);
+    } else {
+      tile::start_abt<T, kHeadDim, TileQ, TileK>(s, pipe_.q_buffer(tile_, consumer()), k);
+    }
+  }
+
+  // `key_block`: of the tile, whose P is due.
+  __device__ __forceinline__ void start_output(uint32_t tile, int key_block) {
+    const Tile& t = pipe_.tile(tile);
+    pipe_.v().wait_full(block_);
+    if (t.tail < kBlockN && key_block == t.end - 1) clear_tail(t.tail);
+    tile::start_pb<T, TileK>(o_, p_, pipe_.v_buffer(block_));
+  }
+
+  // Rows of V behind the sequence become zeros: p is zero there, but they may hold infinities. Both
+  // consumers do it, and neither waits for the other.
+  __device__ void clear_tail(int tail) {
+    constexpr int kChunks = TileK::kCols / tile::kChunk;
+    const uint32_t v = pipe_.v_buffer(block_);
+    for (int at = tail * kChunks + thread(); at < kBlockN * kChunks; at += 128) {
+      ptx::st_shared_128(v + TileK::offset(at / kChunks, at % kChunks), make_uint4(0, 0, 0, 0));
+    }
+    ptx::fence_async_proxy();
+    ptx::named_barrier_sync(1 + consumer(), 128);
+  }
+
+  // The ordinary way: for blocks of which some row does not see all, or whose scores must be
+  // transformed first.
+  __device__ __forceinline__ void absorb(AccS& s) {
+    const Tile& t = pipe_.tile(tile_);
+    const attn::Mask mask(params_.scores, t.sq, t.sk);
+    const int row0 = t.row0 + 64 * consumer();
+    const int col0 = key_block_ * kBlockN;
+    const int row = row0 + warp_row() + lane() / 4;
+    const int col = col0 + lane() % 4 * 2;
+    float scale = params_.scores.softmax_scale;
+    if (!is_plain()) {
+      transform(s, attn::ScoreRule(params_.scores, t.sequence, t.head), row + mask.diagonal - col);
+      scale = 1.0f;
+    }
+    if (mask.lowest(row0 + 63) > col0 || mask.highest(row0) < col0 + kBlockN) {
+      attn::hide(s, mask, row, col);
+    }
+    softmax_.absorb(s, scale * attn::kLog2e);
+  }
+
+  // False: the scores stand as they were, for the ordinary way.
+  __device__ __forceinline__ bool absorb_lazily(AccS& s) {
+    const float scale = params_.scores.softmax_scale * attn::kLog2e;
+    if (softmax_.template absorb_lazily<T>(s, scale)) return true;
+    recompute<Cfg>(s, params_, pipe_.tile(tile_), pipe_.q_buffer(tile_, consumer()), warp_row(),
+                   key_block_ * kBlockN, lane());
+    is_careful_ = true;  // such scores are likely to grow again
+    return false;
+  }
+
+  // Where a thread keeps what it must not keep in registers: among its warp's rows of Q, which no
+  // one reads any more.
+  __device__ uint32_t kept(uint32_t tile) const {
+    return pipe_.q_buffer(tile, consumer()) + warp_row() * 128 + lane() * 8;
+  }
+
+  // Stores the log-sum-exp of a tile, and keeps what normalises its O. A row without keys gets O 0.
+  __device__ __forceinline__ void finish_sums(uint32_t tile) const {
+    const Tile& t = pipe_.tile(tile);
+    const int row = t.row0 + 64 * consumer() + warp_row() + lane() / 4;
+    float* lse =
+        params_.lse + t.batch_q * params_.lse_batch + t.head * params_.lse_head + t.first_q + row;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const float sum = softmax_.row_sum(h);
+      const bool is_empty = sum == 0.0f;
+      const float factor = is_empty ? 0.0f : __fdividef(1.0f, sum);
+      ptx::st_shared_32(kept(tile) + 4 * h, __float_as_uint(factor));
+      if (lane() % 4 == 0 && row + 8 * h < t.sq) {
+        lse[8 * h] = is_empty ? attn::infinity() : (softmax_.shift[h] + ptx::lg2(sum)) * attn::kLn2;
+      }
+    }
+  }
+
+  // Normalises and stores O, by way of the tile's buffer of Q.
+  __device__ __forceinline__ void store_output(uint32_t tile) const {
+    const Tile& t = pipe_.tile(tile);
+    const uint32_t smem = pipe_.q_buffer(tile, consumer());
+    const float factor[2] = {ptx::ld_shared_f32(kept(tile)), ptx::ld_shared_f32(kept(tile) + 4)};
+    ptx::named_barrier_sync(1 + consumer(), 128);  // everyone is done with Q
+    tile::store_matrix<T, TileQ>(smem, o_, factor, warp_row(), lane());
+    if (!is_stored_whole(params_, t, consumer())) {
+      __syncwarp();
+      const int row = t.row0 + 64 * consumer() + warp_row();
+      uint16_t* to = static_cast<uint16_t*>(params_.o.ptr) + t.head * params_.o.head +
+                     (int64_t{t.first_q} + row) * params_.o.row;
+      tile::copy_out_rows<TileQ, 16>(to, params_.o.row, smem, warp_row(), t.sq - row, params_.dv,
+                                     lane());
+    }
+    ptx::fence_async_proxy();
+    pipe_.o(consumer()).arrive_full(tile);
+  }
+
+  // By one lane: products are over for the whole warpgroup at once.
+  template <class Ring>
+  __device__ void release(const Ring& ring, uint32_t block) const {
+    if (thread() == 0) ring.arrive_empty(block);
+  }
+
+  // Opaque, so that nothing that is seldom needed is computed ahead and kept.
+  __device__ static int thread() { return ptx::opaque(threadIdx.x) % 128; }
+  __device__ static int consumer() { return ptx::opaque(threadIdx.x) / 128 - 1; }
+  __device__ static Turns<Cfg::kConsumers> turns() { return {consumer()}; }
+  __device__ static int lane() { return ptx::opaque(threadIdx.x) % 32; }
+  __device__ static int warp_row() { return thread() / 32 * 16; }
+
+  const ForwardParams& params_;
+  const Pipeline<Cfg>& pipe_;
+  typename Cfg::AccO o_;
+  uint32_t p_[kBlockN / 16][4];
+  uint32_t q_[kHeadDim / 16][4];  // where the tile's Q is held
+  Softmax softmax_;
+  uint32_t tile_ = 0;   // of the scores, counted from the start
+  uint32_t block_ = 0;  // of P, counted likewise: its product with V is due
+  int key_block_;       // whose scores are due next
+  bool is_through_;     // all scores of the tile have been computed
+  bool is_careful_;     // no lazy maximum in this tile
+};
+
+}  // namespace flash::sm90

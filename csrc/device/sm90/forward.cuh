@@ -1,0 +1,40 @@
+// Forward attention for cc 9.0: O = softmax(scores(Q K^T)) V and its log-sum-exp.
+//
+// A CTA has a multiprocessor to itself and takes tile after tile. One
+// warpgroup plans, loads and stores; two (three at head dim 64) compute, 64 rows each:
+//
+//   for block j, descending:
+//     S = Q K(j)^T                     asynchronous
+//     O += P V(j + 1)                  asynchronous
+//     softmax: S -> p                  as soon as S is there, beside the product with V
+//     P = p; O is rescaled only where a maximum grew by much
+//   O / sum -> Q's buffer -> TMA       beside the next tile
+//
+// Q stays in registers where it fits. Who waits for whom: pipeline.cuh. What bounds it, and what
+// was measured: docs/kernels/sm90.md. Sources: FlashAttention-3 (arXiv:2407.08608).
+#pragma once
+
+#include "ptx/warpgroup.cuh"
+#include "sm90/consumer.cuh"
+
+namespace flash::sm90 {
+
+template <class Cfg>
+__device__ inline void forward(const TmaForwardParams& params) {
+  extern __shared__ __align__(1024) unsigned char storage[];
+  const Pipeline<Cfg> pipe(storage);
+  pipe.init();
+  if (threadIdx.x < 128) {
+    ptx::give_registers<Cfg::kTile.registers_of_others()>();
+    const int warp = threadIdx.x / 32;
+    if (threadIdx.x % 32 != 0) return;
+    if (warp == 0) load_tiles<Cfg>(params, pipe);
+    if (warp == 1) plan_tiles<Cfg>(params.call, pipe);
+    if (warp >= 2) store_tiles<Cfg>(params, pipe, warp - 2);
+  } else {
+    ptx::take_registers<Cfg::kTile.registers_of_consumer()>();
+    Consumer<Cfg>(params.call, pipe).run();
+  }
+}
+
+}  // namespace flash::sm90

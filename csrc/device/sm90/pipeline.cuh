@@ -1,0 +1,130 @@
+// Shared memory of a CTA: buffers, the barriers that guard them, and the tiles it works on.
+#pragma once
+
+#include "ptx/mbarrier.cuh"
+#include "sm90/config.h"
+#include "tile/accumulators.cuh"
+
+namespace flash::sm90 {
+
+template <class T_, int kHeadDim_, Width kWidth = kNarrow>
+struct ForwardConfig {
+  using T = T_;
+  static constexpr ForwardTile kTile = forward_tile(kWidth, kHeadDim_);
+  static constexpr bool kIsPlain = kWidth == kWide;
+  static constexpr int kConsumers = kTile.consumers;
+  static constexpr int kBlockM = kTile.block_m();
+  static constexpr int kHeadDim = kHeadDim_;
+  static constexpr int kBlockN = kTile.block_n;
+  static constexpr int kThreads = kTile.threads();
+  static constexpr int kStages = kTile.stages;
+  static constexpr int kQBuffers = kTile.q_buffers;
+  using TileQ = tile::SmemTile<64, kTile.columns()>;  // of one consumer
+  using TileK = tile::SmemTile<kBlockN, kTile.columns()>;
+  using AccS = tile::Accumulators<1, kBlockN / 8>;
+  using AccO = tile::Accumulators<1, kHeadDim / 8>;
+};
+
+constexpr int kMaxConsumers = 3;
+
+// What one round of the CTA computes: kBlockM rows of one head. The planner writes it, everyone
+// else reads it.
+struct Tile {
+  int begin, end;  // blocks of keys, at least one; end 0: there are no more tiles
+  // Blocks that all rows of a consumer see to the full, behind one in which each has seen a key.
+  int lazy_begin[kMaxConsumers], lazy_end[kMaxConsumers];
+  int sequence, head;
+  int row0;  // of the sequence's queries
+  int sq, sk;
+  // Where rows stand in the tensor maps.
+  int first_q, batch_q;
+  int first_k, batch_k, head_k;
+  int tail;  // rows of the last block of V that may be used; those behind belong to others
+};
+
+// A ring of buffers. Entry i, counted from the start of the kernel, is in buffer i % kSize; each
+// buffer has a barrier that tells when it is full and one that tells when it may be overwritten.
+template <int kSize>
+struct Ring {
+  static_assert((kSize & (kSize - 1)) == 0, "buffers are chosen by bits");
+  static constexpr int kBytes = kSize * 16;
+  uint32_t barriers;
+
+  __device__ uint32_t full(uint32_t i) const { return barriers + i % kSize * 8; }
+  __device__ uint32_t empty(uint32_t i) const { return full(i) + kSize * 8; }
+
+  __device__ void init(int full_count, int empty_count) const {
+    for (int i = 0; i < kSize; ++i) {
+      ptx::mbarrier_init(full(i), full_count);
+      ptx::mbarrier_init(empty(i), empty_count);
+    }
+  }
+  __device__ void wait_full(uint32_t i) const { ptx::mbarrier_wait(full(i), i / kSize & 1); }
+  // The first time round, buffers are empty as they are.
+  __device__ void wait_empty(uint32_t i) const {
+    ptx::mbarrier_wait(empty(i), (i / kSize & 1) ^ 1);
+  }
+  __device__ void arrive_full(uint32_t i) const { ptx::mbarrier_arrive(full(i)); }
+  __device__ void arrive_empty(uint32_t i) const { ptx::mbarrier_arrive(empty(i)); }
+};
+
+// Q and O share buffers, so a tile's Q is followed by its O before the next Q comes:
+//
+//   q:     full: TMA has brought Q           empty: TMA has taken O from there
+//   o:     full: the consumer has written O  (it is empty when Q has been used: nobody waits)
+//   k, v:  full: TMA has brought the block   empty: both consumers are done with it
+//   tiles: full: the planner has written     empty: all of its O is there, and it has been loaded
+template <class Cfg>
+struct Pipeline {
+  static constexpr int kTiles = 4;
+  static constexpr int kConsumers = Cfg::kConsumers;
+  static constexpr int kQBytes = Cfg::kQBuffers * kConsumers * Cfg::TileQ::kBytes;
+  static constexpr int kKBytes = Cfg::kStages * Cfg::TileK::kBytes;
+  static constexpr int kBarriers = kQBytes + 2 * kKBytes;
+  using QRing = Ring<Cfg::kQBuffers>;
+  using KRing = Ring<Cfg::kStages>;
+  using TileRing = Ring<kTiles>;
+  static constexpr int kTileRecords =
+      2 * kConsumers * QRing::kBytes + 2 * KRing::kBytes + TileRing::kBytes;
+  static_assert(kTileRecords + kTiles * sizeof(Tile) <= 1024, "room behind the buffers");
+
+  unsigned char* storage;
+  uint32_t smem;
+
+  __device__ explicit Pipeline(unsigned char* storage)
+      : storage(storage), smem(ptx::smem_address(storage)) {}
+
+  __device__ uint32_t q_buffer(uint32_t tile, int consumer) const {
+    return smem + (tile % Cfg::kQBuffers * kConsumers + consumer) * Cfg::TileQ::kBytes;
+  }
+  __device__ uint32_t k_buffer(uint32_t block) const {
+    return smem + kQBytes + block % Cfg::kStages * Cfg::TileK::kBytes;
+  }
+  __device__ uint32_t v_buffer(uint32_t block) const { return k_buffer(block) + kKBytes; }
+
+  __device__ QRing q(int consumer) const { return {smem + kBarriers + consumer * QRing::kBytes}; }
+  __device__ QRing o(int consumer) const { return q(kConsumers + consumer); }
+  __device__ KRing k() const { return {q(2 * kConsumers).barriers}; }
+  __device__ KRing v() const { return {k().barriers + KRing::kBytes}; }
+  __device__ TileRing tiles() const { return {v().barriers + KRing::kBytes}; }
+  __device__ Tile& tile(uint32_t i) const {
+    return reinterpret_cast<Tile*>(storage + kBarriers + kTileRecords)[i % kTiles];
+  }
+
+  // By all threads.
+  __device__ void init() const {
+    if (threadIdx.x == 0) {
+      for (int consumer = 0; consumer < kConsumers; ++consumer) {
+        q(consumer).init(1, 1);
+        o(consumer).init(128, 1);
+      }
+      k().init(1, kConsumers);
+      v().init(1, kConsumers);
+      tiles().init(1, kConsumers + 1);
+      ptx::mbarrier_init_fence();
+    }
+    __syncthreads();
+  }
+};
+
+}  // namespace flash::sm90

@@ -1,0 +1,220 @@
+// The warpgroup that computes nothing. One lane of each warp has a role: to plan tiles, to load
+// them, or to store a consumer's rows of O.
+#pragma once
+
+#include "attn/mask.cuh"
+#include "attn/schedule.cuh"
+#include "attn/sequence.cuh"
+#include "ptx/tma.cuh"
+#include "sm90/pipeline.cuh"
+
+namespace flash::sm90 {
+
+// Tiles that this CTA works on, so that all CTAs get equal shares of short and long ones.
+//
+// Heads come in sections small enough for L2. Under a causal mask later rows are longer: within a
+// section all heads of one block of rows follow those of the last, and from section to section the
+// rows rise and fall in turn, so that tiles next to each other are of about one length. The last
+// section falls: short tiles fill the gaps at the end. Tiles are dealt out round by round, back and
+// forth: who gets the longest of one round gets the shortest of the next.
+template <class Cfg>
+struct Schedule {
+  const ForwardParams& params;
+  const uint32_t num_blocks, num_heads, section;
+  uint32_t round = 0;
+
+  __device__ explicit Schedule(const ForwardParams& params)
+      : params(params),
+        num_blocks((params.seqs.sq + Cfg::kBlockM - 1) / Cfg::kBlockM),
+        num_heads(params.hq * params.seqs.b),
+        section(min(static_cast<uint32_t>(params.heads_per_section), num_heads)) {}
+
+  __device__ void next(Tile& tile) {
+    for (;;) {
+      const uint32_t place = round % 2 == 0 ? blockIdx.x : gridDim.x - 1 - blockIdx.x;
+      const uint32_t index = round * gridDim.x + place;
+      ++round;
+      tile.end = 0;
+      if (index >= num_blocks * num_heads) return;
+      const Place at = place_of(index);
+      const attn::Sequence seq(params.seqs, at.sequence);
+      if (at.block_m * Cfg::kBlockM < seq.sq) {
+        describe(at, seq, tile);
+        return;
+      }
+    }
+  }
+
+ private:
+  struct Place {
+    int block_m, head, sequence;
+  };
+
+  __device__ Place place_of(uint32_t index) const {
+    const uint32_t at = index / (num_blocks * section);
+    const uint32_t first = at * section;
+    const uint32_t size = min(section, num_heads - first);
+    index -= first * num_blocks;
+    const uint32_t row = index / size;
+    const uint32_t head = first + index - row * size;
+    const uint32_t sections_behind = (num_heads - first - 1) / section;
+    const uint32_t sequence = head / params.hq;
+    return {static_cast<int>(sections_behind % 2 == 0 ? num_blocks - 1 - row : row),
+            static_cast<int>(head - sequence * params.hq), static_cast<int>(sequence)};
+  }
+
+  __device__ void describe(const Place& at, const attn::Sequence& seq, Tile& tile) const {
+    const Sequences& seqs = params.seqs;
+    const int row0 = at.block_m * Cfg::kBlockM;
+    tile.sequence = at.sequence;
+    tile.head = at.head;
+    tile.row0 = row0;
+    tile.sq = seq.sq;
+    tile.sk = seq.sk;
+    tile.first_q = static_cast<int>(seq.first_q);
+    tile.batch_q = seqs.cu_seqlens_q ? 0 : seq.index;
+    tile.first_k = static_cast<int>(seq.first_k);
+    tile.batch_k = seqs.cu_seqlens_k ? 0 : seq.cache_row;
+    tile.head_k = attn::key_head(at.head, params.hq, params.hk);
+
+    const attn::Mask mask(params.scores, seq.sq, seq.sk);
+    const int last_row = min(row0 + Cfg::kBlockM, seq.sq) - 1;
+    const int begin = mask.lowest(row0) / Cfg::kBlockN;
+    const int end = (max(mask.highest(last_row), 0) + Cfg::kBlockN - 1) / Cfg::kBlockN;
+    // Rows that see no key take a block all the same, and hide it.
+    tile.begin = begin < end ? begin : 0;
+    tile.end = begin < end ? end : 1;
+#pragma unroll
+    for (int consumer = 0; consumer < Cfg::kConsumers; ++consumer) {
+      const int first = row0 + 64 * consumer;
+      tile.lazy_begin[consumer] = (mask.lowest(first + 63) + Cfg::kBlockN - 1) / Cfg::kBlockN;
+      const int lazy_end = (max(mask.highest(first), 1) - 1) / Cfg::kBlockN;
+      tile.lazy_end[consumer] = min(lazy_end, tile.end - 1);
+    }
+    // Behind the last row of K and V there are zeros; behind a sequence there is anything.
+    const int num_rows = seqs.cu_seqlens_k ? seqs.total_k : seqs.sk;
+    const int left = tile.sk - (tile.end - 1) * Cfg::kBlockN;
+    const bool is_cut = left < Cfg::kBlockN && tile.first_k + tile.sk < num_rows;
+    tile.tail = is_cut ? max(left, 0) : Cfg::kBlockN;
+  }
+};
+
+// Loads the first `num_panels` panels of a tile.
+template <class SmemTile>
+__device__ inline void load_tile(uint32_t smem, const TensorMap& map, uint32_t full, int num_panels,
+                                 int row, int head, int batch) {
+  ptx::mbarrier_arrive_expect(full, num_panels * SmemTile::kPanelBytes);
+#pragma unroll
+  for (int panel = 0; panel < SmemTile::kCols / 64; ++panel) {
+    if (panel < num_panels) {
+      ptx::tma_load(smem + panel * SmemTile::kPanelBytes, map, full, panel * 64, row, head, batch);
+    }
+  }
+}
+
+// One lane's work: what the CTA does next.
+template <class Cfg>
+__device__ inline void plan_tiles(const ForwardParams& params, const Pipeline<Cfg>& pipe) {
+  Schedule<Cfg> schedule(params);
+  for (uint32_t i = 0;; ++i) {
+    pipe.tiles().wait_empty(i);
+    schedule.next(pipe.tile(i));
+    const bool is_last = pipe.tile(i).end == 0;
+    pipe.tiles().arrive_full(i);
+    if (is_last) return;
+  }
+}
+
+// One lane's work: K, V and Q in the order in which the consumers take them. V stays one block
+// behind K, from tile to tile too: a block's scores come before its product with V.
+template <class Cfg>
+__device__ inline void load_tiles(const TmaForwardParams& params, const Pipeline<Cfg>& pipe) {
+  using TileQ = typename Cfg::TileQ;
+  using TileK = typename Cfg::TileK;
+  constexpr int kPanels = TileK::kCols / 64;
+  // Columns of V behind its head dim meet columns of O that nobody stores.
+  const int panels_v = min((params.call.dv + 63) / 64, kPanels);
+  ptx::tma_prefetch(params.q);
+  ptx::tma_prefetch(params.k);
+  ptx::tma_prefetch(params.v);
+
+  uint32_t block = 0;  // blocks of K so far
+  int row_v = 0;
+  int head_v = 0;
+  int batch_v = 0;
+  const auto load_last_v = [&] {
+    if (block == 0) return;
+    pipe.v().wait_empty(block - 1);
+    load_tile<TileK>(pipe.v_buffer(block - 1), params.v, pipe.v().full(block - 1), panels_v, row_v,
+                     head_v, batch_v);
+  };
+  for (uint32_t i = 0;; ++i) {
+    pipe.tiles().wait_full(i);
+    const Tile& tile = pipe.tile(i);
+    if (tile.end == 0) break;
+    for (int j = tile.end - 1; j >= tile.begin; --j) {
+      const int row = tile.first_k + j * Cfg::kBlockN;
+      pipe.k().wait_empty(block);
+      load_tile<TileK>(pipe.k_buffer(block), params.k, pipe.k().full(block), kPanels, row,
+                       tile.head_k, tile.batch_k);
+      const bool is_first = j == tile.end - 1;
+      // With one buffer of Q, the last V must come before Q: it is what frees that buffer.
+      if (!is_first || Cfg::kQBuffers == 1) load_last_v();
+      if (is_first) {
+#pragma unroll 1
+        for (int consumer = 0; consumer < Cfg::kConsumers; ++consumer) {
+          pipe.q(consumer).wait_empty(i);
+          load_tile<TileQ>(pipe.q_buffer(i, consumer), params.q, pipe.q(consumer).full(i), kPanels,
+                           tile.first_q + tile.row0 + 64 * consumer, tile.head, tile.batch_q);
+        }
+        if (Cfg::kQBuffers > 1) load_last_v();
+      }
+      row_v = row;
+      head_v = tile.head_k;
+      batch_v = tile.batch_k;
+      ++block;
+    }
+    pipe.tiles().arrive_empty(i);
+  }
+  load_last_v();
+}
+
+// Whether a consumer's rows of O leave in one piece: rows behind a packed sequence belong to
+// another one.
+__device__ inline bool is_stored_whole(const ForwardParams& params, const Tile& tile,
+                                       int consumer) {
+  return !params.seqs.cu_seqlens_q || tile.row0 + 64 * (consumer + 1) <= tile.sq;
+}
+
+// One lane's work: every second consumer's rows of O, from `first` on, and room for the next Q.
+template <class Cfg>
+__device__ inline void store_tiles(const TmaForwardParams& params, const Pipeline<Cfg>& pipe,
+                                   int first) {
+  using TileQ = typename Cfg::TileQ;
+  ptx::tma_prefetch(params.o);
+  for (uint32_t i = 0;; ++i) {
+    pipe.tiles().wait_full(i);
+    const Tile tile = pipe.tile(i);
+    if (tile.end == 0) break;
+    for (int consumer = first; consumer < Cfg::kConsumers; consumer += 2) {
+      pipe.o(consumer).wait_full(i);
+      pipe.tiles().arrive_empty(i);
+      if (is_stored_whole(params.call, tile, consumer)) {
+#pragma unroll
+        for (int panel = 0; panel < TileQ::kCols / 64; ++panel) {
+          if (panel * 64 < params.call.dv) {
+            ptx::tma_store(params.o, pipe.q_buffer(i, consumer) + panel * TileQ::kPanelBytes,
+                           panel * 64, tile.first_q + tile.row0 + 64 * consumer, tile.head,
+                           tile.batch_q);
+          }
+        }
+        ptx::tma_store_commit();
+        ptx::tma_store_wait_read();
+      }
+      pipe.q(consumer).arrive_empty(i);
+    }
+  }
+  ptx::tma_store_wait();
+}
+
+}  // namespace flash::sm90

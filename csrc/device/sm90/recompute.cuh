@@ -1,0 +1,52 @@
+// Scores of a block once more, by one warp alone.
+//
+// Where the lazy maximum lets p overflow, the scores are gone, and so may be the block of K: its
+// buffer was given back. The warp takes Q from shared memory, where it stays as long as its tile,
+// and K from global memory. Slow, and rare: after it, the rest of the tile is done the ordinary
+// way.
+#pragma once
+
+#include "attn/sequence.cuh"
+#include "sm90/pipeline.cuh"
+#include "tile/products.cuh"
+
+namespace flash::sm90 {
+
+// First element of a sequence's row 0 of K.
+__device__ inline const uint16_t* keys_of(const ForwardParams& params, const Tile& tile) {
+  return static_cast<const uint16_t*>(params.k.ptr) + tile.batch_k * params.k.batch +
+         tile.first_k * params.k.row + tile.head_k * params.k.head;
+}
+
+// s = Q K^T for rows [row, + 16) of a consumer's Q and a block of keys from `first` on, all of
+// which exist.
+template <class Cfg>
+__device__ __forceinline__ void recompute(typename Cfg::AccS& s, const ForwardParams& params,
+                                          const Tile& tile, uint32_t q_smem, int row, int first,
+                                          int lane) {
+  using TileQ = typename Cfg::TileQ;
+  // A lane holds keys l / 4 of every 8, columns 2 (l % 4) and 8 further of every 16.
+  const uint16_t* key = keys_of(params, tile) + (first + lane / 4) * params.k.row + lane % 4 * 2;
+#pragma unroll
+  for (int n = 0; n < Cfg::kBlockN / 8; ++n) {
+    float c[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+    const uint16_t* from = key;
+    // Rolled up: one step at a time takes few registers.
+#pragma unroll 1
+    for (int k = 0; k < Cfg::kHeadDim / 16; ++k) {
+      uint32_t a[4];
+      ptx::ldmatrix_x4(a, q_smem + TileQ::offset(row + lane % 16, 2 * k + lane / 16));
+      const bool has_low = 16 * k < params.d;
+      const bool has_high = 16 * k + 8 < params.d;
+      const uint32_t low = has_low ? *reinterpret_cast<const uint32_t*>(from) : 0;
+      const uint32_t high = has_high ? *reinterpret_cast<const uint32_t*>(from + 8) : 0;
+      ptx::mma_m16n8k16<typename Cfg::T>(c, a, low, high);
+      from += 16;
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) s.c[0][n][i] = c[i];
+    key += 8 * params.k.row;
+  }
+}
+
+}  // namespace flash::sm90

@@ -1,0 +1,142 @@
+// Online softmax whose maximum is lazy: of 16 rows, in accumulator layout.
+//
+// As in attn/softmax.cuh, p = 2^(scale s - shift). But the shift need not be the maximum: any shift
+// gives the same result as long as nothing overflows. So scores become p at once, with the shift of
+// the blocks before, and the sums of p, which softmax needs anyway, tell afterwards whether one
+// grew too far. That takes the search for the maximum, a third of all instructions, out of most
+// blocks.
+#pragma once
+
+#include "attn/softmax.cuh"
+
+namespace flash::sm90 {
+
+// From here on the sum of a lane's p of one block makes the shift rise. fp16 ends at 2^16; for bf16
+// the product with V should not overflow where V is large.
+template <class T>
+constexpr float kMostSum = 16384.0f;
+template <>
+constexpr float kMostSum<ptx::Bfloat16> = 1073741824.0f;
+
+struct Softmax {
+  float shift[2];
+  float sum[2];     // of this lane's columns only
+  float factor[2];  // what O must be multiplied by, if it `is_moved`
+  bool is_moved;    // the same for all lanes of a warp
+
+  // No key has been seen: the shift is below all scores, and finite, so that hidden scores of -inf
+  // get p = 0.
+  __device__ void clear() {
+    constexpr float kLowest = -3.0e38f;
+    shift[0] = shift[1] = kLowest;
+    sum[0] = sum[1] = 0.0f;
+    is_moved = false;
+  }
+
+  // The ordinary way: the shift rises to the maximum, if that is far above, before scores become p.
+  template <int kN>
+  __device__ __forceinline__ void absorb(tile::Accumulators<1, kN>& s, float scale) {
+    constexpr float kSlack = 6.0f;
+    float top[2];
+#pragma unroll
+    for (int h = 0; h < 2; ++h) top[h] = largest(s, h) * scale;
+    is_moved = __any_sync(0xffffffffu, top[0] - shift[0] > kSlack || top[1] - shift[1] > kSlack);
+    if (is_moved) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const float to = fmaxf(shift[h], of_row(top[h]));
+        factor[h] = ptx::ex2(shift[h] - to);
+        shift[h] = to;
+        sum[h] *= factor[h];
+      }
+    }
+    float block[2];
+    exponentiate(s, block, scale);
+#pragma unroll
+    for (int h = 0; h < 2; ++h) sum[h] += block[h];
+  }
+
+  // The lazy way. Every row must have seen a key before. False: p has overflowed, and the scores
+  // are lost; nothing else has changed.
+  template <class T, int kN>
+  __device__ __forceinline__ bool absorb_lazily(tile::Accumulators<1, kN>& s, float scale) {
+    float block[2];
+    exponentiate(s, block, scale);
+    is_moved = __any_sync(0xffffffffu, !(block[0] + block[1] < kMostSum<T>));
+    if (is_moved) {
+      if (__any_sync(0xffffffffu, !(block[0] + block[1] < attn::infinity()))) return false;
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        // By a power of two, so that p keeps all its bits.
+        const float top = fmaxf(of_row(largest(s, h)), 1.0f);
+        const int exponent = min((__float_as_int(top) >> 23) - 127, 126);
+        factor[h] = __int_as_float((127 - exponent) << 23);
+        shift[h] += static_cast<float>(exponent);
+        sum[h] *= factor[h];
+        block[h] *= factor[h];
+#pragma unroll
+        for (int n = 0; n < kN; ++n) {
+          s.c[0][n][2 * h] *= factor[h];
+          s.c[0][n][2 * h + 1] *= factor[h];
+        }
+      }
+    }
+#pragma unroll
+    for (int h = 0; h < 2; ++h) sum[h] += block[h];
+    return true;
+  }
+
+  template <int kN>
+  __device__ __forceinline__ void scale_rows(tile::Accumulators<1, kN>& o) const {
+#pragma unroll
+    for (int n = 0; n < kN; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) o.c[0][n][i] *= factor[i / 2];
+    }
+  }
+
+  // The sum of a whole row, from the four lanes that share it.
+  __device__ float row_sum(int h) const {
+    const float part = sum[h] + __shfl_xor_sync(0xffffffffu, sum[h], 1);
+    return part + __shfl_xor_sync(0xffffffffu, part, 2);
+  }
+
+ private:
+  // Of this lane's columns.
+  template <int kN>
+  __device__ static __forceinline__ float largest(const tile::Accumulators<1, kN>& s, int h) {
+    float x = s.c[0][0][2 * h];
+    float y = s.c[0][0][2 * h + 1];
+#pragma unroll
+    for (int n = 1; n < kN; ++n) {
+      x = fmaxf(x, s.c[0][n][2 * h]);
+      y = fmaxf(y, s.c[0][n][2 * h + 1]);
+    }
+    return fmaxf(x, y);
+  }
+
+  // The largest of the four lanes that share a row.
+  __device__ static float of_row(float x) {
+    x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
+    return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
+  }
+
+  // Scores become p; `block` their sums, by two additions at a time.
+  template <int kN>
+  __device__ __forceinline__ void exponentiate(tile::Accumulators<1, kN>& s, float (&block)[2],
+                                               float scale) const {
+    float part[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll
+    for (int n = 0; n < kN; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        s.c[0][n][i] = ptx::ex2(s.c[0][n][i] * scale - shift[i / 2]);
+        part[i] += s.c[0][n][i];
+      }
+    }
+    block[0] = part[0] + part[1];
+    block[1] = part[2] + part[3];
+  }
+};
+
+}  // namespace flash::sm90

@@ -1,0 +1,125 @@
+// Products of tiles in shared memory by a warpgroup, and how its accumulators leave.
+//
+// Tiles are cut into panels of 64 columns, whose rows of 128 bytes are swizzled (smem_tile.cuh): as
+// TMA writes them and wgmma reads them, if they begin at multiples of 1024 bytes. One tile serves
+// as an operand by rows, as in Q K^T, or by columns, as V in P V: only the descriptor differs.
+#pragma once
+
+#include "ptx/warpgroup.cuh"
+#include "ptx/wgmma.cuh"
+#include "tile/products.cuh"
+
+namespace flash::tile {
+
+// A matrix descriptor of wgmma: in its low half where an operand begins and the bytes from panel to
+// panel, in its high half the bytes of eight rows and the swizzle, all in units of 16 bytes.
+struct Descriptor {
+  uint32_t low;
+
+  __device__ Descriptor(uint32_t smem, uint32_t panel_stride)
+      : low(panel_stride / 16 << 16 | smem / 16) {}
+
+  // The same, `step` units further. 32 bits take half the instructions that 64 do.
+  __device__ uint64_t at(uint32_t step) const {
+    constexpr uint64_t kSwizzle128 = uint64_t{1} << 62;
+    constexpr uint64_t kEightRows = uint64_t{8 * 128 / 16} << 32;
+    return kSwizzle128 | kEightRows | (low + step);
+  }
+};
+
+// How far the descriptor moves in a step of 16 along the depth.
+template <class Tile>
+constexpr uint32_t step_along_rows(int k) {
+  static_assert(Tile::kPanel == 64, "panels of 128 bytes");
+  return (k / 4 * Tile::kPanelBytes + k % 4 * 32) / 16;
+}
+constexpr uint32_t kStepDownColumns = 16 * 128 / 16;
+
+// s = A B^T over kDepth columns: A the 64 rows of a tile, B all rows of a tile.
+template <class T, int kDepth, class TileA, class TileB>
+__device__ __forceinline__ void start_abt(Accumulators<1, TileB::kRows / 8>& s, uint32_t a_smem,
+                                          uint32_t b_smem) {
+  // Of operands by rows a step reads one panel: the panel stride is unused.
+  const Descriptor a(a_smem, 16);
+  const Descriptor b(b_smem, 16);
+  ptx::pin(s.c[0]);
+  ptx::wgmma_fence();
+#pragma unroll
+  for (int k = 0; k < kDepth / 16; ++k) {
+    ptx::Wgmma<T, TileB::kRows>::with_rows(s.c[0], a.at(step_along_rows<TileA>(k)),
+                                           b.at(step_along_rows<TileB>(k)), k > 0);
+  }
+  ptx::wgmma_commit();
+}
+
+// The same with A in registers, loaded by load_a().
+template <class T, class TileB, int kSteps>
+__device__ __forceinline__ void start_abt(Accumulators<1, TileB::kRows / 8>& s,
+                                          uint32_t (&a)[kSteps][4], uint32_t b_smem) {
+  const Descriptor b(b_smem, 16);
+  ptx::pin(s.c[0]);
+  ptx::pin(a);
+  ptx::wgmma_fence();
+#pragma unroll
+  for (int k = 0; k < kSteps; ++k) {
+    ptx::Wgmma<T, TileB::kRows>::with_rows(s.c[0], a[k], b.at(step_along_rows<TileB>(k)), k > 0);
+  }
+  ptx::wgmma_commit();
+}
+
+// 16 rows of a tile from `row` on as A operands of kSteps steps.
+template <class Tile, int kSteps>
+__device__ __forceinline__ void load_a(uint32_t (&a)[kSteps][4], uint32_t smem, int row, int lane) {
+  const uint32_t at = smem + Tile::offset(row + lane % 16, lane / 16);
+#pragma unroll
+  for (int k = 0; k < kSteps; ++k) ptx::ldmatrix_x4(a[k], walk<Tile>(at, 0, 2 * k));
+}
+
+// o += P B: P packed to 16 bits, the first 8 kN columns of B.
+template <class T, class TileB, int kN>
+__device__ __forceinline__ void start_pb(Accumulators<1, kN>& o,
+                                         uint32_t (&p)[TileB::kRows / 16][4], uint32_t b_smem) {
+  using Product = ptx::Wgmma<T, 8 * kN>;
+  const Descriptor b(b_smem, TileB::kPanelBytes);
+  ptx::pin(p);
+  ptx::pin(o.c[0]);
+  ptx::wgmma_fence();
+#pragma unroll
+  for (int k = 0; k < TileB::kRows / 16; ++k) {
+    Product::with_columns(o.c[0], p[k], b.at(k * kStepDownColumns));
+  }
+  ptx::wgmma_commit();
+}
+
+// Accumulators rounded, as A operands of the next product.
+template <class T, int kN>
+__device__ __forceinline__ void pack(uint32_t (&p)[kN / 2][4], const Accumulators<1, kN>& s) {
+#pragma unroll
+  for (int k = 0; k < kN / 2; ++k) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float(&from)[4] = s.c[0][2 * k + i / 2];
+      p[k][i] = ptx::pack<T>(from[i % 2 * 2], from[i % 2 * 2 + 1]);
+    }
+  }
+}
+
+// Rounds accumulators, their two rows times `factor`, into 16 rows of a tile from `row` on.
+template <class T, class Tile, int kN>
+__device__ __forceinline__ void store_matrix(uint32_t smem, const Accumulators<1, kN>& acc,
+                                             const float (&factor)[2], int row, int lane) {
+  const uint32_t at = smem + Tile::offset(row + lane % 16, lane / 16);
+#pragma unroll
+  for (int n = 0; n < kN; n += 2) {
+    uint32_t r[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float(&from)[4] = acc.c[0][n + i / 2];
+      const float f = factor[i % 2];
+      r[i] = ptx::pack<T>(from[i % 2 * 2] * f, from[i % 2 * 2 + 1] * f);
+    }
+    ptx::stmatrix_x4(walk<Tile>(at, 0, n), r);
+  }
+}
+
+}  // namespace flash::tile

@@ -1,0 +1,82 @@
+#include "host/tensor_maps.h"
+
+#include "host/api.h"
+
+namespace flash::host {
+
+namespace {
+
+// Values of cuda.h.
+enum : int { kFloat16 = 6, kBfloat16 = 9 };
+enum : int { kNotInterleaved = 0, kSwizzle128 = 3, kPromote256 = 3, kFillZeros = 0 };
+
+constexpr uint32_t kBoxCols = 64;  // 128 bytes, the width of the swizzle
+
+struct Extent {
+  int64_t cols, rows, heads, batch;
+};
+
+struct Extents {
+  Extent q, k, v, o;
+};
+
+// A packed operand is one long sequence: kernels add where theirs begins.
+Extents extents_of(const ForwardParams& params) {
+  const Sequences& seqs = params.seqs;
+  Extent q = {params.d, seqs.sq, params.hq, seqs.b};
+  if (seqs.cu_seqlens_q != nullptr) q = {params.d, seqs.total_q, params.hq, 1};
+  Extent k = {params.d, seqs.sk, params.hk, seqs.cache_rows};
+  if (seqs.cu_seqlens_k != nullptr) k = {params.d, seqs.total_k, params.hk, 1};
+  Extents all = {q, k, k, q};
+  all.v.cols = all.o.cols = params.dv;
+  return all;
+}
+
+bool has_map(const Rows& x, const Extent& extent) {
+  const auto is_right = [](int64_t size, int64_t stride) {
+    constexpr int64_t kMostElements = int64_t{1} << 39;
+    return size <= 1 || (stride > 0 && stride % 8 == 0 && stride < kMostElements);
+  };
+  if (x.ptr == nullptr) return true;
+  return reinterpret_cast<uintptr_t>(x.ptr) % 16 == 0 && is_right(extent.rows, x.row) &&
+         is_right(extent.heads, x.head) && is_right(extent.batch, x.batch);
+}
+
+// `box_rows` rows of one panel are one copy.
+bool make_map(const Rows& x, const Extent& extent, int box_rows, int dtype, TensorMap* map) {
+  const auto dim = [](int64_t size) { return static_cast<uint64_t>(size < 1 ? 1 : size); };
+  const uint64_t dims[] = {dim(extent.cols), dim(extent.rows), dim(extent.heads),
+                           dim(extent.batch)};
+  // Of a dimension of one, the stride is never used, and may be one that the driver refuses.
+  const auto bytes = [](uint64_t size, int64_t stride) {
+    return size == 1 ? uint64_t{16} : static_cast<uint64_t>(2 * stride);
+  };
+  const uint64_t strides[] = {bytes(dims[1], x.row), bytes(dims[2], x.head),
+                              bytes(dims[3], x.batch)};
+  const uint32_t box[] = {kBoxCols, static_cast<uint32_t>(box_rows), 1, 1};
+  const uint32_t steps[] = {1, 1, 1, 1};
+  return check(driver()->cuTensorMapEncodeTiled(map, dtype == FLASH_BF16 ? kBfloat16 : kFloat16, 4,
+                                                x.ptr, dims, strides, box, steps, kNotInterleaved,
+                                                kSwizzle128, kPromote256, kFillZeros),
+               "cuTensorMapEncodeTiled");
+}
+
+}  // namespace
+
+bool have_tensor_maps(const ForwardParams& params) {
+  const Extents all = extents_of(params);
+  return has_map(params.q, all.q) && has_map(params.k, all.k) && has_map(params.v, all.v) &&
+         has_map(params.o, all.o);
+}
+
+bool make_tma_params(const ForwardParams& params, const Shape& shape, int dtype,
+                     TmaForwardParams* made) {
+  const Extents all = extents_of(params);
+  made->call = params;
+  return make_map(params.q, all.q, shape.box_m, dtype, &made->q) &&
+         make_map(params.k, all.k, shape.block_n, dtype, &made->k) &&
+         make_map(params.v, all.v, shape.block_n, dtype, &made->v) &&
+         make_map(params.o, all.o, shape.box_m, dtype, &made->o);
+}
+
+}  // namespace flash::host

@@ -1,0 +1,388 @@
+#include "emulator.h"
+
+#include <stdarg.h>
+#include <stdio.h>
+#include <ucontext.h>
+
+#include <deque>
+#include <map>
+#include <memory>
+#include <random>
+#include <vector>
+
+Dim threadIdx, blockIdx, gridDim;
+
+namespace emulator {
+
+unsigned char* g_smem;
+
+namespace {
+
+struct Fiber {
+  ucontext_t context;
+  std::unique_ptr<char[]> stack;
+  std::function<bool()> is_ready;
+  const char* waits_for = "";
+  bool is_done = false;
+};
+
+struct Warp {
+  Slots slots[2];
+  int arrived[2] = {};
+  int left[2] = {};
+  uint64_t rounds[32] = {};
+};
+
+struct NamedBarrier {
+  int arrived = 0;
+  uint64_t generation = 0;
+};
+
+struct MBarrier {
+  int count = 0, pending = 0;
+  int64_t bytes = 0;
+  uint32_t phase = 0;
+};
+
+struct Warpgroup {
+  std::deque<Product> asked[128];  // of each thread, not yet done
+  uint64_t num_asked[128] = {};
+  std::deque<uint64_t> groups[128];  // num_asked where each group ended
+  uint64_t num_done = 0;
+};
+
+constexpr size_t kStackBytes = 256 * 1024;
+
+ucontext_t g_scheduler;
+std::vector<Fiber> g_fibers;
+unsigned g_current;
+const std::function<void()>* g_kernel;
+std::vector<Warp> g_warps;
+NamedBarrier g_named[16];
+std::map<uint32_t, MBarrier> g_mbarriers;
+std::vector<Warpgroup> g_warpgroups;
+std::vector<std::function<void()>> g_copies;  // asked for and not yet done
+std::map<unsigned, int> g_stores;             // of each thread, likewise
+std::mt19937 g_random(1);
+
+bool one_in(unsigned n) { return g_random() % n == 0; }
+
+Fiber& current() { return g_fibers[g_current]; }
+
+void enter() {
+  (*g_kernel)();
+  current().is_done = true;
+  swapcontext(&current().context, &g_scheduler);
+}
+
+MBarrier& mbarrier(uint32_t address) {
+  const auto found = g_mbarriers.find(address);
+  if (found == g_mbarriers.end()) stop("the barrier at %u was never initialised", address);
+  return found->second;
+}
+
+void end_phase_if_due(MBarrier& barrier) {
+  if (barrier.pending != 0 || barrier.bytes != 0) return;
+  ++barrier.phase;
+  barrier.pending = barrier.count;
+}
+
+// The tensor map of tests/build_tools/stub_driver.cpp.
+struct Map {
+  unsigned char* base;
+  int64_t dims[4];
+  int64_t strides[4];  // bytes
+  int box[2];          // columns, rows
+};
+
+Map read_map(const flash::TensorMap& map) {
+  const uint64_t* w = map.words;
+  Map read = {reinterpret_cast<unsigned char*>(w[0]), {}, {}, {}};
+  for (int i = 0; i < 4; ++i) read.dims[i] = static_cast<int64_t>(w[1 + i]);
+  read.strides[0] = 2;
+  for (int i = 0; i < 3; ++i) read.strides[1 + i] = static_cast<int64_t>(w[5 + i]);
+  read.box[0] = static_cast<int>(w[8]);
+  read.box[1] = static_cast<int>(w[9]);
+  return read;
+}
+
+uint32_t swizzle(uint32_t address) { return address ^ (address >> 7 & 7) << 4; }
+
+// Between a box in memory and 128-byte rows in shared memory.
+void copy_box(const Map& map, const int (&place)[4], uint32_t smem, bool loads) {
+  if (smem % 1024 != 0) stop("a box at %u does not begin at a multiple of 1024 bytes", smem);
+  for (int row = 0; row < map.box[1]; ++row) {
+    for (int col = 0; col < map.box[0]; ++col) {
+      unsigned char* in_smem = at(swizzle(smem + row * 128 + col * 2), 2);
+      const int64_t where[] = {place[0] + col, place[1] + row, place[2], place[3]};
+      unsigned char* in_memory = map.base;
+      bool is_inside = true;
+      for (int i = 0; i < 4; ++i) {
+        is_inside = is_inside && where[i] >= 0 && where[i] < map.dims[i];
+        in_memory += where[i] * map.strides[i];
+      }
+      if (loads && is_inside) memcpy(in_smem, in_memory, 2);
+      if (loads && !is_inside) memset(in_smem, 0, 2);
+      if (!loads && is_inside) memcpy(in_memory, in_smem, 2);
+    }
+  }
+}
+
+float element(uint64_t descriptor, int across, int depth, bool by_columns, bool is_bf16) {
+  if (descriptor >> 62 != 1) stop("a descriptor has another swizzle than 128 bytes");
+  const uint32_t start = (descriptor & 0x3FFF) << 4;
+  const uint32_t lead = (descriptor >> 16 & 0x3FFF) << 4;
+  const uint32_t stride = (descriptor >> 32 & 0x3FFF) << 4;
+  const uint32_t address = by_columns ? start + across / 64 * lead + across % 64 * 2 +
+                                            depth % 8 * 128 + depth / 8 * stride
+                                      : start + across / 8 * stride + across % 8 * 128 + depth * 2;
+  uint16_t bits;
+  memcpy(&bits, at(swizzle(address), 2), 2);
+  return to_float(bits, is_bf16);
+}
+
+// Does the oldest product that all threads of a warpgroup have asked for.
+bool do_product(Warpgroup& group) {
+  for (const auto& asked : group.asked) {
+    if (asked.empty()) return false;
+  }
+  const Product first = group.asked[0].front();
+  float a[64][16];
+  for (int row = 0; row < 64; ++row) {
+    for (int k = 0; k < 16; ++k) {
+      if (first.a == nullptr) {
+        a[row][k] = element(first.a_descriptor, row, k, false, first.is_bf16);
+      } else {
+        const int thread = row / 16 * 32 + row % 8 * 4 + k % 8 / 2;
+        const uint32_t pair = group.asked[thread].front().a[k / 8 * 2 + row % 16 / 8];
+        a[row][k] = to_float(static_cast<uint16_t>(pair >> (16 * (k % 2))), first.is_bf16);
+      }
+    }
+  }
+  std::vector<float> b(static_cast<size_t>(16 * first.n));
+  for (int n = 0; n < first.n; ++n) {
+    for (int k = 0; k < 16; ++k) {
+      b[n * 16 + k] = element(first.b_descriptor, n, k, first.b_by_columns, first.is_bf16);
+    }
+  }
+  for (int thread = 0; thread < 128; ++thread) {
+    const Product& product = group.asked[thread].front();
+    if (product.n != first.n || product.b_descriptor != first.b_descriptor ||
+        product.a_descriptor != first.a_descriptor || product.adds != first.adds) {
+      stop("threads of a warpgroup ask for different products");
+    }
+    for (int i = 0; i < first.n / 2; ++i) {
+      const int row = thread / 32 * 16 + thread % 32 / 4 + i % 4 / 2 * 8;
+      const int col = i / 4 * 8 + thread % 4 * 2 + i % 2;
+      float sum = first.adds ? product.c[i] : 0.0f;
+      for (int k = 0; k < 16; ++k) sum += a[row][k] * b[col * 16 + k];
+      product.c[i] = sum;
+    }
+  }
+  for (auto& asked : group.asked) asked.pop_front();
+  ++group.num_done;
+  return true;
+}
+
+bool do_copy() {
+  if (g_copies.empty()) return false;
+  const size_t chosen = g_random() % g_copies.size();
+  const auto copy = g_copies[chosen];
+  g_copies.erase(g_copies.begin() + static_cast<std::ptrdiff_t>(chosen));
+  copy();
+  return true;
+}
+
+// What no thread does; true if something was done.
+bool do_asynchronous(bool all) {
+  bool any = false;
+  for (Warpgroup& group : g_warpgroups) {
+    if (all || one_in(4)) any = do_product(group) || any;
+  }
+  if (all || one_in(4)) any = do_copy() || any;
+  return any;
+}
+
+bool run_ready_fibers(bool all) {
+  bool any = false;
+  const unsigned count = static_cast<unsigned>(g_fibers.size());
+  const unsigned first = g_random() % count;
+  const unsigned skipped = g_random() % count / 32;  // one warp stands still
+  for (unsigned i = 0; i < count; ++i) {
+    g_current = (first + i) % count;
+    Fiber& fiber = current();
+    if (fiber.is_done || (!all && g_current / 32 == skipped && one_in(2))) continue;
+    if (fiber.is_ready && !fiber.is_ready()) continue;
+    fiber.is_ready = nullptr;
+    threadIdx.x = g_current;
+    swapcontext(&g_scheduler, &fiber.context);
+    any = true;
+  }
+  return any;
+}
+
+}  // namespace
+
+void stop(const char* what, ...) {
+  va_list arguments;
+  va_start(arguments, what);
+  fprintf(stderr, "emulator: CTA %u of %u, thread %u: ", blockIdx.x, gridDim.x, threadIdx.x);
+  vfprintf(stderr, what, arguments);
+  fprintf(stderr, "\n");
+  exit(3);
+}
+
+void wait_until(const std::function<bool()>& is_true, const char* what) {
+  if (is_true() && !one_in(8)) return;
+  Fiber& fiber = current();
+  fiber.is_ready = is_true;
+  fiber.waits_for = what;
+  swapcontext(&fiber.context, &g_scheduler);
+}
+
+unsigned char* at(uint32_t smem, uint32_t bytes) {
+  if (smem < kSmemBase || smem + bytes > kSmemBase + kSmemBytes) {
+    stop("address %u is outside shared memory", smem);
+  }
+  return g_smem + (smem - kSmemBase);
+}
+
+const Slots& exchange(const uint64_t (&mine)[8]) {
+  Warp& warp = g_warps[threadIdx.x / 32];
+  const int lane = threadIdx.x % 32;
+  const uint64_t round = warp.rounds[lane]++;
+  const int side = static_cast<int>(round % 2);
+  if (warp.arrived[side] == 32) warp.arrived[side] = 0;  // of two rounds ago
+  memcpy(warp.slots[side].of[lane], mine, sizeof(mine));
+  ++warp.arrived[side];
+  wait_until([&warp, side] { return warp.arrived[side] == 32; }, "its warp");
+  return warp.slots[side];
+}
+
+void barrier_arrive(int id, int count) {
+  NamedBarrier& barrier = g_named[id];
+  if (id == 0) count = static_cast<int>(g_fibers.size());
+  if (++barrier.arrived < count) return;
+  barrier.arrived = 0;
+  ++barrier.generation;
+}
+
+void barrier_sync(int id, int count) {
+  NamedBarrier& barrier = g_named[id];
+  const uint64_t generation = barrier.generation;
+  barrier_arrive(id, count);
+  wait_until([&barrier, generation] { return barrier.generation != generation; },
+             "a named barrier");
+}
+
+void mbarrier_init(uint32_t barrier, int count) { g_mbarriers[barrier] = {count, count, 0, 0}; }
+
+void mbarrier_arrive(uint32_t address, int bytes) {
+  MBarrier& barrier = mbarrier(address);
+  if (barrier.pending == 0) stop("the barrier at %u has too many arrivals", address);
+  barrier.bytes += bytes;
+  --barrier.pending;
+  end_phase_if_due(barrier);
+}
+
+void mbarrier_wait(uint32_t address, uint32_t parity) {
+  const MBarrier& barrier = mbarrier(address);
+  wait_until([&barrier, parity] { return (barrier.phase & 1) != parity; }, "a barrier");
+}
+
+void tma_load(uint32_t smem, const flash::TensorMap& map, uint32_t address, const int (&place)[4]) {
+  const Map read = read_map(map);
+  const std::vector<int> where(place, place + 4);
+  g_copies.push_back([=] {
+    copy_box(read, {where[0], where[1], where[2], where[3]}, smem, true);
+    MBarrier& barrier = mbarrier(address);
+    barrier.bytes -= int64_t{2} * read.box[0] * read.box[1];
+    end_phase_if_due(barrier);
+  });
+}
+
+void tma_store(uint32_t smem, const flash::TensorMap& map, const int (&place)[4]) {
+  const Map read = read_map(map);
+  const std::vector<int> where(place, place + 4);
+  const unsigned thread = threadIdx.x;
+  ++g_stores[thread];
+  g_copies.push_back([=] {
+    copy_box(read, {where[0], where[1], where[2], where[3]}, smem, false);
+    --g_stores[thread];
+  });
+}
+
+void tma_store_wait() {
+  const unsigned thread = threadIdx.x;
+  wait_until([thread] { return g_stores[thread] == 0; }, "its stores");
+}
+
+void start(const Product& product) {
+  Warpgroup& group = g_warpgroups[threadIdx.x / 128];
+  group.asked[threadIdx.x % 128].push_back(product);
+  ++group.num_asked[threadIdx.x % 128];
+}
+
+void commit() {
+  Warpgroup& group = g_warpgroups[threadIdx.x / 128];
+  group.groups[threadIdx.x % 128].push_back(group.num_asked[threadIdx.x % 128]);
+}
+
+void wait_products(int pending) {
+  Warpgroup& group = g_warpgroups[threadIdx.x / 128];
+  std::deque<uint64_t>& groups = group.groups[threadIdx.x % 128];
+  while (groups.size() > static_cast<size_t>(pending)) {
+    const uint64_t due = groups.front();
+    groups.pop_front();
+    wait_until([&group, due] { return group.num_done >= due; }, "products");
+  }
+}
+
+float to_float(uint16_t x, bool is_bf16) {
+  if (is_bf16) return from_bits<float>(uint64_t{x} << 16);
+  return static_cast<float>(from_bits<_Float16>(x));
+}
+
+uint16_t round_to(float x, bool is_bf16) {
+  if (!is_bf16) return static_cast<uint16_t>(bits_of<_Float16>(x));
+  const uint32_t bits = static_cast<uint32_t>(bits_of<float>(x));
+  if (x != x) return 0x7FFF;
+  return static_cast<uint16_t>((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
+}
+
+void run_cta(unsigned block, unsigned grid, unsigned threads, const std::function<void()>& kernel) {
+  blockIdx.x = block;
+  gridDim.x = grid;
+  g_kernel = &kernel;
+  g_warps.assign((threads + 31) / 32, {});
+  g_warpgroups.assign((threads + 127) / 128, {});
+  g_mbarriers.clear();
+  for (NamedBarrier& barrier : g_named) barrier = {};
+  memset(g_smem, 0xFF, kSmemBytes);  // NaN in every format
+  if (g_fibers.size() != threads) g_fibers = std::vector<Fiber>(threads);
+  for (Fiber& fiber : g_fibers) {
+    if (!fiber.stack) fiber.stack.reset(new char[kStackBytes]);
+    getcontext(&fiber.context);
+    fiber.context.uc_stack.ss_sp = fiber.stack.get();
+    fiber.context.uc_stack.ss_size = kStackBytes;
+    fiber.context.uc_link = nullptr;
+    makecontext(&fiber.context, enter, 0);
+    fiber.is_ready = nullptr;
+    fiber.is_done = false;
+  }
+  for (;;) {
+    const bool ran = run_ready_fibers(false) || run_ready_fibers(true);
+    const bool did = do_asynchronous(!ran);
+    unsigned running = 0;
+    for (const Fiber& fiber : g_fibers) running += !fiber.is_done;
+    if (running == 0 && g_copies.empty()) return;
+    if (ran || did) continue;
+    for (unsigned i = 0; i < threads; i += 32) {
+      if (!g_fibers[i].is_done)
+        fprintf(stderr, "thread %u waits for %s\n", i, g_fibers[i].waits_for);
+    }
+    stop("nothing moves any more");
+  }
+}
+
+}  // namespace emulator

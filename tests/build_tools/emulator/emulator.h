@@ -1,0 +1,136 @@
+// A CTA on a CPU: enough of CUDA's words and of a multiprocessor to run device code as it stands.
+//
+// Every thread of a CTA is a fiber; they take turns in an order drawn anew each time. What the GPU
+// does asynchronously is done late and at random here: copies by TMA some turns after they were
+// asked for, products of warpgroups some turns after the last warp asked, reading shared memory and
+// registers as they are at that moment. So a missing wait or a buffer that is released too early
+// gives a wrong result, and a barrier that is never completed a report.
+#pragma once
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#include <cstdlib>
+#include <functional>
+
+#include "host/flash.h"
+
+#define __device__
+#define __global__
+#define __shared__
+#define __forceinline__ inline
+#define __grid_constant__
+#define __launch_bounds__(...)
+#define __align__(n) __attribute__((aligned(n)))
+
+struct Dim {
+  unsigned x;
+};
+extern Dim threadIdx, blockIdx, gridDim;
+
+struct float2 {
+  float x, y;
+};
+struct uint4 {
+  uint32_t x, y, z, w;
+};
+
+namespace emulator {
+
+constexpr int kMaxThreads = 1024;
+constexpr uint32_t kSmemBase = 1024;
+constexpr uint32_t kSmemBytes = 227 * 1024;
+extern unsigned char* g_smem;  // kSmemBytes, at kSmemBase of the address space
+
+// Ends the run with a message.
+[[noreturn]] void stop(const char* what, ...);
+
+// Lets others run until `is_true`.
+void wait_until(const std::function<bool()>& is_true, const char* what);
+
+unsigned char* at(uint32_t smem, uint32_t bytes);
+
+// All lanes of a warp hand a value over and see everyone's.
+struct Slots {
+  uint64_t of[32][8];
+};
+const Slots& exchange(const uint64_t (&mine)[8]);
+
+// For as many threads as `count`, barrier `id`; 0 is __syncthreads.
+void barrier_arrive(int id, int count);
+void barrier_sync(int id, int count);
+
+void mbarrier_init(uint32_t barrier, int count);
+void mbarrier_arrive(uint32_t barrier, int bytes);
+void mbarrier_wait(uint32_t barrier, uint32_t parity);
+
+void tma_load(uint32_t smem, const flash::TensorMap& map, uint32_t barrier, const int (&place)[4]);
+void tma_store(uint32_t smem, const flash::TensorMap& map, const int (&place)[4]);
+void tma_store_wait();
+
+// One product of a warpgroup of this thread's accumulators; the rest as wgmma has it.
+struct Product {
+  float* c;
+  int n;
+  const uint32_t* a;  // null: by descriptor
+  uint64_t a_descriptor, b_descriptor;
+  bool b_by_columns;
+  bool adds;
+  bool is_bf16;
+};
+void start(const Product& product);
+void commit();
+void wait_products(int pending);
+
+float to_float(uint16_t x, bool is_bf16);
+uint16_t round_to(float x, bool is_bf16);
+
+// Runs one CTA to its end.
+void run_cta(unsigned block, unsigned grid, unsigned threads, const std::function<void()>& kernel);
+
+template <class X, class Y>
+uint64_t bits_of(Y x) {
+  static_assert(sizeof(X) <= 8, "one slot");
+  uint64_t bits = 0;
+  const X exact = x;
+  memcpy(&bits, &exact, sizeof(X));
+  return bits;
+}
+template <class X>
+X from_bits(uint64_t bits) {
+  X x;
+  memcpy(&x, &bits, sizeof(X));
+  return x;
+}
+
+}  // namespace emulator
+
+inline int min(int x, int y) { return x < y ? x : y; }
+inline int max(int x, int y) { return x > y ? x : y; }
+inline uint32_t min(uint32_t x, uint32_t y) { return x < y ? x : y; }
+inline float __fdividef(float x, float y) { return x / y; }
+inline int __float_as_int(float x) { return emulator::from_bits<int>(emulator::bits_of<float>(x)); }
+inline float __int_as_float(int x) { return emulator::from_bits<float>(emulator::bits_of<int>(x)); }
+inline float __uint_as_float(uint32_t x) { return __int_as_float(static_cast<int>(x)); }
+inline uint32_t __float_as_uint(float x) { return static_cast<uint32_t>(__float_as_int(x)); }
+inline float2 make_float2(float x, float y) { return {x, y}; }
+inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
+inline int __ffs(uint32_t x) { return __builtin_ffs(static_cast<int>(x)); }
+
+inline void __syncthreads() { emulator::barrier_sync(0, 0); }
+inline void __syncwarp() { emulator::exchange({}); }
+
+inline float __shfl_xor_sync(uint32_t, float x, int mask) {
+  const int lane = threadIdx.x % 32;
+  const emulator::Slots& slots = emulator::exchange({emulator::bits_of<float>(x)});
+  return emulator::from_bits<float>(slots.of[lane ^ mask][0]);
+}
+
+inline uint32_t __ballot_sync(uint32_t, bool x) {
+  const emulator::Slots& slots = emulator::exchange({x});
+  uint32_t votes = 0;
+  for (int lane = 0; lane < 32; ++lane) votes |= static_cast<uint32_t>(slots.of[lane][0]) << lane;
+  return votes;
+}
+inline bool __any_sync(uint32_t mask, bool x) { return __ballot_sync(mask, x) != 0; }

@@ -1,0 +1,15 @@
+#pragma once
+
+#include "emulator.h"
+
+namespace flash::ptx {
+
+using emulator::mbarrier_init;
+using emulator::mbarrier_wait;
+inline void mbarrier_init_fence() {}
+inline void mbarrier_arrive_expect(uint32_t barrier, int bytes) {
+  emulator::mbarrier_arrive(barrier, bytes);
+}
+inline void mbarrier_arrive(uint32_t barrier) { emulator::mbarrier_arrive(barrier, 0); }
+
+}  // namespace flash::ptx

@@ -1,0 +1,55 @@
+#pragma once
+
+#include "emulator.h"
+
+namespace flash::ptx {
+
+inline uint32_t smem_address(const void* ptr) {
+  const auto* byte = static_cast<const unsigned char*>(ptr);
+  return static_cast<uint32_t>(byte - emulator::g_smem) + emulator::kSmemBase;
+}
+
+inline int opaque(int x) { return x; }
+
+inline void ldmatrix_x4(uint32_t (&r)[4], uint32_t smem) {
+  const emulator::Slots& rows = emulator::exchange({smem});
+  const int lane = threadIdx.x % 32;
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t row = static_cast<uint32_t>(rows.of[8 * i + lane / 4][0]);
+    memcpy(&r[i], emulator::at(row + lane % 4 * 4, 4), 4);
+  }
+}
+
+inline void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t smem) {
+  const emulator::Slots& rows = emulator::exchange({smem});
+  const int lane = threadIdx.x % 32;
+  for (int i = 0; i < 4; ++i) {
+    for (int j = 0; j < 2; ++j) {
+      const uint32_t row = static_cast<uint32_t>(rows.of[8 * i + lane % 4 * 2 + j][0]);
+      memcpy(reinterpret_cast<unsigned char*>(&r[i]) + 2 * j, emulator::at(row + lane / 4 * 2, 2),
+             2);
+    }
+  }
+}
+
+inline uint4 ld_shared_128(uint32_t smem) {
+  uint4 x;
+  memcpy(&x, emulator::at(smem, 16), 16);
+  return x;
+}
+
+inline void st_shared_128(uint32_t smem, uint4 x) { memcpy(emulator::at(smem, 16), &x, 16); }
+
+inline void st_shared_32(uint32_t smem, uint32_t x) { memcpy(emulator::at(smem, 4), &x, 4); }
+
+inline float ld_shared_f32(uint32_t smem) {
+  float x;
+  memcpy(&x, emulator::at(smem, 4), 4);
+  return x;
+}
+
+inline void st_global_128(void* gmem, uint4 x) { memcpy(gmem, &x, 16); }
+
+inline void red_add_f32(float* gmem, float x) { *gmem += x; }
+
+}  // namespace flash::ptx

@@ -1,0 +1,20 @@
+#pragma once
+
+#include "emulator.h"
+
+namespace flash::ptx {
+
+inline void tma_load(uint32_t smem, const TensorMap& map, uint32_t barrier, int col, int row,
+                     int head, int batch) {
+  emulator::tma_load(smem, map, barrier, {col, row, head, batch});
+}
+inline void tma_store(const TensorMap& map, uint32_t smem, int col, int row, int head, int batch) {
+  emulator::tma_store(smem, map, {col, row, head, batch});
+}
+inline void tma_store_commit() {}
+inline void tma_store_wait_read() { emulator::tma_store_wait(); }
+inline void tma_store_wait() { emulator::tma_store_wait(); }
+inline void tma_prefetch(const TensorMap&) {}
+inline void fence_async_proxy() {}
+
+}  // namespace flash::ptx

@@ -1,0 +1,28 @@
+#pragma once
+
+#include "emulator.h"
+
+namespace flash::ptx {
+
+template <int kRegisters>
+void give_registers() {}
+template <int kRegisters>
+void take_registers() {}
+
+inline void named_barrier_sync(int barrier, int threads) {
+  emulator::barrier_sync(barrier, threads);
+}
+inline void named_barrier_arrive(int barrier, int threads) {
+  emulator::barrier_arrive(barrier, threads);
+}
+
+inline void stmatrix_x4(uint32_t smem, const uint32_t (&r)[4]) {
+  const emulator::Slots& rows = emulator::exchange({smem});
+  const int lane = threadIdx.x % 32;
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t row = static_cast<uint32_t>(rows.of[8 * i + lane / 4][0]);
+    memcpy(emulator::at(row + lane % 4 * 4, 4), &r[i], 4);
+  }
+}
+
+}  // namespace flash::ptx

@@ -1,0 +1,164 @@
+"""Hopper's forward kernels on a CPU: shim, host library and device code, all but the GPU.
+
+The emulator of `emulator/` runs the device code with copies and products that happen late and in
+random order, so what is tested is masks, layouts, and which buffer may be touched when. A CTA gets
+several tiles, because the device has only two multiprocessors, and heads come in sections of few,
+because its L2 cache is small.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from typing import Any
+
+import emulated
+import pytest
+from native_tools import ROOT, Stub, lay_out_kernels, native, needs
+
+HEAD_DIMS = (64, 128, 256)  # with turns, and wide; with Q in registers; with one buffer of Q
+
+PROGRAM = """
+import json, math, sys, torch
+sys.path.insert(0, {tests!r})
+from compare import check
+from oracle import attention, varlen_attention
+from flash_attn.backends import cuda
+CUDA = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+DTYPE = torch.bfloat16
+
+def make(*shape):
+    return torch.randn(shape).to(DTYPE)
+
+def call(q, k, v, cu=(None, None), used=(None, None), max_seqlens=(None, None), leftpad=None,
+         scale=None, causal=False, window=(-1, -1), attention_chunk=0, softcap=0.0, slopes=None):
+    out = torch.full((*q.shape[:-1], v.shape[-1]), math.nan, dtype=DTYPE)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    right = 0 if causal else window[1]
+    result = torch.ops.flash_attn_cuda.forward.default.redispatch(
+        CUDA, q, k, v, out, *[None] * 6, True, *cu, *used, leftpad, None, None, *max_seqlens,
+        scale, window[0], right, attention_chunk, softcap, slopes, 0.0, None, False, 1)
+    return result[:2]
+
+def judge(got, oracle):
+    exact, rough = oracle(torch.float64), oracle(DTYPE)
+    check("out", got[0], exact[0], rough[0])
+    check("lse", got[1], exact[1], rough[1], atol=1e-4)
+
+def dense(d, sq, sk, hq=2, hk=1, b=2, rise=0.0, dv=None, **options):
+    q, k, v = make(b, sq, hq, d), make(b, sk, hk, d), make(b, sk, hk, dv or d)
+    if rise:  # scores that grow from block to block
+        q[..., 0] = 8.0
+        k[..., 0] = torch.linspace(rise, 0, sk).to(DTYPE)[:, None]
+    kept = dict(options)
+    kept["alibi_slopes"] = kept.pop("slopes", None)
+    kept["softmax_scale"] = kept.pop("scale", None)
+    judge(call(q, k, v, **options), lambda dtype: attention(q, k, v, dtype=dtype, **kept)[:2])
+
+def packed(d, lens_q, lens_k, hq=2, hk=1, used_k=None, **options):
+    cu = [torch.tensor([0, *torch.tensor(x).cumsum(0)], dtype=torch.int32)
+          for x in (lens_q, lens_k)]
+    # Rows behind the last sequence, and behind those in use, hold anything.
+    rows = sum(lens_k) + 5
+    q, k, v = make(sum(lens_q) + 3, hq, d), make(rows, hk, d), make(rows, hk, d)
+    used = None if used_k is None else torch.tensor(used_k, dtype=torch.int32)
+    ends = cu[1][:-1] + used if used_k else cu[1][1:]
+    unused = torch.ones(len(k), dtype=torch.bool)
+    for start, end in zip(cu[1], ends):
+        unused[start:end] = False
+    k[unused] = v[unused] = q[sum(lens_q):] = math.nan
+    got = call(q, k, v, cu, (None, used), (max(lens_q), max(lens_k)), **options)
+    rows = slice(0, sum(lens_q))
+    assert bool((got[0][rows.stop:] == 0).all())
+    def oracle(dtype):
+        return varlen_attention(q[rows], k, v, *cu, seqused_k=used, dtype=dtype, **options)[:2]
+    judge((got[0][rows], got[1][:, rows]), oracle)
+
+torch.manual_seed(1)
+told = {{}}
+for name, run in CASES.items():
+    try:
+        run()
+        told[name] = ""
+    except Exception as error:
+        told[name] = f"{{type(error).__name__}}: {{error}}"
+print(json.dumps(told))
+"""
+CASES = {
+    "one_row": "dense({d}, 1, 1)",
+    "ragged": "dense({d}, 200, 333)",
+    "whole_blocks": "dense({d}, 256, 256, hq=4, hk=2)",
+    "full": "dense({d}, 700, 600, hq=4, hk=2)",
+    "causal": "dense({d}, 300, 300, causal=True)",
+    "causal_many_heads": "dense({d}, 300, 300, hq=6, hk=3, b=3, causal=True)",
+    "causal_more_keys": "dense({d}, 257, 640, causal=True)",
+    "rows_without_keys": "dense({d}, 300, 100, causal=True)",
+    "window": "dense({d}, 500, 500, window=(100, 30))",
+    "window_left": "dense({d}, 300, 700, window=(64, -1))",
+    "chunk": "dense({d}, 256, 512, attention_chunk=150)",
+    "softcap": "dense({d}, 200, 300, softcap=10.0, causal=True)",
+    "alibi": "dense({d}, 200, 290, slopes=torch.tensor([0.1, 0.4]))",
+    "negative_scale": "dense({d}, 200, 300, scale=-0.1)",
+    "narrow_v": "dense({d}, 150, 270, dv={d} - 24)",
+    "odd_head_dim": "dense({d} - 8, 150, 270)",
+    "rising_scores": "dense({d}, 200, 900, rise=60.0)",
+    "overflowing_scores": "dense({d}, 200, 900, rise=600.0)",
+    "overflowing_scores_full": "dense({d}, 400, 900, rise=600.0)",
+    "packed": "packed({d}, (100, 0, 200, 1, 64), (100, 50, 333, 257, 0))",
+    "packed_causal": "packed({d}, (130, 5, 256), (130, 300, 256), causal=True)",
+    "packed_used": "packed({d}, (130, 5, 256), (130, 300, 256), used_k=(1, 290, 0))",
+}
+
+
+@pytest.fixture(scope="module")
+def machine(tmp_path_factory: pytest.TempPathFactory) -> Stub:
+    """The package on a driver that runs its kernels."""
+    folder = tmp_path_factory.mktemp("emulated")
+    package = folder / "flash_attn"
+    ignored = shutil.ignore_patterns("*.so", "kernels", "__pycache__")
+    shutil.copytree(ROOT / "flash_attn", package, ignore=ignored)
+    for module in ROOT.glob("flash_attn_*.py"):
+        shutil.copy(module, folder)
+    emulated.build_driver(folder, HEAD_DIMS)
+    lay_out_kernels(package / "kernels", ("90", "90a"))
+    host = native.host(package / native.HOST_LIBRARY, needs("g++"))
+    found = native.find_torch()
+    native.shim(package / native.shim_name(found), host, found, needs("g++"))
+    return Stub(folder)
+
+
+@pytest.fixture(scope="module")
+def told(machine: Stub, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, str], Any]:
+    """What each case came to; all cases of a head dim share a process."""
+    results = {}
+    log = tmp_path_factory.mktemp("log") / "log"
+    for d in HEAD_DIMS:
+        rows = "".join(
+            f"    {name!r}: lambda: {text.format(d=d)},\n" for name, text in CASES.items()
+        )
+        program = PROGRAM.format(tests=str(ROOT / "tests"))
+        program = program.replace("told = {}\n", f"CASES = {{\n{rows}}}\ntold = {{}}\n")
+        child = machine.run(
+            program,
+            log,
+            LD_PRELOAD=str(machine.folder / "libcuda.so.1"),
+            PYTHONPATH=str(machine.folder),
+            OMP_NUM_THREADS="1",
+            STUB_SMS="2",
+            STUB_L2="100000",
+        )
+        assert child.returncode == 0, child.stderr
+        for name, error in json.loads(child.stdout.splitlines()[-1]).items():
+            results[d, name] = error
+    launched = {line.split()[1] for line in log.read_text("utf-8").splitlines() if "launch" in line}
+    forward = {f"flash_fwd_sm90_d{d}_bf16" for d in HEAD_DIMS}
+    assert launched == forward | {"flash_fwd_sm90_wide_d64_bf16", "flash_fill_bf16"}
+    return results
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("d", HEAD_DIMS)
+def test_hoppers_kernels_compute_attention(
+    told: dict[tuple[int, str], Any], d: int, name: str
+) -> None:
+    assert told[d, name] == ""
