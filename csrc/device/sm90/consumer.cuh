@@ -309,10 +309,11 @@ class Consumer {
   }
 
   // Opaque, so that nothing that is seldom needed is computed ahead and kept.
-  __device__ static int thread() { return ptx::opaque(threadIdx.x) % 128; }
-  __device__ static int consumer() { return ptx::opaque(threadIdx.x) / 128 - 1; }
+  __device__ static int index() { return ptx::opaque(static_cast<int>(threadIdx.x)); }
+  __device__ static int thread() { return index() % 128; }
+  __device__ static int consumer() { return index() / 128 - 1; }
   __device__ static Turns<Cfg::kConsumers> turns() { return {consumer()}; }
-  __device__ static int lane() { return ptx::opaque(threadIdx.x) % 32; }
+  __device__ static int lane() { return index() % 32; }
   __device__ static int warp_row() { return thread() / 32 * 16; }
 
   const ForwardParams& params_;
