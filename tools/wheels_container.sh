@@ -19,7 +19,9 @@ fi
 rm -rf build/container
 mkdir -p build/container-parts build/fetched
 for kernels in build/wheel-parts/kernels-cu*; do
-    [ ! -e "$kernels" ] || cp -R "$kernels" build/container-parts/
+    if [ -e "$kernels" ] && [ ! -e "build/container-parts/${kernels##*/}" ]; then
+        cp -R "$kernels" build/container-parts/
+    fi
 done
 # What stands below build/ here is to be there too; cibuildwheel carries the archive in, no more.
 volumes="--volume=$PWD/build/container-parts:/project/build/wheel-parts"
