@@ -13,12 +13,15 @@ ARGS ?=
 VENV := build/venv
 DEMO := build/demo-venv
 BIN := $(VENV)/bin
+FACTORY := build/factory
+# The image of `make wheels-container`: empty for the one of pyproject.toml, or bullseye.
+IMAGE ?=
 
-.PHONY: help demo test test-gpu lint format bench clean FORCE
+.PHONY: help demo test test-gpu lint format bench factory wheels-container clean FORCE
 .DEFAULT_GOAL := help
 
 help: ## list the commands
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 18
 	@echo
 	@echo "Variables: PYTHON=$(PYTHON) TORCH=$(TORCH) JOBS=$(JOBS) ARGS=$(ARGS)"
 
@@ -40,8 +43,13 @@ test-gpu: $(VENV)/.test ## run the tests that need a GPU (see TORCH)
 
 lint: $(VENV)/.lint ## check format, style, types, spelling and rendered tables
 	@status=0; \
-	for step in 'ruff check .' 'ruff format --check .' mypy typos 'shellcheck .ci/run' \
+	for step in 'ruff check .' 'ruff format --check .' mypy typos \
+			'shellcheck .ci/run tools/bullseye_image.sh tools/wheels_container.sh' \
+			'zizmor --offline --quiet .github/workflows' actionlint \
 			'python tools/render_docs.py --check'; do \
+		if [ "$$step" = actionlint ] && [ ! -e $(BIN)/actionlint ]; then \
+			echo 'actionlint: skipped, it could not be installed here'; continue; \
+		fi; \
 		echo "$$step"; \
 		$(BIN)/$$step || status=1; \
 	done; \
@@ -55,6 +63,11 @@ format: $(VENV)/.lint ## rewrite sources and rendered tables in place
 bench: $(VENV)/.test ## measure this machine and add the result to benchmarks/
 	$(BIN)/python benchmarks/bench.py
 	$(BIN)/python tools/render_docs.py
+
+factory: $(FACTORY)/.done ## the environment that makes wheels, build/factory
+
+wheels-container: $(FACTORY)/.done ## the universal wheel by cibuildwheel (docs/releasing.md)
+	tools/wheels_container.sh $(FACTORY)/bin/python $(IMAGE)
 
 clean: ## remove everything that was built
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
@@ -75,6 +88,14 @@ $(VENV)/.test: $(VENV)/.torch pyproject.toml
 
 $(VENV)/.lint: $(VENV)/.test
 	$(BIN)/python -m pip install -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --group actionlint || true
+	@touch $@
+
+$(FACTORY)/.done: pyproject.toml
+	rm -rf $(FACTORY)
+	$(PYTHON) -m venv $(FACTORY)
+	$(FACTORY)/bin/python -m pip install --upgrade pip
+	$(FACTORY)/bin/python -m pip install --group wheels
 	@touch $@
 
 # Rewritten only when a setting differs from the last run, so that only then it is newer.

@@ -4,14 +4,16 @@
 
 A PYTHON is one of an environment with a torch. pip puts the wheel into a new environment that sees
 the packages of that one, but not the flash-attn it may have. Writes
-results/<date>-environments-<processor>.json, where rows of other torches and Pythons stay as they
-are; the exit status is 1 if something fails.
+results/<date>-environments-<processor>.json after each; rows of the same wheel with other torches
+and Pythons stay as they are, so the environments need not all exist at once. The exit status is 1
+if something fails.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import hashlib
 import json
 import re
 import subprocess
@@ -96,30 +98,47 @@ def is_good(row: dict[str, Any]) -> bool:
     return not row["not_loaded"] and row["error"] < 1e-5 and row["passed"] == row["checks"]
 
 
+def merged(before: dict[str, Any], wheel: Path, row: dict[str, Any]) -> dict[str, Any]:
+    """An earlier result with this row; nothing of the earlier one if that was another wheel."""
+    sha256 = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    rows = before["rows"] if before.get("sha256") == sha256 else []
+    others = [x for x in rows if order(x) != order(row)]
+    return {
+        "wheel": wheel.name,
+        "bytes": wheel.stat().st_size,
+        "sha256": sha256,
+        "rows": sorted([*others, row], key=order),
+    }
+
+
+def order(row: dict[str, Any]) -> tuple[list[int], str, list[int]]:
+    """A row's torch, its local version and the Python: what tells rows apart, as it sorts."""
+    release, _, local = row["torch"].partition("+")
+    return numbers(release), local, numbers(row["python"])
+
+
+def numbers(version: str) -> list[int]:
+    return [int(x) for x in re.findall(r"\d+", version)]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("wheel", type=Path)
     parser.add_argument("--python", action="append", required=True)
     options = parser.parse_args()
-    wheel, rows = options.wheel.resolve(), []
+    wheel = options.wheel.resolve()
+    date = datetime.date.today().isoformat()
+    name = re.sub(r"[^a-z0-9]+", "-", processor().lower()).strip("-")
+    path = RESULTS / f"{date}-environments-{name}.json"
+    rows = []
     for python in options.python:
         with tempfile.TemporaryDirectory() as folder:
             rows.append(row(wheel, python, Path(folder, "venv")))
         print(json.dumps(rows[-1]), file=sys.stderr)
-    date = datetime.date.today().isoformat()
-    name = re.sub(r"[^a-z0-9]+", "-", processor().lower()).strip("-")
-    path = RESULTS / f"{date}-environments-{name}.json"
-    kept = json.loads(path.read_text("utf-8"))["rows"] if path.exists() else []
-    done = {(x["torch"], x["python"]) for x in rows}
-    result = {
-        "kind": "environments",
-        "date": date,
-        "device": processor(),
-        "wheel": wheel.name,
-        "bytes": wheel.stat().st_size,
-        "rows": [x for x in kept if (x["torch"], x["python"]) not in done] + rows,
-    }
-    path.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+        before = json.loads(path.read_text("utf-8")) if path.exists() else {}
+        result = {"kind": "environments", "date": date, "device": processor()}
+        result |= merged(before, wheel, rows[-1])
+        path.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
     print(path)
     return 0 if all(map(is_good, rows)) else 1
 

@@ -11,13 +11,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from build_tools import kernel_index, make_parts, sbom
+from build_tools import kernel_index, make_parts, native, sbom
 from build_tools.make_parts import Made
 from build_tools.matrix import Matrix, MatrixError
 from build_tools.ninja import BuildError
@@ -178,14 +178,31 @@ def add_parts_option(command: argparse.ArgumentParser) -> None:
 
 
 def run_build(options: argparse.Namespace) -> int:
-    wheels = Matrix().wheels(options.only)
-    made = make_parts.make_all(parts_of(wheels), options.parts)
+    to = Path(options.to)
+    build(Matrix().wheels(options.only), options.parts, lambda wheel: to / wheel.path)
+    return 0
+
+
+def build(wheels: Iterable[Wheel], store: Path, place: Callable[[Wheel], Path]) -> None:
+    """Puts wheels together, after making the parts that a store lacks."""
+    wheels = list(wheels)
+    made = make_parts.make_all(parts_of(wheels), store)
     pure = pure_package()
     for wheel in wheels:
         start = time.monotonic()
         data = assemble(wheel, contents_of(pure, (made[part] for part in wheel.parts)))
-        save(data, Path(options.to, wheel.path), start)
-    return 0
+        save(data, place(wheel), start)
+
+
+def universal(folder: Path, store: Path) -> str:
+    """Puts the wheel for every torch of this platform into a folder; its file name."""
+    matrix, here = Matrix(), make_parts.platform_of_compiler()
+    if here not in matrix.facts.platform:
+        known = ", ".join(matrix.facts.platform)
+        raise BuildError(f"{native.compiler()} compiles for {here}; there are wheels for {known}")
+    wheel = matrix.universal(matrix.facts.platform[here])
+    build([wheel], store, lambda wheel: folder / str(wheel.name))
+    return str(wheel.name)
 
 
 def save(data: bytes, path: Path, start: float) -> None:

@@ -37,6 +37,11 @@ __all__ = [
 
 # `pip install -C no-cuda-extensions=true`, as FLASH_ATTENTION_SKIP_CUDA_BUILD=TRUE.
 SETTING = "no-cuda-extensions"
+# `python -m build --wheel -C parts=DIR`: the universal wheel, from parts that stand in DIR or are
+# made there. It is how cibuildwheel asks for it.
+PARTS = "parts"
+# pip downloads what parts are made with.
+FOR_PARTS = ("ninja", "pip", "tomli; python_version < '3.11'")
 WITH = (
     f"{env.FLASH_ATTN_CUDA_ARCHS.name} compiles kernels, {env.FLASH_ATTN_WHEEL_MIRROR.name} names "
     "finished wheels."
@@ -47,6 +52,8 @@ Settings = Optional[dict[str, Any]]
 def get_requires_for_build_wheel(config_settings: Settings = None) -> list[str]:
     with telling():
         heed(config_settings)
+        if is_of_parts(config_settings):
+            return list(FOR_PARTS)
         wanted = [] if prebuilt.offers(install.builds_kernels()) else for_kernels()
     return [*build_meta.get_requires_for_build_wheel(config_settings), *wanted]
 
@@ -67,6 +74,10 @@ def build_wheel(
 ) -> str:
     with telling():
         heed(config_settings)
+        if is_of_parts(config_settings):
+            from build_tools import assemble  # reads TOML, which other builds do without
+
+            return assemble.universal(Path(wheel_directory), Path((config_settings or {})[PARTS]))
         name = prebuilt.obtain(Path(wheel_directory), install.builds_kernels())
         if name is not None:
             return name
@@ -94,6 +105,10 @@ def heed(config_settings: Settings) -> None:
         if str(value).lower() not in ("", "true", "1", "yes"):
             raise ValueError(f"the setting {name} is {value!r}; it must be true, or be left out")
         env.FLASH_ATTENTION_SKIP_CUDA_BUILD.set("TRUE")
+
+
+def is_of_parts(config_settings: Settings) -> bool:
+    return PARTS in (config_settings or {})
 
 
 @contextmanager

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from build_tools.matrix import ALL_ARCHS, RELEASE, Cell, Matrix, MatrixError, fits, span, words
-from build_tools.matrix_facts import INSTEAD, Rule
-from build_tools.wheel_parts import Part, parts_of
+from build_tools.matrix_facts import INSTEAD, Platform, Rule
+from build_tools.wheel_parts import HostPart, KernelsPart, Part, parts_of
 
 # GitHub runs no more jobs of one matrix.
 MAX_JOBS = 256
@@ -138,11 +138,23 @@ def job(part: Part) -> dict[str, str]:
 
 
 def github_text(matrix: Matrix, only: Patterns = ()) -> str:
-    """One line for `fromJSON`: a job for each part, because wheels are put together in seconds."""
-    jobs = [job(part) for part in parts_of(matrix.wheels(only))]
-    if len(jobs) > MAX_JOBS:
-        raise MatrixError(f"{len(jobs)} jobs; GitHub runs {MAX_JOBS} of one matrix: use --only")
-    return json.dumps({"include": jobs})
+    """One line for `fromJSON`: a job for each part of kernels, then one for each platform.
+
+    Host library and shims of a platform share a container, and wheels are put together in seconds.
+    """
+    parts = parts_of(matrix.wheels(only))
+    kernels = [job(part) for part in parts if isinstance(part, KernelsPart)]
+    platforms = [platform_job(part.platform) for part in parts if isinstance(part, HostPart)]
+    count = max(len(kernels), len(platforms))
+    if count > MAX_JOBS:
+        raise MatrixError(f"{count} jobs; GitHub runs {MAX_JOBS} of one matrix: use --only")
+    return json.dumps({"kernels": {"include": kernels}, "platforms": {"include": platforms}})
+
+
+def platform_job(platform: Platform) -> dict[str, str]:
+    """A platform as a row of GitHub's `strategy.matrix`; `wheels` is what `build --only` takes."""
+    machine = platform.name.partition("_")[2]
+    return {"platform": platform.name, "runner": platform.runner, "wheels": f"*_{machine}.whl"}
 
 
 def json_text(matrix: Matrix, only: Patterns = ()) -> str:

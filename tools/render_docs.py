@@ -265,18 +265,22 @@ def environments_table() -> str:
 
 
 def environments_section(result: dict[str, Any]) -> str:
-    """A line for each torch and Python that a wheel was installed beside."""
+    """A line for each torch that a wheel was installed beside, more where Pythons differ."""
+    same: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for row in result["rows"]:
+        shim = f"`{row['shim']}`" if not row["not_loaded"] else row["not_loaded"]
+        checks = f"{row['passed']} of {row['checks']}"
+        gpus = ", ".join(row["gpus"]) or "none"
+        same.setdefault((row["torch"], row["cxx11abi"], shim, gpus, checks), []).append(row)
     lines = [
         (
-            row["torch"],
-            row["python"],
-            row["cxx11abi"],
-            f"`{row['shim']}`" if not row["not_loaded"] else row["not_loaded"],
-            ", ".join(row["gpus"]) or "none",
-            f"{row['error']:.0e}",
-            f"{row['passed']} of {row['checks']}",
+            torch,
+            ", ".join(row["python"] for row in rows),
+            *told,
+            f"{max(row['error'] for row in rows):.0e}",
+            checks,
         )
-        for row in result["rows"]
+        for (torch, *told, checks), rows in same.items()
     ]
     header = ("torch", "Python", "cxx11abi", "Shim loaded", "GPUs", "Error", "Self-tests passed")
     title = f"`{result['wheel']}`, {result['bytes'] / 1e6:.1f} MB, {result['date']}:"

@@ -19,6 +19,7 @@ from small_wheels import FEW, HERE, MATRIX, TORCH, Factory
 
 from build_tools import assemble, kernel_index, make_parts, zip_file
 from build_tools.__main__ import main
+from build_tools.ninja import BuildError
 from build_tools.wheel_name import WheelName
 
 INDEX = "flash_attn/kernels/index.txt"
@@ -52,6 +53,23 @@ def names_in(wheel: Path) -> set[str]:
 def made_now(capsys: pytest.CaptureFixture[str]) -> list[str]:
     lines = capsys.readouterr().out.splitlines()
     return [line.split()[1] for line in lines if line.startswith("making ")]
+
+
+def test_what_cibuildwheel_asks_for_is_the_universal_wheel_of_these_parts(
+    factory: Factory, wheels: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = assemble.universal(tmp_path, factory.parts)
+    assert (tmp_path / name).read_bytes() == wheels[0].read_bytes()
+    assert name == wheels[0].name
+    assert made_now(capsys) == []
+
+
+def test_there_is_no_universal_wheel_for_another_compiler(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(make_parts, "platform_of_compiler", lambda: "linux_riscv64")
+    with pytest.raises(BuildError, match="for linux_riscv64; there are wheels for linux_x86_64, "):
+        assemble.universal(tmp_path, tmp_path)
 
 
 def test_a_second_build_makes_no_part_and_the_same_bytes(

@@ -117,6 +117,7 @@ def test_kernels_are_tested_with_the_compiler_of_the_wheels() -> None:
 
 def test_metadata_agrees_with_the_file_name() -> None:
     found = importlib.metadata.distribution("flash-attn")
+    # PKG-INFO: what building a source archive left in the checkout says the same.
     base = found.read_text("METADATA") or found.read_text("PKG-INFO")
     assert base is not None
     plain = Parser().parsestr(base)
@@ -249,25 +250,41 @@ def test_only_takes_globs_of_paths_and_names(only: list[str], fitting: object) -
     assert wanted
 
 
-def test_jobs_are_one_for_each_part(capsys: pytest.CaptureFixture[str]) -> None:
+def test_jobs_are_one_for_each_part_of_kernels_and_each_platform(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     assert main(["matrix", "--format", "github"]) == 0
     out = capsys.readouterr().out
-    jobs = json.loads(out)["include"]
+    plan = json.loads(out)
     assert out.count("\n") == 1  # a step's output is one line
-    assert len(jobs) <= 256
-    assert [job["part"] for job in jobs] == [part.name for part in parts_of(WHEELS)]
-    assert len({job["part"] for job in jobs}) == len(jobs)
+    kernels, platforms = plan["kernels"]["include"], plan["platforms"]["include"]
+    assert len(kernels) <= 256
+    names = [part.name for part in parts_of(WHEELS) if part.name.startswith("kernels-")]
+    assert [job["part"] for job in kernels] == names
+    assert len(set(names)) == len(names)
+    assert all(set(job) == {"part", "runner", "kind", "arch", "nvrtc"} for job in kernels)
+    assert [job["platform"] for job in platforms] == list(MATRIX.facts.platform)
+    # Together the jobs of platforms make every wheel, and none twice.
+    made = [wheel.path for job in platforms for wheel in MATRIX.wheels([job["wheels"]])]
+    assert sorted(made) == sorted(PATHS)
+
+
+def test_parts_say_what_they_are_made_of(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["matrix", "--format", "json"]) == 0
+    parts = json.loads(capsys.readouterr().out)["parts"]
+    assert [part["part"] for part in parts] == [part.name for part in parts_of(WHEELS)]
+    assert len({part["part"] for part in parts}) == len(parts)
     fields = {
         "kernels": {"part", "runner", "kind", "arch", "nvrtc"},
         "host": {"part", "runner", "kind", "platform"},
         "shim": {"part", "runner", "kind", "platform", "torch", "cxx11abi"},
     }
-    assert all(set(job) == fields[job["kind"]] for job in jobs)
+    assert all(set(part) == fields[part["kind"]] for part in parts)
 
 
 def test_more_jobs_than_github_takes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(matrix_report, "MAX_JOBS", 10)
-    with pytest.raises(MatrixError, match="43 jobs; GitHub runs 10"):
+    with pytest.raises(MatrixError, match="14 jobs; GitHub runs 10"):
         matrix_report.github_text(MATRIX)
     assert matrix_report.github_text(MATRIX, ("*/torch2.9/sm90/*-win_amd64.whl",))
 
@@ -375,6 +392,7 @@ def test_pip_takes_a_wheel_from_an_index(tmp_path: Path, kind: str) -> None:
     platform = sysconfig.get_platform().replace("-", "_")
     here = [c for c in MATRIX.cells if (c.python, c.platform.name) == (python, platform)]
     here = [cell for cell in here if cell.archs.name == "all"]
+    # Not find_spec: setuptools, where it was imported before, warns of that.
     if not here or not any(importlib.metadata.distributions(name="pip")):
         pytest.skip("no cell for this Python here, or no pip")
     wheel = here[-1].published() if kind == "published" else here[-1].plain()
