@@ -153,10 +153,10 @@ class AuditedWheel:
 
     def platform(self, matrix: Matrix) -> Platform:
         """The platform that its name says."""
-        for platform in matrix.facts.platform.values():
-            if self.name.platform in (platform.tag, platform.name):
-                return platform
-        raise Broken(f"{self.name.platform} is no platform of the matrix")
+        try:
+            return matrix.facts.platform_of(self.name.platform)
+        except ValueError as error:
+            raise Broken(str(error)) from None
 
     def claimed_torches(self, matrix: Matrix) -> list[TorchFacts]:
         """The torches of the matrix that METADATA lets it be installed with.

@@ -18,6 +18,7 @@ from typing import Optional
 from build_tools.arch import Arch
 from build_tools.kernels import serving
 from build_tools.manifest import EVERY_CUDA, OLDEST_TORCH, Entry
+from build_tools.wheel_name import python_tags
 
 _MANYLINUX = re.compile(r"manylinux_(\d+)_(\d+)_(\w+)")
 
@@ -209,10 +210,8 @@ def platforms_of(entry: Entry) -> set[str]:
 
 def serves_python(entry: Entry, python: str) -> bool:
     """Whether a wheel's tags have a Python, written as in `3.13t`."""
-    short = "cp" + python.rstrip("t").replace(".", "")
-    abi = f"{short}t" if python.endswith("t") else short
     pairs = {tuple(tag.split("-")[:2]) for tag in entry.tags}
-    return bool(pairs & {("py3", "none"), (short, abi)})
+    return bool(pairs & {("py3", "none"), python_tags(python)})
 
 
 def _torch_here_reason(entry: Entry, wanted: Here) -> Optional[str]:

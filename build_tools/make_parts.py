@@ -18,6 +18,7 @@ from typing import Optional
 from build_tools import compilers, fetch, jobs, kernels, native, ninja
 from build_tools.arch import Arch
 from build_tools.codegen import Unit, units
+from build_tools.manifest import sha256
 from build_tools.matrix_facts import Platform, load, numbers
 from build_tools.ninja import BuildError
 from build_tools.parts import headers, make_part
@@ -66,7 +67,7 @@ def make(part: Part, store: Path) -> Made:
 def label(folder: Path, digest: str, made_with: Mapping[str, str]) -> None:
     """Writes the label of a part whose files stand in a folder."""
     files = (path for path in sorted(folder.rglob("*")) if path.is_file())
-    hashes = {path.relative_to(folder).as_posix(): _hash(path) for path in files}
+    hashes = {path.relative_to(folder).as_posix(): sha256(path) for path in files}
     words = {"digest": digest, "made_with": made_with, "files": hashes}
     (folder / LABEL).write_text(json.dumps(words, indent=1) + "\n", "utf-8")
 
@@ -96,17 +97,13 @@ def standing(part: Part, store: Path) -> Optional[Made]:
     folder = store / part.name
     try:
         words = json.loads((folder / LABEL).read_text("utf-8"))
-        is_whole = all(_hash(folder / name) == found for name, found in words["files"].items())
+        is_whole = all(sha256(folder / name) == found for name, found in words["files"].items())
         is_current = words["digest"] == digest_of(part)
         files = tuple(f"{PACKAGE.name}/{name}" for name in words["files"])
         piece = Piece(part.name, words["made_with"], files)
     except (OSError, ValueError, KeyError):
         return None
     return Made(folder, piece) if is_whole and is_current else None
-
-
-def _hash(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _digest_of_sources(folder: str) -> str:

@@ -15,7 +15,7 @@ from email.parser import BytesHeaderParser
 from pathlib import Path, PurePosixPath
 from typing import Any, Optional
 
-from build_tools.arch import Arch
+from build_tools import kernel_index
 from build_tools.wheel_name import PROJECT, WheelName
 
 FILE, SCHEMA = "wheels.json", 1
@@ -193,10 +193,9 @@ def sha256(file: Path) -> str:
 
 
 def _archs(index: str) -> tuple[str, ...]:
-    """Architectures in a table of kernels, as csrc/host/registry.h describes it."""
-    rows = [line.split() for line in index.splitlines()[1:]]
-    found = {f"{row[4]}{'+ptx' if row[5] == 'ptx' else ''}" for row in rows}
-    return tuple(map(str, sorted(map(Arch.parse, found), key=lambda a: (a.is_ptx, a.number))))
+    """Architectures in a table of kernels; none where there is no table."""
+    found = {row.arch for row in kernel_index.parse(index)} if index else set()
+    return tuple(map(str, sorted(found, key=lambda arch: (arch.is_ptx, arch.number))))
 
 
 def _cuda(path: str, torch: Optional[str]) -> tuple[str, ...]:

@@ -28,7 +28,7 @@ from build_tools.matrix_facts import (
     numbers,
 )
 from build_tools.paths import truth
-from build_tools.wheel_name import Variant, WheelName
+from build_tools.wheel_name import Variant, WheelName, python_tags
 from build_tools.wheel_parts import HostPart, Part, Wheel, kernels, shims
 
 RELEASE = str(truth("_version").__version__)
@@ -81,10 +81,8 @@ class Cell:
         """
         if self.archs.name != ALL_ARCHS:
             return None
-        python = "cp" + self.python.rstrip("t").replace(".", "")
-        abi = f"{python}t" if self.python.endswith("t") else python
         variant = Variant(self.cuda.name, self.torch.name, self.cxx11abi)
-        name = WheelName(RELEASE, python, abi, self.platform.name, variant)
+        name = WheelName(RELEASE, *python_tags(self.python), self.platform.name, variant)
         return self._wheel(f"cu{self.cuda.name}", name)
 
     def plain(self) -> Wheel:

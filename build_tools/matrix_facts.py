@@ -96,6 +96,13 @@ class Facts:
         lists = {"python": self.pythons, "cxx11abi": self.cxx11abi}
         return lists[name] if name in lists else tuple(getattr(self, name))
 
+    def platform_of(self, tag: str) -> Platform:
+        """The platform that a wheel's file name ends with; ValueError if it is none of these."""
+        for platform in self.platform.values():
+            if tag in (platform.tag, platform.name):
+                return platform
+        raise ValueError(f"{tag} is no platform of the matrix")
+
 
 def numbers(version: str) -> tuple[int, ...]:
     """2.10 as (2, 10), for comparing."""

@@ -17,7 +17,7 @@ from build_tools import arch, kernel_index, native
 from build_tools.assemble import INDEX, SBOM, Contents, assemble, save, split
 from build_tools.kernels import serving
 from build_tools.matrix import ALL_ARCHS, RELEASE, plain_name
-from build_tools.matrix_facts import Facts, Platform, load, numbers
+from build_tools.matrix_facts import Facts, load, numbers
 from build_tools.sbom import Piece, pieces_of
 from build_tools.wheel_name import WheelName
 from build_tools.wheel_parts import Wheel
@@ -85,14 +85,7 @@ def wheel_for(facts: Facts, name: WheelName, contents: Contents, torch: Optional
     cuda = sorted({x.made_with["cuda"] for x in contents.pieces if "cuda" in x.made_with})
     words = [facts.index, "".join(f"cu{version}" for version in cuda)]
     words += [f"torch{torch}"] * (torch is not None) + [slim] * (slim != ALL_ARCHS)
-    return Wheel("/".join(words), plain_name(_platform(facts, name)), (), torch=torch)
-
-
-def _platform(facts: Facts, name: WheelName) -> Platform:
-    for platform in facts.platform.values():
-        if name.platform in (platform.tag, platform.name):
-            return platform
-    raise SlimError(f"{name.platform} is no platform of the matrix")
+    return Wheel("/".join(words), plain_name(facts.platform_of(name.platform)), (), torch=torch)
 
 
 def add_parser(commands: Any) -> None:

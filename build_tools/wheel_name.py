@@ -18,6 +18,12 @@ _NAME = re.compile(
 )
 
 
+def python_tags(python: str) -> tuple[str, str]:
+    """The tags of a Python and of its ABI, for one written as in `3.13t`."""
+    tag = "cp" + python.rstrip("t").replace(".", "")
+    return tag, f"{tag}t" if python.endswith("t") else tag
+
+
 @dataclass(frozen=True)
 class Variant:
     """What the published names say after the version: `cu12torch2.8cxx11abiTRUE`."""

@@ -82,36 +82,33 @@ bool fill(const Call& call, const FillParams& params) {
   return run_rows(call, FLASH_FILL, rows, &params);
 }
 
-FillParams unused_rows_of(const ForwardParams& params) {
+// Rows of a tensor that belong to no sequence: those of q, unless `is_keys` is set.
+FillParams unused_rows_of(const Sequences& seqs, const Rows& x, int cols, int heads) {
   FillParams filled = {};
-  filled.x[0] = params.o;
-  filled.cols[0] = params.dv;
+  filled.x[0] = x;
+  filled.cols[0] = cols;
+  filled.seqs = seqs;
+  filled.heads = heads;
+  return filled;
+}
+
+FillParams unused_rows_of(const ForwardParams& params) {
+  FillParams filled = unused_rows_of(params.seqs, params.o, params.dv, params.hq);
   filled.lse = params.lse;
   filled.lse_batch = params.lse_batch;
   filled.lse_head = params.lse_head;
-  filled.seqs = params.seqs;
-  filled.heads = params.hq;
   return filled;
 }
 
 FillParams unused_queries_of(const BackwardParams& params) {
-  FillParams filled = {};
-  filled.x[0] = params.dq;
-  filled.cols[0] = params.d;
-  filled.seqs = params.seqs;
-  filled.heads = params.hq;
-  return filled;
+  return unused_rows_of(params.seqs, params.dq, params.d, params.hq);
 }
 
 FillParams unused_keys_of(const BackwardParams& params) {
-  FillParams filled = {};
-  filled.x[0] = params.dk;
-  filled.x[1] = params.dv_grad;
-  filled.cols[0] = params.d;
-  filled.cols[1] = params.dv;
-  filled.seqs = params.seqs;
+  FillParams filled = unused_rows_of(params.seqs, params.dk, params.d, params.hk);
   filled.is_keys = 1;
-  filled.heads = params.hk;
+  filled.x[1] = params.dv_grad;
+  filled.cols[1] = params.dv;
   return filled;
 }
 

@@ -73,6 +73,22 @@ struct DoNothing {
   __device__ void operator()() const {}
 };
 
+// acc += the products of step k, of operands of A with those of B.
+template <class T, int kM, int kN, class OperandsOfB>
+__device__ inline void multiply_step(Accumulators<kM, kN>& acc, const uint32_t (&a)[kM][4],
+                                     const OperandsOfB& operands, int k) {
+#pragma unroll
+  for (int n = 0; n < kN; n += 2) {
+    uint32_t b[4];
+    operands.load(b, k, n);
+#pragma unroll
+    for (int m = 0; m < kM; ++m) {
+      ptx::mma_m16n8k16<T>(acc.c[m][n], a[m], b[0], b[1]);
+      ptx::mma_m16n8k16<T>(acc.c[m][n + 1], a[m], b[2], b[3]);
+    }
+  }
+}
+
 // acc += A B^T: A rows [row, + 16 kM), B rows [col, + 8 kN). `behind_first` is called behind the
 // first step of k: loads that start there do not keep the first fragments waiting.
 template <class T, class TileA, class TileB, int kM, int kN, int kHeld = 0,
@@ -120,16 +136,7 @@ __device__ inline void multiply_ab(Accumulators<kM, kN>& acc, uint32_t a_smem, u
     uint32_t a[kM][4];
 #pragma unroll
     for (int m = 0; m < kM; ++m) ptx::ldmatrix_x4(a[m], walk<TileA>(a_lane, 16 * m, 2 * k));
-#pragma unroll
-    for (int n = 0; n < kN; n += 2) {
-      uint32_t b[4];
-      columns.load(b, k, n);
-#pragma unroll
-      for (int m = 0; m < kM; ++m) {
-        ptx::mma_m16n8k16<T>(acc.c[m][n], a[m], b[0], b[1]);
-        ptx::mma_m16n8k16<T>(acc.c[m][n + 1], a[m], b[2], b[3]);
-      }
-    }
+    multiply_step<T>(acc, a, columns, k);
   }
 }
 
@@ -150,16 +157,7 @@ __device__ inline void multiply_pb(Accumulators<kM, kN>& acc, const Accumulators
         a[m][i] = ptx::pack<T>(from[i % 2 * 2], from[i % 2 * 2 + 1]);
       }
     }
-#pragma unroll
-    for (int n = 0; n < kN; n += 2) {
-      uint32_t b[4];
-      columns.load(b, k, n);
-#pragma unroll
-      for (int m = 0; m < kM; ++m) {
-        ptx::mma_m16n8k16<T>(acc.c[m][n], a[m], b[0], b[1]);
-        ptx::mma_m16n8k16<T>(acc.c[m][n + 1], a[m], b[2], b[3]);
-      }
-    }
+    multiply_step<T>(acc, a, columns, k);
   }
 }
 
@@ -177,16 +175,7 @@ __device__ inline void multiply_atb(Accumulators<kM, kN>& acc, uint32_t a_smem, 
     uint32_t a[kM][4];
 #pragma unroll
     for (int m = 0; m < kM; ++m) ptx::ldmatrix_x4_trans(a[m], walk<TileA>(a_lane, 16 * k, 2 * m));
-#pragma unroll
-    for (int n = 0; n < kN; n += 2) {
-      uint32_t b[4];
-      columns.load(b, k, n);
-#pragma unroll
-      for (int m = 0; m < kM; ++m) {
-        ptx::mma_m16n8k16<T>(acc.c[m][n], a[m], b[0], b[1]);
-        ptx::mma_m16n8k16<T>(acc.c[m][n + 1], a[m], b[2], b[3]);
-      }
-    }
+    multiply_step<T>(acc, a, columns, k);
   }
 }
 
