@@ -137,6 +137,7 @@ bool run_forward(const Call& call, const ForwardParams& params) {
   TmaForwardParams with_maps;
   if (!make_tma_params(params, ready.shape, call.dtype, &with_maps)) return false;
   with_maps.call_number = next_call_number();
+  with_maps.last_section = last_section(params, ready.shape, call.on);
   return call.run(ready, ctas, &with_maps);
 }
 

@@ -138,6 +138,14 @@ int choose_section(const ForwardParams& params, const Shape& shape, const Device
   return section(heads, fitting > few ? fitting : few) * group;
 }
 
+uint32_t last_section(const ForwardParams& params, const Shape& shape, const Device& device) {
+  const int64_t heads = int64_t{params.hq} * params.seqs.b;
+  const int64_t blocks = ceil_div(params.seqs.sq, shape.block_m);
+  // A CTA has two tiles of average length, or the longest.
+  const int64_t few = blocks == 0 ? heads : ceil_div(2 * device.num_sms, blocks);
+  return heads <= few ? 0 : static_cast<uint32_t>((heads - few) / params.heads_per_section);
+}
+
 int choose_section(const BackwardParams& params, const Shape& shape, const Device& device) {
   // All columns of a head run side by side, so that its queries are read from L2.
   const int64_t heads = int64_t{params.hk} * params.seqs.b;

@@ -16,13 +16,14 @@ namespace flash::sm90 {
 template <class Cfg>
 struct Schedule {
   const ForwardParams& params;
-  const uint32_t num_blocks, num_tiles;
+  const uint32_t num_blocks, num_tiles, last_section;
   uint32_t index = blockIdx.x;
 
   __device__ explicit Schedule(const TmaForwardParams& of_call)
       : params(of_call.call),
         num_blocks((params.seqs.sq + Cfg::kBlockM - 1) / Cfg::kBlockM),
-        num_tiles(num_blocks * params.hq * params.seqs.b) {
+        num_tiles(num_blocks * params.hq * params.seqs.b),
+        last_section(of_call.last_section) {
     if (params.next_tile) attn::Counter{params.next_tile}.open(of_call.call_number);
   }
 
@@ -31,7 +32,7 @@ struct Schedule {
     tile.end = 0;
     for (; index < num_tiles && tile.end == 0; advance()) {
       const attn::TileIndex at(index, num_blocks, params.hq, params.seqs.b,
-                               params.heads_per_section);
+                               params.heads_per_section, last_section);
       const attn::Sequence seq(params.seqs, at.sequence);
       if (at.block_m * Cfg::kBlockM < seq.sq) describe(at, seq, tile);
     }
@@ -147,8 +148,8 @@ __device__ inline void load_tiles(const TmaForwardParams& params, const Pipeline
       load_tile<TileK>(pipe.k_buffer(block), params.k, pipe.k().full(block), kPanels, row,
                        tile.head_k, tile.batch_k);
       const bool is_first = j == tile.end - 1;
-      // With one buffer of Q, the last V must come before Q: it is what frees that buffer.
-      if (!is_first || Cfg::kQBuffers == 1) load_last_v();
+      // Where O leaves through Q's buffer, the last V must come before Q: O waits for it.
+      if (!is_first || !Cfg::kHasOBuffer) load_last_v();
       if (is_first) {
 #pragma unroll 1
         for (int consumer = 0; consumer < Cfg::kConsumers; ++consumer) {
@@ -156,7 +157,7 @@ __device__ inline void load_tiles(const TmaForwardParams& params, const Pipeline
           load_tile<TileQ>(pipe.q_buffer(i, consumer), params.q, pipe.q(consumer).full(i), kPanels,
                            tile.first_q + tile.row0 + 64 * consumer, tile.head, tile.batch_q);
         }
-        if (Cfg::kQBuffers > 1) load_last_v();
+        if (Cfg::kHasOBuffer) load_last_v();
       }
       row_v = row;
       head_v = tile.head_k;
@@ -214,13 +215,14 @@ __device__ inline void store_tiles(const TmaForwardParams& params, const Pipelin
     if (tile.end == 0) break;
     for (int consumer = first; consumer < Cfg::kConsumers; consumer += 2) {
       pipe.o(consumer).wait_full(i);
-      store_lse(params.call, tile, pipe.lse_buffer(i, consumer), consumer, lane);
+      store_lse(params.call, tile, pipe.lse_buffer(consumer), consumer, lane);
       __syncwarp();
       if (lane != 0) continue;
       if (is_stored_whole(params.call, tile, consumer)) {
-        store_output<Cfg>(params, tile, pipe.q_buffer(i, consumer), consumer);
+        store_output<Cfg>(params, tile, pipe.o_buffer(consumer), consumer);
       }
-      pipe.q(consumer).arrive_empty(i);
+      pipe.o(consumer).arrive_empty(i);
+      if (!Cfg::kHasOBuffer) pipe.q(consumer).arrive_empty(i);
       pipe.tiles().arrive_empty(i);
     }
   }
