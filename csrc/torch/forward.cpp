@@ -56,7 +56,7 @@ void tidy_append(Append* append) {
 
 struct Lse {
   Tensor lse;
-  float* scratch;
+  float* scratch = nullptr;
 };
 
 // `scratch` floats stand behind it, at a multiple of 8 bytes: a view costs less than a second
@@ -67,9 +67,11 @@ Lse make_lse(const Forward& call, int64_t scratch) {
   const int64_t heads = q.size(-2);
   const int64_t size[] = {call.is_packed_q() ? 1 : q.size(0), heads, rows};
   const int64_t stride[] = {heads * rows, rows, 1};
+  const int first = call.is_packed_q() ? 1 : 0;
+  if (scratch == 0)
+    return {empty_strided(size + first, stride + first, 3 - first, Dtype::kFloat, q)};
   const int64_t floats = round_up(size[0] * stride[0], 2);
   const Tensor memory = empty({floats + scratch}, Dtype::kFloat, q);
-  const int first = call.is_packed_q() ? 1 : 0;
   return {view(memory, size + first, stride + first, 3 - first), pointer<float>(memory) + floats};
 }
 
