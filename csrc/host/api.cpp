@@ -216,8 +216,9 @@ int flash_plan_forward(int ordinal, int dtype, int num_splits, ForwardParams* pa
   if (num_splits != 0) {
     params->num_splits = limit_splits(num_splits, *params, ready.shape);
   } else {
-    const bool can_merge = find({FLASH_COMBINE, params->dv, dtype, on->cc}) != nullptr;
-    params->num_splits = can_merge ? choose_splits(*params, ready.shape, *on) : 1;
+    params->num_splits = choose_splits(*params, ready.shape, *on);
+    const Want merging = {FLASH_COMBINE, params->dv, dtype, on->cc};
+    if (params->num_splits > 1 && find(merging) == nullptr) params->num_splits = 1;
   }
   params->heads_per_section = choose_section(*params, ready.shape, *on);
   *workspace = {};
