@@ -27,13 +27,13 @@ struct ForwardTile {
   constexpr int registers_of_others() const { return consumers == 2 ? 40 : 32; }
   // In shared memory: whole panels of 64.
   constexpr int columns() const { return (head_dim + 63) / 64 * 64; }
-  // Where the next Q can be there before O has left: then the next tile's scores are computed beside
-  // the end of this one. Else O leaves through Q's buffer.
+  // Where Q leaves its buffer early, the next tile's scores are computed beside the end of this one,
+  // and O has a buffer to leave by. Else it leaves from registers.
   constexpr bool has_o_buffer() const { return holds_q || q_buffers > 1; }
-  // Q, O, K and V in stages; log-sum-exps; barriers and tiles.
+  // Q, O, K and V in stages; two floats a row; barriers and tiles.
   constexpr int smem_bytes() const {
     return ((q_buffers + has_o_buffer()) * block_m() + 2 * stages * block_n) * columns() * 2 +
-           block_m() * 4 + 1024;
+           block_m() * 8 + 1024;
   }
 };
 
