@@ -385,6 +385,32 @@ def test_what_hoppers_kernel_does_not_do_stays_with_the_others(
     assert first.kernel == "flash_fwd_sm80_d64_bf16"
 
 
+def test_the_kernel_of_a_call_is_known_without_a_device(
+    stub: Stub, hopper: Path, tmp_path: Path
+) -> None:
+    # Masks 1, scores that are changed 2, dropout 4, pages 8, as csrc/host/api.h has them.
+    text = f"""
+host.flash_open({str(hopper)!r}.encode())
+host.flash_forward_kernel.restype = ctypes.c_char_p
+for head_dim, cc, features in (
+    (64, 90, 0), (64, 90, 1), (64, 90, 2), (64, 90, 4), (64, 90, 8), (100, 90, 3), (64, 80, 0),
+):
+    print(host.flash_forward_kernel(head_dim, 1, cc, features).decode())
+print(host.flash_forward_kernel(512, 1, 90, 0))
+"""
+    child = stub.run(program(stub, text), tmp_path / "log")
+    assert child.stdout.split() == [
+        "flash_fwd_sm90_wide_d64_bf16",
+        "flash_fwd_sm90_d64_bf16",
+        "flash_fwd_sm90_scored_d64_bf16",
+        "flash_fwd_sm80_d64_bf16",
+        "flash_fwd_sm80_d64_bf16",
+        "flash_fwd_sm90_scored_d128_bf16",
+        "flash_fwd_sm80_d64_bf16",
+        "None",
+    ]
+
+
 def test_a_driver_that_refuses_hoppers_kernel_gets_another_and_is_asked_once(
     stub: Stub, tmp_path: Path, offsets: dict[str, int]
 ) -> None:
