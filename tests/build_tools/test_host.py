@@ -112,6 +112,8 @@ def plan_and_run(device, d=64, stream=77, splits=1, b=2, sq=300, sk=300, given=(
         setattr(call.head, name, value)
     workspace = (ctypes.c_int64 * 4)()
     ok = host.flash_plan_forward(device, BF16, splits, ctypes.byref(call), workspace)
+    if workspace[3]:
+        ctypes.c_uint64.from_buffer(call, OFFSETS["next_tile"]).value = 4096
     return ok and host.flash_forward(device, ctypes.c_void_p(stream), BF16, ctypes.byref(call))
 """
 
@@ -126,7 +128,7 @@ def offsets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
     fields["window_left"] = "scores.window_left"
     fields["window_right"] = "scores.window_right"
     fields["softmax_scale"] = "scores.softmax_scale"
-    fields.update({name: name for name in ("hq", "hk", "d", "dv")})
+    fields.update({name: name for name in ("hq", "hk", "d", "dv", "next_tile")})
     rows = "".join(
         f'printf("{name} %d\\n", int(offsetof(flash::ForwardParams, {field})));'
         for name, field in fields.items()
@@ -318,6 +320,15 @@ def test_hopper_runs_its_own_kernel_on_all_multiprocessors(
     assert (few.grid, many.grid, few.block) == (2 * 4 * 3, 132, 3 * 128)
     # Q and O, K and V twice each, in 128 columns of 2 bytes; two floats a row, and barriers.
     assert few.smem == (2 * 128 + 2 * 2 * 128) * 128 * 2 + 2 * 128 * 4 + 1024
+
+
+def test_a_call_that_is_not_split_after_all_has_a_cta_for_each_tile(
+    stub: Stub, hopper: Path, tmp_path: Path, offsets: dict[str, int]
+) -> None:
+    # Parts are asked for, so the plan sees another family; one block of keys cannot be split.
+    text = "say(plan_and_run(0, d=128, splits=4, b=40, sk=60))"
+    (found,) = run_with(hopper, stub, tmp_path / "log", offsets, text)
+    assert (found.kernel, found.grid) == ("flash_fwd_sm90_d128_bf16", 40 * 4 * 3)
 
 
 def test_wide_tiles_are_for_long_calls_without_masks(
