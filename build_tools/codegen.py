@@ -118,10 +118,19 @@ KINDS = {
 
 # Kinds that a family makes its own way. A CTA of Hopper's has an SM to itself, as the compiler must
 # know for the registers that its warps hand over.
+_CONVERT = "flash::sm90::ConvertConfig<flash::ptx::{dtype}, {head_dim}>"
 _WIDE = "flash::sm90::ForwardConfig<flash::ptx::{dtype}, {head_dim}, flash::sm90::kWide>"
 KINDS_OF_FAMILIES = {
     ("sm90", "forward"): dataclasses.replace(
         KINDS["forward"], threads=f"{_FORWARD}::kThreads, 1", params="TmaForwardParams"
+    ),
+    ("sm90", "backward"): dataclasses.replace(
+        KINDS["backward"], threads=f"{_BACKWARD}::kThreads, 1", params="TmaBackwardParams"
+    ),
+    ("sm90", "convert"): dataclasses.replace(
+        KINDS["convert"],
+        call=f"flash::common::convert_dq<{_CONVERT}>",
+        threads=f"{_CONVERT}::kThreads",
     ),
     ("sm90_wide", "forward"): dataclasses.replace(
         KINDS["forward"],

@@ -162,5 +162,5 @@ KERNEL_FAMILIES: tuple[KernelFamily, ...] = (
 # with wider tiles, for calls without masks.
 UNPROVEN_FAMILIES: tuple[KernelFamily, ...] = (
     KernelFamily("sm90_wide", ("forward",), (64,), HALF_DTYPES, ("90a",)),
-    KernelFamily("sm90", ("forward",), (64, 96, 128, 192, 256), HALF_DTYPES, ("90a",)),
+    KernelFamily("sm90", ("forward", "backward", "convert"), (64, 96, 128, 192, 256), HALF_DTYPES, ("90a",)),
 )

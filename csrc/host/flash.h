@@ -135,6 +135,20 @@ struct BackwardParams {
   // column c takes blocks c, c + dq_copies, ... and adds to copy c, so that sums have one order.
   int32_t deterministic;
   int32_t heads_per_section;  // of key-value heads, as in ForwardParams
+  // Where given, the delta kernel leaves what the main one needs of each row: tiles of 64 rows, as
+  // delta has them with statistics_head rows of one head, are 64 lse in base 2 (+inf for rows that
+  // are not there) and then 64 delta.
+  float* statistics;
+  int64_t statistics_head;
+  // Counters, zeroed by the delta kernel, two for each 64 rows of dq_accum: blocks of keys whose
+  // share has been added. A deterministic call adds in the order of these.
+  int32_t* turns;
+};
+
+// A backward call whose operands come and go by the tensor memory accelerator.
+struct TmaBackwardParams {
+  TensorMap q, k, v, dout, dk, dv;
+  BackwardParams call;
 };
 
 struct CombineParams {

@@ -27,12 +27,14 @@ def kernel_source(units: list[codegen.Unit]) -> str:
 #include "emulator.h"
 #include "host/flash.h"
 namespace flash::sm90 {{
-__attribute__((aligned(1024))) unsigned char storage[emulator::kSmemBytes];
+__attribute__((aligned(1024))) __shared__ unsigned char storage[emulator::kSmemBytes];
 }}
 {"".join(unit.source for unit in units)}
 static void run_grid(unsigned grid, unsigned threads, const std::function<void()>& kernel) {{
-  emulator::g_smem = flash::sm90::storage;
-  for (unsigned i = 0; i < grid; ++i) emulator::run_cta(i, grid, threads, kernel);
+  for (unsigned i = 0; i < grid; ++i) {{
+    emulator::g_smem = flash::sm90::storage;
+    emulator::run_cta(i, grid, threads, kernel);
+  }}
 }}
 void run_kernel(const char* name, unsigned grid, unsigned threads, const void* given) {{
   const std::string called = name;
@@ -42,12 +44,12 @@ void run_kernel(const char* name, unsigned grid, unsigned threads, const void* g
 
 
 def build_driver(folder: Path, head_dims: tuple[int, ...], dtype: str = "bf16") -> Path:
-    """The stub driver with sm90's forward kernels, in `folder`."""
+    """The stub driver with sm90's kernels and what they need, in `folder`."""
     units = [
         unit
         for unit in codegen.all_units()
         if (unit.family in FAMILIES and unit.head_dim in head_dims and unit.dtype == dtype)
-        or (unit.kind == "fill" and unit.dtype == dtype)
+        or (unit.kind in ("fill", "delta") and unit.dtype == dtype)
     ]
     source = folder / "kernels.cpp"
     source.write_text(kernel_source(units), "utf-8")
@@ -58,6 +60,7 @@ def build_driver(folder: Path, head_dims: tuple[int, ...], dtype: str = "bf16") 
         "-O2",
         "-fPIC",
         "-shared",
+        "-fno-extern-tls-init",  # of shared memory
         "-Wno-attributes",
         "-Wno-unknown-pragmas",
         "-Wno-psabi",

@@ -1,4 +1,5 @@
-// First step of the backward pass: delta = rowsum(dout * o), and zeroed sums for dQ.
+// First step of the backward pass: delta = rowsum(dout * o), and zeroed sums for dQ. Where the main
+// kernel wants them, statistics and turns too (host/flash.h).
 //
 // A CTA takes kDeltaRows rows of one head, 8 lanes a row with 16-byte loads; rows behind the
 // sequence, up to where the next one starts, get zero. Bound by memory: reads o and dout, writes
@@ -6,6 +7,7 @@
 #pragma once
 
 #include "attn/sequence.cuh"
+#include "attn/softmax.cuh"
 #include "common/config.h"
 #include "ptx/math.cuh"
 
@@ -26,6 +28,16 @@ __device__ inline float dot(uint4 a, uint4 b) {
   return sum;
 }
 
+// What the main kernel takes of a row: its log-sum-exp in base 2, such that P is 0 where there is no
+// row, or one without keys.
+__device__ inline float lse_of_row(const BackwardParams& params, const attn::Sequence& seq,
+                                   int head, int row) {
+  if (row >= seq.sq) return attn::infinity();
+  const int64_t batch = params.seqs.cu_seqlens_q ? 0 : seq.index * params.lse_batch;
+  const float lse = params.lse[batch + head * params.lse_head + seq.first_q + row];
+  return lse == -attn::infinity() ? attn::infinity() : lse * attn::kLog2e;
+}
+
 // Grid: CTAs of a head (as many as the longest head has tiles of rows), times hq, times b.
 template <class T>
 __device__ inline void delta(const BackwardParams& params) {
@@ -37,6 +49,11 @@ __device__ inline void delta(const BackwardParams& params) {
   const uint16_t* o = attn::rows_of_q(params.o, params.seqs, seq, head);
   const uint16_t* dout = attn::rows_of_q(params.dout, params.seqs, seq, head);
   const int lane = threadIdx.x % 8;
+  float* statistics = nullptr;
+  if (params.statistics) {
+    statistics = params.statistics +
+                 2 * attn::PaddedRows(params, seq.index, head, params.statistics_head).first;
+  }
 
   for (int first = block * kDeltaRows; first < padded.count; first += blocks * kDeltaRows) {
     const int end = min(first + kDeltaRows, padded.count);
@@ -51,6 +68,14 @@ __device__ inline void delta(const BackwardParams& params) {
 #pragma unroll
       for (int step = 1; step < 8; step *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
       if (lane == 0 && row < end) params.delta[padded.first + row] = sum;
+      if (lane == 0 && statistics && first < (seq.sq + 127) / 128 * 128) {
+        float* const tile = statistics + 2 * first + row % kDeltaRows;
+        tile[0] = lse_of_row(params, seq, head, row);
+        tile[kDeltaRows] = sum;
+      }
+    }
+    if (params.turns && threadIdx.x < 2) {
+      params.turns[(padded.first + first) / kDeltaRows * 2 + threadIdx.x] = 0;
     }
     for (int copy = 0; copy < params.dq_copies; ++copy) {
       float* sums =

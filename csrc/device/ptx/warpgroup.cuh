@@ -32,4 +32,12 @@ __device__ inline void stmatrix_x4(uint32_t smem, const uint32_t (&r)[4]) {
                : "memory");
 }
 
+// And of ldmatrix_x4_trans.
+__device__ inline void stmatrix_x4_trans(uint32_t smem, const uint32_t (&r)[4]) {
+  asm volatile(
+      "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(smem),
+      "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
+      : "memory");
+}
+
 }  // namespace flash::ptx

@@ -35,9 +35,9 @@ constexpr uint32_t step_along_rows(int k) {
 }
 constexpr uint32_t kStepDownColumns = 16 * 128 / 16;
 
-// s = A B^T over kDepth columns: A the 64 rows of a tile, B all rows of a tile.
-template <class T, int kDepth, class TileA, class TileB>
-__device__ __forceinline__ void start_abt(Accumulators<1, TileB::kRows / 8>& s, uint32_t a_smem,
+// s = A B^T over kDepth columns: A 64 rows of a tile, B 8 kN rows of a tile.
+template <class T, int kDepth, class TileA, class TileB, int kN>
+__device__ __forceinline__ void start_abt(Accumulators<1, kN>& s, uint32_t a_smem,
                                           uint32_t b_smem) {
   // Of operands by rows a step reads one panel: the panel stride is unused.
   const Descriptor a(a_smem, 16);
@@ -46,8 +46,8 @@ __device__ __forceinline__ void start_abt(Accumulators<1, TileB::kRows / 8>& s, 
   ptx::wgmma_fence();
 #pragma unroll
   for (int k = 0; k < kDepth / 16; ++k) {
-    ptx::Wgmma<T, TileB::kRows>::with_rows(s.c[0], a.at(step_along_rows<TileA>(k)),
-                                           b.at(step_along_rows<TileB>(k)), k > 0);
+    ptx::Wgmma<T, 8 * kN>::with_rows(s.c[0], a.at(step_along_rows<TileA>(k)),
+                                     b.at(step_along_rows<TileB>(k)), k > 0);
   }
   ptx::wgmma_commit();
 }
@@ -75,17 +75,34 @@ __device__ __forceinline__ void load_a(uint32_t (&a)[kSteps][4], uint32_t smem, 
   for (int k = 0; k < kSteps; ++k) ptx::ldmatrix_x4(a[k], walk<Tile>(at, 0, 2 * k));
 }
 
-// o += P B: P packed to 16 bits, the first 8 kN columns of B.
-template <class T, class TileB, int kN>
-__device__ __forceinline__ void start_pb(Accumulators<1, kN>& o,
-                                         uint32_t (&p)[TileB::kRows / 16][4], uint32_t b_smem) {
+// c = A B: A 64 rows of a tile, B the first 8 kN columns of a tile whose rows are the depth.
+template <class T, class TileA, class TileB, int kN>
+__device__ __forceinline__ void start_ab(Accumulators<1, kN>& c, uint32_t a_smem,
+                                         uint32_t b_smem) {
+  static_assert(TileA::kCols == TileB::kRows, "shapes must agree");
+  const Descriptor a(a_smem, 16);
+  const Descriptor b(b_smem, TileB::kPanelBytes);
+  ptx::pin(c.c[0]);
+  ptx::wgmma_fence();
+#pragma unroll
+  for (int k = 0; k < TileB::kRows / 16; ++k) {
+    ptx::Wgmma<T, 8 * kN>::with_columns(c.c[0], a.at(step_along_rows<TileA>(k)),
+                                        b.at(k * kStepDownColumns), k > 0);
+  }
+  ptx::wgmma_commit();
+}
+
+// o += P B: P packed to 16 bits, the first 8 kN columns of as many rows of B.
+template <class T, class TileB, int kN, int kSteps>
+__device__ __forceinline__ void start_pb(Accumulators<1, kN>& o, uint32_t (&p)[kSteps][4],
+                                         uint32_t b_smem) {
   using Product = ptx::Wgmma<T, 8 * kN>;
   const Descriptor b(b_smem, TileB::kPanelBytes);
   ptx::pin(p);
   ptx::pin(o.c[0]);
   ptx::wgmma_fence();
 #pragma unroll
-  for (int k = 0; k < TileB::kRows / 16; ++k) {
+  for (int k = 0; k < kSteps; ++k) {
     Product::with_columns(o.c[0], p[k], b.at(k * kStepDownColumns));
   }
   ptx::wgmma_commit();
@@ -120,6 +137,16 @@ __device__ __forceinline__ void store_matrix(uint32_t smem, const Accumulators<1
     }
     ptx::stmatrix_x4(walk<Tile>(at, 0, n), r);
   }
+}
+
+// Stores the transpose of what pack() made of 16 rows: into columns [col, + 16) of a tile.
+template <class Tile, int kSteps>
+__device__ __forceinline__ void store_transposed(uint32_t smem, const uint32_t (&p)[kSteps][4],
+                                                 int col, int lane) {
+  const uint32_t at =
+      smem + Tile::offset(lane % 8 + lane / 16 * 8, col / kChunk + lane / 8 % 2);
+#pragma unroll
+  for (int k = 0; k < kSteps; ++k) ptx::stmatrix_x4_trans(walk<Tile>(at, 16 * k, 0), p[k]);
 }
 
 }  // namespace flash::tile

@@ -1,0 +1,220 @@
+// A consumer that has 64 keys for itself: their P and dS never leave its registers as operands of
+// dV and dK. Only dQ needs the dS of all keys, so that one goes through shared memory, and the
+// consumers share out dQ's columns, or its rows.
+#pragma once
+
+#include "sm90/backward_consumer.cuh"
+
+namespace flash::sm90 {
+
+template <class Cfg>
+class KeysConsumer : GradientConsumer<Cfg> {
+  using Base = GradientConsumer<Cfg>;
+  using T = typename Cfg::T;
+  using TileQ = typename Cfg::TileQ;
+  using TileK = typename Cfg::TileK;
+  using TileDs = typename Cfg::TileDs;
+  using AccS = typename Cfg::AccS;
+  using AccQ = tile::Accumulators<1, 8>;
+  using Packed = uint32_t[4][4];  // 64 keys by 64 queries
+  static constexpr int kRows = 64 * 128;  // bytes of 64 rows of a panel
+  // A step has 64 queries, and a consumer a panel of columns of their dQ; or 128, and it has 64.
+  static constexpr bool kByRows = Cfg::kBlockM == 128;
+  static_assert(kByRows ? Cfg::kHeadDim == 64 : Cfg::kBlockM == 64 && TileK::kCols == 128,
+                "a consumer has 64 x 64 of dQ");
+
+ public:
+  __device__ __forceinline__ KeysConsumer(const TmaBackwardParams& params,
+                                          const BackwardPipeline<Cfg>& pipe)
+      : Base(params, pipe) {}
+
+  __device__ __forceinline__ void run() {
+    while (this->has_block()) {
+      dk_.clear();
+      dv_.clear();
+      if (this->has_steps()) {
+        if (is_plain(this->params_.scores)) {
+          run_steps<true>();
+        } else {
+          run_steps<false>();
+        }
+      }
+      this->barrier_of_both();  // dS is read by nobody any more
+      this->store_dv(dv_, 64 * this->consumer());
+      this->store_dk(dk_, 64 * this->consumer());
+      this->close_block();
+      this->barrier_of_both();
+    }
+  }
+
+ private:
+  template <bool kPlain>
+  __device__ __forceinline__ void run_steps() {
+    this->pipe_.keys().wait_full(this->block().entry);
+    this->pipe_.values().wait_full(this->block().entry);
+    this->clean_keys(64 * this->consumer(), 64);
+    this->find_bounds(64 * this->consumer());
+    do {
+      this->pipe_.queries().wait_full(this->step_);
+      if (!this->is_seen()) {
+        step_unseen();
+      } else if constexpr (kByRows) {
+        step_of_128<kPlain>();
+      } else {
+        step_of_64<kPlain>();
+      }
+    } while (this->close_step());
+    this->release(this->pipe_.keys(), this->block().entry);
+  }
+
+  // The steps of scores that are not plain wait for S alone: what becomes of it takes registers.
+  template <bool kPlain>
+  __device__ __forceinline__ void step_of_64() {
+    this->clean_queries();
+    AccS s, dp;
+    start_s(s, 0);
+    this->pipe_.douts().wait_full(this->step_);
+    if (kPlain) start_dp(dp, 0);
+    ptx::wgmma_wait<kPlain ? 1 : 0>();
+    ptx::pin(s.c[0]);
+    Packed p, ds;
+    absorb<kPlain>(s, p, 0);
+    if (!kPlain) start_dp(dp, 0);
+    start_dv(p, 0);
+    ptx::wgmma_wait<1>();
+    ptx::pin(dp.c[0]);
+    to_gradients(ds, s, dp, 0);
+    this->barrier_of_both();
+
+    // dQ before dK: it is added to memory beside dK's product.
+    AccQ dq;
+    start_dq(dq);
+    start_dk(ds, 0);
+    ptx::wgmma_wait<1>();
+    ptx::pin(dq.c[0]);
+    ptx::pin(dv_.c[0]);
+    ptx::pin(p);
+    add(dq);
+    ptx::wgmma_wait<0>();
+    ptx::pin(dk_.c[0]);
+    ptx::pin(ds);
+    this->pass_turn(row_of_dq());
+  }
+
+  // Two halves, of which one is multiplied while the other becomes P and dS.
+  template <bool kPlain>
+  __device__ __forceinline__ void step_of_128() {
+    this->clean_queries();
+    AccS s0, dp0, s1, dp1;
+    start_s(s0, 0);
+    this->pipe_.douts().wait_full(this->step_);
+    if (kPlain) start_dp(dp0, 0);
+    ptx::wgmma_wait<kPlain ? 1 : 0>();
+    ptx::pin(s0.c[0]);
+    Packed p0, ds0, p1, ds1;
+    absorb<kPlain>(s0, p0, 0);
+    if (!kPlain) start_dp(dp0, 0);
+    start_dv(p0, 0);
+    start_s(s1, 1);
+    ptx::wgmma_wait<2>();
+    ptx::pin(dp0.c[0]);
+    to_gradients(ds0, s0, dp0, 0);
+    start_dp(dp1, 1);
+    start_dk(ds0, 0);
+    ptx::wgmma_wait<2>();
+    ptx::pin(dv_.c[0]);
+    ptx::pin(p0);
+    ptx::pin(s1.c[0]);
+    absorb<kPlain>(s1, p1, 1);
+    start_dv(p1, 1);
+    ptx::wgmma_wait<2>();
+    ptx::pin(dp1.c[0]);
+    to_gradients(ds1, s1, dp1, 1);
+    this->barrier_of_both();
+
+    AccQ dq;
+    start_dq(dq);
+    start_dk(ds1, 1);
+    ptx::wgmma_wait<1>();
+    ptx::pin(dq.c[0]);
+    ptx::pin(dv_.c[0]);
+    ptx::pin(p1);
+    ptx::pin(ds0);
+    add(dq);
+    ptx::wgmma_wait<0>();
+    ptx::pin(dk_.c[0]);
+    ptx::pin(ds1);
+    this->pass_turn(row_of_dq());
+  }
+
+  // Queries that see the other consumer's keys only: dQ is all there is to do.
+  __device__ __forceinline__ void step_unseen() {
+    this->pipe_.douts().wait_full(this->step_);
+    constexpr Packed kZeros = {};
+#pragma unroll
+    for (int half = 0; half < Cfg::kBlockM / 64; ++half) hand_over(kZeros, half);
+    this->barrier_of_both();
+    AccQ dq;
+    start_dq(dq);
+    ptx::wgmma_wait<0>();
+    ptx::pin(dq.c[0]);
+    add(dq);
+    this->pass_turn(row_of_dq());
+  }
+
+  // The parts of a step, for its first or second 64 queries.
+  __device__ __forceinline__ void start_s(AccS& s, int half) const {
+    tile::start_abt<T, Cfg::kHeadDim, TileK, TileQ>(
+        s, this->pipe_.k_buffer() + this->consumer() * kRows, q(half));
+  }
+  __device__ __forceinline__ void start_dp(AccS& dp, int half) const {
+    tile::start_abt<T, Cfg::kHeadDim, TileK, TileQ>(
+        dp, this->pipe_.v_buffer() + this->consumer() * kRows, dout(half));
+  }
+  __device__ __forceinline__ void start_dv(Packed& p, int half) {
+    tile::start_pb<T, TileQ>(dv_, p, dout(half));
+  }
+  __device__ __forceinline__ void start_dk(Packed& ds, int half) {
+    tile::start_pb<T, TileQ>(dk_, ds, q(half));
+  }
+  template <bool kPlain>
+  __device__ __forceinline__ void absorb(AccS& s, Packed& p, int half) const {
+    Base::template absorb<kPlain>(s, p, 64 * this->consumer() + this->warp_row(), half);
+  }
+  __device__ __forceinline__ void to_gradients(Packed& ds, const AccS& s, const AccS& dp,
+                                               int half) const {
+    gradients_of_scores<T>(ds, s, dp, this->statistics(half), this->lane());
+    hand_over(ds, half);
+  }
+
+  // dS to the other consumer, behind the next barrier of both. One barrier a step is enough: there
+  // are two buffers, so that the next step's writing cannot meet this step's reading.
+  __device__ __forceinline__ void hand_over(const Packed& ds, int half) const {
+    tile::store_transposed<TileDs>(this->pipe_.ds_buffer(this->step_) + half * kRows, ds,
+                                   64 * this->consumer() + this->warp_row(), this->lane());
+    ptx::fence_async_proxy();
+  }
+
+  __device__ __forceinline__ void start_dq(AccQ& dq) const {
+    const uint32_t ds = this->pipe_.ds_buffer(this->step_);
+    const uint32_t k = this->pipe_.k_buffer();
+    if constexpr (kByRows) {
+      tile::start_ab<T, TileDs, TileK>(dq, ds + this->consumer() * kRows, k);
+    } else {
+      tile::start_ab<T, TileDs, TileK>(dq, ds, k + this->consumer() * TileK::kPanelBytes);
+    }
+  }
+  __device__ __forceinline__ void add(const AccQ& dq) const {
+    this->add_dq(dq, row_of_dq(), kByRows ? 0 : 64 * this->consumer());
+  }
+  __device__ static int row_of_dq() { return kByRows ? 64 * Base::consumer() : 0; }
+
+  __device__ uint32_t q(int half) const { return this->pipe_.q_buffer(this->step_) + half * kRows; }
+  __device__ uint32_t dout(int half) const {
+    return this->pipe_.dout_buffer(this->step_) + half * kRows;
+  }
+
+  typename Cfg::AccKV dk_, dv_;
+};
+
+}  // namespace flash::sm90

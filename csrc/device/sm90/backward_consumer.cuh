@@ -1,0 +1,240 @@
+// What both kinds of consumers of the backward kernel do: where they are, sums of dQ, clean tails
+// of buffers, and how dK and dV leave.
+#pragma once
+
+#include "ptx/tma.cuh"
+#include "sm90/backward_producer.cuh"
+#include "sm90/backward_scores.cuh"
+#include "tile/store.cuh"
+#include "tile/warpgroup.cuh"
+
+namespace flash::sm90 {
+
+template <class Cfg>
+class GradientConsumer {
+ public:
+  using T = typename Cfg::T;
+  using TileQ = typename Cfg::TileQ;
+  using TileK = typename Cfg::TileK;
+  using TileDs = typename Cfg::TileDs;
+  using TileOut = typename Cfg::TileOut;
+  using AccS = typename Cfg::AccS;
+  using AccKV = typename Cfg::AccKV;
+  static constexpr int kBlockM = Cfg::kBlockM;
+  static constexpr int kBothConsumers = 256;  // threads
+
+ protected:
+  // Named barriers: of both consumers, and of each.
+  enum { kOfBoth = 1, kOfOne = 2 };
+
+  __device__ __forceinline__ GradientConsumer(const TmaBackwardParams& params,
+                                              const BackwardPipeline<Cfg>& pipe)
+      : maps_(params), params_(params.call), pipe_(pipe) {}
+
+  // Waits for the next block of keys; false where there is none. One thread plans, a block ahead:
+  // here, because the warp that loads has few registers.
+  __device__ __forceinline__ bool has_block() const {
+    if (index() == 128) {
+      for (uint32_t i = block_ == 0 ? 0 : block_ + 1; i <= block_ + 1; ++i) {
+        plan_block<Cfg>(params_, pipe_, i);
+      }
+    }
+    __syncwarp();
+    pipe_.blocks().wait_full(block_);
+    return !block().is_last;
+  }
+  __device__ __forceinline__ bool has_steps() const { return block().begin < block().end; }
+
+  // The consumer is done with a step, or a block of keys. True: the block has another step.
+  __device__ __forceinline__ bool close_step() {
+    const bool is_last = step().is_last;
+    __syncwarp();
+    if (lane() == 0) pipe_.queries().arrive_empty(step_);
+    ++step_;
+    return !is_last;
+  }
+  __device__ __forceinline__ void close_block() {
+    release(pipe_.blocks(), block_);
+    ++block_;
+  }
+
+  // Rows of keys and values behind the sequence become zeros: they meet zeros in products, but may
+  // hold infinities. `row`, `num_rows`: which of the block's this consumer looks after.
+  __device__ __forceinline__ void clean_keys(int row, int num_rows) const {
+    const int tail = block().tail_k;
+    if (tail == 0 || block().first + Cfg::kBlockN <= block().sk) return;
+    clear_rows<TileK>(pipe_.k_buffer(), max(tail, row), row + num_rows);
+    clear_rows<TileK>(pipe_.v_buffer(), max(tail, row), row + num_rows);
+    finish_clearing();
+  }
+
+  // Of 64 keys: which queries see them.
+  __device__ __forceinline__ void find_bounds(int row) const {
+    const KeyBlock& b = block();
+    const attn::Mask mask(params_.scores, b.sq, b.sk);
+    if (thread() < 64) {
+      const int key = b.first + row + thread();
+      const uint32_t to = pipe_.bounds(row + thread());
+      ptx::st_shared_32(to, static_cast<uint32_t>(mask.first_query(key)));
+      ptx::st_shared_32(to + 4, static_cast<uint32_t>(key < b.sk ? mask.end_query(key) : 0));
+    }
+    barrier();
+  }
+
+  // The same for queries: by each consumer, so that neither waits for the other.
+  __device__ __forceinline__ void clean_queries() const {
+    const int tail = block().tail_q;
+    if (tail == 0 || step().first + kBlockM <= block().sq) return;
+    pipe_.douts().wait_full(step_);
+    clear_rows<TileQ>(pipe_.q_buffer(step_), tail, kBlockM);
+    clear_rows<TileQ>(pipe_.dout_buffer(step_), tail, kBlockM);
+    finish_clearing();
+  }
+
+  // Products S become P, packed in `p`, and what dP - delta is multiplied by in `s`: of a warp's 16
+  // keys from the block's `row` on, and 64 of the step's queries.
+  template <bool kPlain>
+  __device__ __forceinline__ void absorb(AccS& s, uint32_t (&p)[4][4], int row, int half) const {
+    const Scores& scores = params_.scores;
+    const uint32_t bounds = pipe_.bounds(row + lane() / 4);
+    const uint32_t stats = statistics(half);
+    const int query = step().first + 64 * half + lane() % 4 * 2;
+    if constexpr (kPlain) {
+      if (!is_full()) hide_queries(s, bounds, query);
+      exponentiate(s, scores.softmax_scale * attn::kLog2e, stats, lane());
+      tile::pack<T>(p, s);
+    } else {
+      const KeyBlock& b = block();
+      const attn::ScoreRule rule(scores, b.sequence, step().head);
+      const int distance = query + b.sk - b.sq - (b.first + row + lane() / 4);
+      if (scores.softcap > 0.0f) {
+        transform<T, true>(s, p, rule, bounds, query, distance, stats, lane());
+      } else {
+        transform<T, false>(s, p, rule, bounds, query, distance, stats, lane());
+      }
+    }
+  }
+
+  // Adds to the sums of dQ: `to` is where the tile of 64 rows begins, `column` the first of the
+  // accumulators' columns.
+  template <int kN>
+  __device__ __forceinline__ void add_dq(const tile::Accumulators<1, kN>& dq, int row,
+                                         int column) const {
+    const int64_t first = step().first_sum + row;
+    if (params_.turns) take_turn(first);
+    tile::WarpgroupOrder::add(params_.dq_accum + first * Cfg::kHeadDim +
+                                  column / 8 * tile::WarpgroupOrder::kEightColumns,
+                              dq, Cfg::kHeadDim - column, thread());
+  }
+
+  // Behind add_dq(): the next block of keys may add.
+  __device__ __forceinline__ void pass_turn(int row) const {
+    if (!params_.turns) return;
+    barrier();
+    if (thread() == 0) ptx::red_release_add(turn(step().first_sum + row), 1);
+  }
+
+  // Stores rounded accumulators of 64 keys, of which the block's `row` is the first.
+  __device__ __forceinline__ void store(const AccKV& acc, float factor, const TensorMap& map,
+                                        const Rows& to, int row, int num_cols) const {
+    const uint32_t smem = pipe_.out_buffer(consumer());
+    const float factors[2] = {factor, factor};
+    tile::store_matrix<T, TileOut>(smem, acc, factors, warp_row(), lane());
+    const KeyBlock& b = block();
+    const int first = b.first + row;
+    if (params_.seqs.cu_seqlens_k && first + 64 > b.sk) {
+      // Rows behind a packed sequence belong to another one.
+      __syncwarp();
+      uint16_t* out = static_cast<uint16_t*>(to.ptr) + b.head * to.head +
+                      (int64_t{b.first_k} + first + warp_row()) * to.row;
+      tile::copy_out_rows<TileOut, 16>(out, to.row, smem, warp_row(),
+                                       b.sk - first - warp_row(), num_cols, lane());
+      barrier();
+      return;
+    }
+    ptx::fence_async_proxy();
+    barrier();
+    if (thread() == 0) {
+#pragma unroll
+      for (int panel = 0; panel < TileOut::kCols / 64; ++panel) {
+        if (panel * 64 < num_cols) {
+          ptx::tma_store(map, smem + panel * TileOut::kPanelBytes, panel * 64, b.first_k + first,
+                         b.head, b.batch_k);
+        }
+      }
+      ptx::tma_store_commit();
+      ptx::tma_store_wait_read();
+    }
+    barrier();
+  }
+  __device__ __forceinline__ void store_dk(const AccKV& dk, int row) const {
+    store(dk, params_.scores.softmax_scale, maps_.dk, params_.dk, row, params_.d);
+  }
+  __device__ __forceinline__ void store_dv(const AccKV& dv, int row) const {
+    store(dv, 1.0f, maps_.dv, params_.dv_grad, row, params_.dv);
+  }
+
+  __device__ const KeyBlock& block() const { return pipe_.block(block_); }
+  __device__ const Step& step() const { return pipe_.step(step_); }
+  __device__ uint32_t statistics(int half) const { return pipe_.statistics(step_) + half * 512; }
+  // Whether all of this step's queries see all of the consumer's keys, or any sees any.
+  __device__ bool is_full() const {
+    const int m = step().first / kBlockM;
+    return m >= block().full_begin[consumer()] && m < block().full_end[consumer()];
+  }
+  __device__ bool is_seen() const {
+    const int m = step().first / kBlockM;
+    return m >= block().seen_begin[consumer()] && m < block().seen_end[consumer()];
+  }
+
+  // By one lane: products are over for the whole warpgroup at once.
+  template <class Ring>
+  __device__ void release(const Ring& ring, uint32_t entry) const {
+    if (thread() == 0) ring.arrive_empty(entry);
+  }
+  __device__ void barrier() const { ptx::named_barrier_sync(kOfOne + consumer(), 128); }
+  __device__ void barrier_of_both() const { ptx::named_barrier_sync(kOfBoth, kBothConsumers); }
+
+  // Opaque, so that nothing that is seldom needed is computed ahead and kept.
+  __device__ static int index() { return ptx::opaque(static_cast<int>(threadIdx.x)); }
+  __device__ static int thread() { return index() % 128; }
+  __device__ static int consumer() { return index() / 128 - 1; }
+  __device__ static int lane() { return index() % 32; }
+  __device__ static int warp_row() { return thread() / 32 * 16; }
+
+  const TmaBackwardParams& maps_;
+  const BackwardParams& params_;
+  const BackwardPipeline<Cfg>& pipe_;
+  uint32_t block_ = 0;  // of keys, counted from the start
+  uint32_t step_ = 0;   // counted likewise
+
+ private:
+  template <class Tile>
+  __device__ void clear_rows(uint32_t smem, int begin, int end) const {
+    constexpr int kChunks = Tile::kCols / tile::kChunk;
+    for (int at = begin * kChunks + thread(); at < end * kChunks; at += 128) {
+      ptx::st_shared_128(smem + Tile::offset(at / kChunks, at % kChunks), make_uint4(0, 0, 0, 0));
+    }
+  }
+  __device__ void finish_clearing() const {
+    ptx::fence_async_proxy();
+    barrier();
+  }
+
+  // Counts the blocks of keys that have added to 64 rows; each consumer has its own.
+  __device__ int32_t* turn(int64_t first) const {
+    return params_.turns + first / kSumRows * 2 + consumer();
+  }
+
+  // Waits for the blocks of all later keys that these queries see.
+  __device__ void take_turn(int64_t first) const {
+    const attn::Mask mask(params_.scores, block().sq, block().sk);
+    const int last = (mask.highest(step().first + kBlockM - 1) - 1) / Cfg::kBlockN;
+    if (thread() == 0) {
+      ptx::wait_until_equal(turn(first), last - block().first / Cfg::kBlockN);
+    }
+    barrier();
+  }
+};
+
+}  // namespace flash::sm90
