@@ -19,6 +19,7 @@
 // was measured: docs/kernels/sm90_backward.md. Sources: FlashAttention-3 (arXiv:2407.08608).
 #pragma once
 
+#include "sm90/backward_by_gradients.cuh"
 #include "sm90/backward_by_keys.cuh"
 #include "sm90/backward_producer.cuh"
 
@@ -34,7 +35,13 @@ __device__ inline void backward(const TmaBackwardParams& params) {
     if (threadIdx.x == 0) load_steps<Cfg>(params, pipe);
   } else {
     ptx::take_registers<Cfg::kTile.registers_of_consumer()>();
-    KeysConsumer<Cfg>(params, pipe).run();
+    if constexpr (Cfg::kByKeys) {
+      KeysConsumer<Cfg>(params, pipe).run();
+    } else if (threadIdx.x < 256) {
+      ValuesConsumer<Cfg>(params, pipe).run();
+    } else {
+      KeyGradientsConsumer<Cfg>(params, pipe).run();
+    }
   }
 }
 

@@ -32,6 +32,7 @@ class KeysConsumer : GradientConsumer<Cfg> {
     while (this->has_block()) {
       dk_.clear();
       dv_.clear();
+      this->wait_for_keys();
       if (this->has_steps()) {
         if (is_plain(this->params_.scores)) {
           run_steps<true>();
@@ -39,7 +40,8 @@ class KeysConsumer : GradientConsumer<Cfg> {
           run_steps<false>();
         }
       }
-      this->barrier_of_both();  // dS is read by nobody any more
+      this->barrier_of_both();  // nobody needs keys or dS any more: dK and dV leave through dS
+      this->release_keys();
       this->store_dv(dv_, 64 * this->consumer());
       this->store_dk(dk_, 64 * this->consumer());
       this->close_block();
@@ -50,8 +52,6 @@ class KeysConsumer : GradientConsumer<Cfg> {
  private:
   template <bool kPlain>
   __device__ __forceinline__ void run_steps() {
-    this->pipe_.keys().wait_full(this->block().entry);
-    this->pipe_.values().wait_full(this->block().entry);
     this->clean_keys(64 * this->consumer(), 64);
     this->find_bounds(64 * this->consumer());
     do {
@@ -64,7 +64,6 @@ class KeysConsumer : GradientConsumer<Cfg> {
         step_of_64<kPlain>();
       }
     } while (this->close_step());
-    this->release(this->pipe_.keys(), this->block().entry);
   }
 
   // The steps of scores that are not plain wait for S alone: what becomes of it takes registers.

@@ -44,6 +44,13 @@ class GradientConsumer {
     return !block().is_last;
   }
   __device__ __forceinline__ bool has_steps() const { return block().begin < block().end; }
+  __device__ __forceinline__ void wait_for_keys() const {
+    pipe_.keys().wait_full(block_);
+    pipe_.values().wait_full(block_);
+  }
+  __device__ __forceinline__ void release_keys() const {
+    if (thread() == 0) pipe_.keys().arrive_empty(block_);
+  }
 
   // The consumer is done with a step, or a block of keys. True: the block has another step.
   __device__ __forceinline__ bool close_step() {
@@ -54,7 +61,7 @@ class GradientConsumer {
     return !is_last;
   }
   __device__ __forceinline__ void close_block() {
-    release(pipe_.blocks(), block_);
+    if (thread() == 0) pipe_.blocks().arrive_empty(block_);
     ++block_;
   }
 
@@ -140,6 +147,7 @@ class GradientConsumer {
     const uint32_t smem = pipe_.out_buffer(consumer());
     const float factors[2] = {factor, factor};
     tile::store_matrix<T, TileOut>(smem, acc, factors, warp_row(), lane());
+    ptx::fence_async_proxy();
     const KeyBlock& b = block();
     const int first = b.first + row;
     if (params_.seqs.cu_seqlens_k && first + 64 > b.sk) {
@@ -152,7 +160,6 @@ class GradientConsumer {
       barrier();
       return;
     }
-    ptx::fence_async_proxy();
     barrier();
     if (thread() == 0) {
 #pragma unroll
@@ -187,11 +194,6 @@ class GradientConsumer {
     return m >= block().seen_begin[consumer()] && m < block().seen_end[consumer()];
   }
 
-  // By one lane: products are over for the whole warpgroup at once.
-  template <class Ring>
-  __device__ void release(const Ring& ring, uint32_t entry) const {
-    if (thread() == 0) ring.arrive_empty(entry);
-  }
   __device__ void barrier() const { ptx::named_barrier_sync(kOfOne + consumer(), 128); }
   __device__ void barrier_of_both() const { ptx::named_barrier_sync(kOfBoth, kBothConsumers); }
 

@@ -32,7 +32,6 @@ struct BackwardConfig {
 struct KeyBlock {
   int is_last;     // there are no more
   uint32_t index;  // of the next one
-  uint32_t entry;  // of K and V in their rings
   int sequence, head;
   int first;  // key
   int sq, sk;
@@ -77,7 +76,8 @@ struct BackwardPipeline {
   static constexpr int kSteps = kRecords + kBlocks * sizeof(KeyBlock);
   static_assert(kSteps + Cfg::kStages * sizeof(Step) <= Cfg::kTile.smem_bytes(),
                 "room behind the buffers");
-  static_assert(2 * Cfg::TileOut::kBytes <= kP - kDs, "dK and dV leave through the buffers of dS");
+  static_assert(!Cfg::kByKeys || 2 * Cfg::TileOut::kBytes <= kP - kDs,
+                "dK and dV leave through the buffers of dS");
 
   unsigned char* storage;
   uint32_t smem;
@@ -97,8 +97,11 @@ struct BackwardPipeline {
     return smem + kDs + step % 2 * Cfg::kTile.ds_bytes();
   }
   __device__ uint32_t p_buffer() const { return smem + kP; }
+  // Where dK and dV leave: through buffers of dS, so that the next keys can come meanwhile, or
+  // through those of V (the first consumer) and K.
   __device__ uint32_t out_buffer(int consumer) const {
-    return smem + kDs + consumer * Cfg::TileOut::kBytes;
+    if (Cfg::kByKeys) return smem + kDs + consumer * Cfg::TileOut::kBytes;
+    return consumer == 0 ? v_buffer() : k_buffer();
   }
   // Of each 64 queries of a block, 64 lse and 64 delta.
   __device__ uint32_t statistics(uint32_t step) const {

@@ -15,10 +15,9 @@ template <class Cfg>
 struct KeySchedule {
   const BackwardParams& params;
 
-  // The first one from `index` on; so many were loaded before.
-  __device__ void find(KeyBlock& block, uint32_t index, uint32_t num_loaded) const {
+  // The first one from `index` on.
+  __device__ void find(KeyBlock& block, uint32_t index) const {
     const uint32_t num_blocks = (params.seqs.sk + Cfg::kBlockN - 1) / Cfg::kBlockN;
-    block.entry = num_loaded;
     for (;;) {
       block.is_last = index >= num_blocks * params.hk * params.seqs.b;
       if (block.is_last) return;
@@ -85,12 +84,7 @@ __device__ inline void plan_block(const BackwardParams& params, const BackwardPi
                                   uint32_t i) {
   const KeySchedule<Cfg> schedule{params};
   pipe.blocks().wait_empty(i);
-  if (i == 0) {
-    schedule.find(pipe.block(0), blockIdx.x, 0);
-  } else {
-    const KeyBlock& before = pipe.block(i - 1);
-    schedule.find(pipe.block(i), before.index, before.entry + (before.begin < before.end));
-  }
+  schedule.find(pipe.block(i), i == 0 ? blockIdx.x : pipe.block(i - 1).index);
   pipe.blocks().arrive_full(i);
 }
 
@@ -108,11 +102,14 @@ __device__ inline void load_steps(const TmaBackwardParams& params,
     pipe.blocks().wait_full(i);
     const KeyBlock& block = pipe.block(i);
     if (block.is_last) return;
-    if (block.begin < block.end) {
-      pipe.keys().wait_empty(block.entry);
-      load_tile<TileK>(pipe.k_buffer(), params.k, pipe.keys().full(block.entry), kPanels,
+    const auto load_values = [&] {
+      load_tile<TileK>(pipe.v_buffer(), params.v, pipe.values().full(i), kPanels,
                        block.first_k + block.first, block.head, block.batch_k);
-    }
+    };
+    pipe.keys().wait_empty(i);
+    load_tile<TileK>(pipe.k_buffer(), params.k, pipe.keys().full(i), kPanels,
+                     block.first_k + block.first, block.head, block.batch_k);
+    if (block.begin >= block.end) load_values();
     const int group = call.hq / call.hk;
     for (int head = block.head * group; head < (block.head + 1) * group; ++head) {
       const float* statistics =
@@ -129,10 +126,7 @@ __device__ inline void load_steps(const TmaBackwardParams& params,
                          kStatisticsBytes);
         ptx::bulk_load(pipe.statistics(step), statistics + 2 * m * Cfg::kBlockM, kStatisticsBytes,
                        full);
-        if (head == block.head * group && m == block.begin) {
-          load_tile<TileK>(pipe.v_buffer(), params.v, pipe.values().full(block.entry), kPanels,
-                           block.first_k + block.first, block.head, block.batch_k);
-        }
+        if (head == block.head * group && m == block.begin) load_values();
         load_tile<TileQ>(pipe.dout_buffer(step), params.dout, pipe.douts().full(step), kPanels, row,
                          head, block.batch_q);
       }
