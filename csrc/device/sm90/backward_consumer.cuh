@@ -157,6 +157,7 @@ class GradientConsumer {
                       (int64_t{b.first_k} + first + warp_row()) * to.row;
       tile::copy_out_rows<TileOut, 16>(out, to.row, smem, warp_row(),
                                        b.sk - first - warp_row(), num_cols, lane());
+      ptx::fence_async_proxy();
       barrier();
       return;
     }

@@ -74,7 +74,8 @@ struct BackwardPipeline {
   static constexpr int kRecords =
       kBarriers + 2 * KeyRing::kBytes + 2 * QueryRing::kBytes + BlockRing::kBytes;
   static constexpr int kSteps = kRecords + kBlocks * sizeof(KeyBlock);
-  static_assert(kSteps + Cfg::kStages * sizeof(Step) <= Cfg::kTile.smem_bytes(),
+  static_assert(kSteps % alignof(Step) == 0 &&
+                    kSteps + Cfg::kStages * sizeof(Step) <= Cfg::kTile.smem_bytes(),
                 "room behind the buffers");
   static_assert(!Cfg::kByKeys || 2 * Cfg::TileOut::kBytes <= kP - kDs,
                 "dK and dV leave through the buffers of dS");
