@@ -11,6 +11,7 @@ enum : int { kFloat16 = 6, kBfloat16 = 9 };
 enum : int { kNotInterleaved = 0, kSwizzle128 = 3, kPromote256 = 3, kFillZeros = 0 };
 
 constexpr uint32_t kBoxCols = 64;  // 128 bytes, the width of the swizzle
+constexpr float kLog2e = 1.44269504f;
 
 struct Extent {
   int64_t cols, rows, heads, batch;
@@ -80,6 +81,7 @@ bool make_tma_params(const ForwardParams& params, const Shape& shape, int dtype,
                      TmaForwardParams* made) {
   const Extents all = extents_of(params, params.seqs.cache_rows);
   made->call = params;
+  made->scale_log2 = params.scores.softmax_scale * kLog2e;
   return make_map(params.q, all.q, shape.box_m, dtype, &made->q) &&
          make_map(params.k, all.k, shape.block_n, dtype, &made->k) &&
          make_map(params.v, all.v, shape.block_n, dtype, &made->v) &&
@@ -90,6 +92,7 @@ bool make_tma_params(const BackwardParams& params, const Shape& shape, int dtype
                      TmaBackwardParams* made) {
   const Extents all = extents_of(params, params.seqs.b);
   made->call = params;
+  made->scale_log2 = params.scores.softmax_scale * kLog2e;
   return make_map(params.q, all.q, shape.block_m, dtype, &made->q) &&
          make_map(params.k, all.k, shape.block_n, dtype, &made->k) &&
          make_map(params.v, all.v, shape.block_n, dtype, &made->v) &&

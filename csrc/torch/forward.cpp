@@ -54,10 +54,23 @@ void tidy_append(Append* append) {
   }
 }
 
-Tensor make_lse(const Forward& call) {
+struct Lse {
+  Tensor lse;
+  float* scratch;
+};
+
+// `scratch` floats stand behind it, at a multiple of 8 bytes: a view costs less than a second
+// allocation.
+Lse make_lse(const Forward& call, int64_t scratch) {
   const Tensor& q = call.q;
-  return call.is_packed_q() ? empty({q.size(1), q.size(0)}, Dtype::kFloat, q)
-                            : empty({q.size(0), q.size(2), q.size(1)}, Dtype::kFloat, q);
+  const int64_t rows = q.size(call.is_packed_q() ? 0 : 1);
+  const int64_t heads = q.size(-2);
+  const int64_t size[] = {call.is_packed_q() ? 1 : q.size(0), heads, rows};
+  const int64_t stride[] = {heads * rows, rows, 1};
+  const int64_t floats = round_up(size[0] * stride[0], 2);
+  const Tensor memory = empty({floats + scratch}, Dtype::kFloat, q);
+  const int first = call.is_packed_q() ? 1 : 0;
+  return {view(memory, size + first, stride + first, 3 - first), pointer<float>(memory) + floats};
 }
 
 // Entries that no row or key has are zero. Where nobody asks for it it has no elements: of `out`,
@@ -114,12 +127,15 @@ ForwardResult run(Forward& call) {
   const Tensor q = rotated ? std::move(rotated) : aligned(call.q);
   const int64_t dv = call.v.size(-1);
   Written out(call.out, call.q, dv);
-  ForwardResult result = {Tensor(), make_lse(call), make_s_dmask(call, params.seqs, out.tensor())};
+  Lse made = make_lse(call, workspace.next_tile);
+  ForwardResult result = {Tensor(), std::move(made.lse),
+                          make_s_dmask(call, params.seqs, out.tensor())};
   params.q = rows_of(q);
   params.k = rows_of(k.tensor());
   params.v = rows_of(v.tensor());
   params.o = rows_of(out.tensor());
   params.lse = pointer<float>(result.softmax_lse);
+  if (workspace.next_tile > 0) params.next_tile = reinterpret_cast<uint64_t*>(made.scratch);
   params.lse_head = result.softmax_lse.stride(-2);
   params.lse_batch = call.is_packed_q() ? 0 : result.softmax_lse.stride(0);
   if (call.return_softmax) {

@@ -47,7 +47,7 @@ def build_driver(folder: Path, head_dims: tuple[int, ...], dtype: str = "bf16") 
     """The stub driver with sm90's kernels and what they need, in `folder`."""
     units = [
         unit
-        for unit in codegen.all_units()
+        for unit in codegen.units()
         if (unit.family in FAMILIES and unit.head_dim in head_dims and unit.dtype == dtype)
         or (unit.kind in ("fill", "delta") and unit.dtype == dtype)
     ]

@@ -27,9 +27,10 @@ struct ForwardTile {
   constexpr int registers_of_others() const { return consumers == 2 ? 40 : 32; }
   // In shared memory: whole panels of 64.
   constexpr int columns() const { return (head_dim + 63) / 64 * 64; }
-  // Q, whose buffers O leaves through; K and V in stages; barriers and tiles.
+  // Q, whose buffers O leaves through; K and V in stages; log-sum-exps; barriers and tiles.
   constexpr int smem_bytes() const {
-    return (q_buffers * block_m() + 2 * stages * block_n) * columns() * 2 + 1024;
+    return (q_buffers * block_m() + 2 * stages * block_n) * columns() * 2 +
+           q_buffers * block_m() * 4 + 1024;
   }
 };
 

@@ -71,21 +71,24 @@ struct Ring {
 // Q and O share buffers, so a tile's Q is followed by its O before the next Q comes:
 //
 //   q:     full: TMA has brought Q           empty: TMA has taken O from there
-//   o:     full: the consumer has written O  (it is empty when Q has been used: nobody waits)
+//   o:     full: the consumer has written O and the log-sum-exp
+//                                            (it is empty when Q has been used: nobody waits)
 //   k, v:  full: TMA has brought the block   empty: both consumers are done with it
 //   tiles: full: the planner has written     empty: all of its O is there, and it has been loaded
+//   begun: full: its loads have begun        (nobody waits until it is empty)
 template <class Cfg>
 struct Pipeline {
   static constexpr int kTiles = 4;
   static constexpr int kConsumers = Cfg::kConsumers;
   static constexpr int kQBytes = Cfg::kQBuffers * kConsumers * Cfg::TileQ::kBytes;
   static constexpr int kKBytes = Cfg::kStages * Cfg::TileK::kBytes;
-  static constexpr int kBarriers = kQBytes + 2 * kKBytes;
+  static constexpr int kLses = kQBytes + 2 * kKBytes;
+  static constexpr int kBarriers = kLses + Cfg::kQBuffers * Cfg::kBlockM * 4;
   using QRing = Ring<Cfg::kQBuffers>;
   using KRing = Ring<Cfg::kStages>;
   using TileRing = Ring<kTiles>;
   static constexpr int kTileRecords =
-      2 * kConsumers * QRing::kBytes + 2 * KRing::kBytes + TileRing::kBytes;
+      2 * kConsumers * QRing::kBytes + 2 * KRing::kBytes + 2 * TileRing::kBytes;
   static_assert(kTileRecords + kTiles * sizeof(Tile) <= 1024, "room behind the buffers");
 
   unsigned char* storage;
@@ -102,11 +105,17 @@ struct Pipeline {
   }
   __device__ uint32_t v_buffer(uint32_t block) const { return k_buffer(block) + kKBytes; }
 
+  // Of the 64 rows of a consumer.
+  __device__ uint32_t lse_buffer(uint32_t tile, int consumer) const {
+    return smem + kLses + (tile % Cfg::kQBuffers * kConsumers + consumer) * 256;
+  }
+
   __device__ QRing q(int consumer) const { return {smem + kBarriers + consumer * QRing::kBytes}; }
   __device__ QRing o(int consumer) const { return q(kConsumers + consumer); }
   __device__ KRing k() const { return {q(2 * kConsumers).barriers}; }
   __device__ KRing v() const { return {k().barriers + KRing::kBytes}; }
   __device__ TileRing tiles() const { return {v().barriers + KRing::kBytes}; }
+  __device__ TileRing begun() const { return {tiles().barriers + TileRing::kBytes}; }
   __device__ Tile& tile(uint32_t i) const {
     return reinterpret_cast<Tile*>(storage + kBarriers + kTileRecords)[i % kTiles];
   }
@@ -121,6 +130,7 @@ struct Pipeline {
       k().init(1, kConsumers);
       v().init(1, kConsumers);
       tiles().init(1, kConsumers + 1);
+      begun().init(1, 1);
       ptx::mbarrier_init_fence();
     }
     __syncthreads();
