@@ -71,7 +71,7 @@ __device__ inline void delta(const BackwardParams& params) {
       if (lane == 0 && statistics && first < (seq.sq + 127) / 128 * 128) {
         float* const tile = statistics + 2 * first + row % kDeltaRows;
         tile[0] = lse_of_row(params, seq, head, row);
-        tile[kDeltaRows] = sum;
+        tile[kDeltaRows] = -sum;
       }
     }
     if (params.turns && threadIdx.x < 2) {

@@ -30,14 +30,15 @@ __device__ inline void backward(const TmaBackwardParams& params) {
   extern __shared__ __align__(1024) unsigned char storage[];
   const BackwardPipeline<Cfg> pipe(storage);
   pipe.init();
-  if (threadIdx.x < 128) {
+  const int warpgroup = ptx::uniform(threadIdx.x / 128);
+  if (warpgroup == 0) {
     ptx::give_registers<Cfg::kTile.registers_of_others()>();
     if (threadIdx.x == 0) load_steps<Cfg>(params, pipe);
   } else {
     ptx::take_registers<Cfg::kTile.registers_of_consumer()>();
     if constexpr (Cfg::kByKeys) {
       KeysConsumer<Cfg>(params, pipe).run();
-    } else if (threadIdx.x < 256) {
+    } else if (warpgroup == 1) {
       ValuesConsumer<Cfg>(params, pipe).run();
     } else {
       KeyGradientsConsumer<Cfg>(params, pipe).run();

@@ -94,10 +94,11 @@ class ValuesConsumer : SharingConsumer<Cfg> {
   __device__ __forceinline__ void step() {
     AccS s;
     tile::start_abt<T, Cfg::kHeadDim, TileK, TileQ>(s, this->pipe_.k_buffer(), this->q());
+    const ColumnPairs lse = this->statistic(kLse, 0);
     ptx::wgmma_wait<0>();
     ptx::pin(s.c[0]);
     Packed p;
-    this->template absorb<kPlain>(s, p, this->warp_row(), 0);
+    this->template absorb<kPlain>(s, p, lse, this->warp_row(), 0);
 #pragma unroll
     for (int n = 0; n < 8; ++n) {
       const float(&x)[4] = s.c[0][n];
@@ -160,9 +161,10 @@ class KeyGradientsConsumer : SharingConsumer<Cfg> {
 
  private:
   __device__ __forceinline__ void step() {
-    this->pipe_.douts().wait_full(this->step_);
     AccS dp;
-    tile::start_abt<T, Cfg::kHeadDim, TileK, TileQ>(dp, this->pipe_.v_buffer(), this->dout());
+    begin_with(dp, this->statistic(kMinusDelta, 0));
+    this->pipe_.douts().wait_full(this->step_);
+    tile::start_abt<T, Cfg::kHeadDim, TileK, TileQ>(dp, this->pipe_.v_buffer(), this->dout(), true);
     ptx::named_barrier_sync(Base::kPIsThere, Base::kBothConsumers);
     ptx::wgmma_wait<0>();
     ptx::pin(dp.c[0]);
@@ -176,7 +178,7 @@ class KeyGradientsConsumer : SharingConsumer<Cfg> {
       p.c[0][n][3] = __uint_as_float(x.w);
     }
     Packed ds;
-    gradients_of_scores<T>(ds, p, dp, this->statistics(0), this->lane());
+    gradients_of_scores<T>(ds, p, dp);
     tile::store_transposed<TileDs>(this->pipe_.ds_buffer(this->step_), ds, this->warp_row(),
                                    this->lane());
     ptx::fence_async_proxy();

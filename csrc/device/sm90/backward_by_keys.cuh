@@ -42,8 +42,8 @@ class KeysConsumer : GradientConsumer<Cfg> {
       }
       this->barrier_of_both();  // nobody needs keys or dS any more: dK and dV leave through dS
       this->release_keys();
-      this->store_dv(dv_, 64 * this->consumer());
-      this->store_dk(dk_, 64 * this->consumer());
+      this->store_dv(dv_, 64 * this->consumer_);
+      this->store_dk(dk_, 64 * this->consumer_);
       this->close_block();
       this->barrier_of_both();
     }
@@ -52,13 +52,12 @@ class KeysConsumer : GradientConsumer<Cfg> {
  private:
   template <bool kPlain>
   __device__ __forceinline__ void run_steps() {
-    this->clean_keys(64 * this->consumer(), 64);
-    this->find_bounds(64 * this->consumer());
+    this->clean_keys(64 * this->consumer_, 64);
+    this->find_bounds(64 * this->consumer_);
     do {
       this->pipe_.queries().wait_full(this->step_);
-      if (!this->is_seen()) {
-        step_unseen();
-      } else if constexpr (kByRows) {
+      this->clean_queries();
+      if constexpr (kByRows) {
         step_of_128<kPlain>();
       } else {
         step_of_64<kPlain>();
@@ -69,15 +68,16 @@ class KeysConsumer : GradientConsumer<Cfg> {
   // The steps of scores that are not plain wait for S alone: what becomes of it takes registers.
   template <bool kPlain>
   __device__ __forceinline__ void step_of_64() {
-    this->clean_queries();
     AccS s, dp;
     start_s(s, 0);
+    const ColumnPairs lse = this->statistic(kLse, 0);
+    begin_with(dp, this->statistic(kMinusDelta, 0));
     this->pipe_.douts().wait_full(this->step_);
     if (kPlain) start_dp(dp, 0);
     ptx::wgmma_wait<kPlain ? 1 : 0>();
     ptx::pin(s.c[0]);
     Packed p, ds;
-    absorb<kPlain>(s, p, 0);
+    absorb<kPlain>(s, p, lse, 0);
     if (!kPlain) start_dp(dp, 0);
     start_dv(p, 0);
     ptx::wgmma_wait<1>();
@@ -103,18 +103,21 @@ class KeysConsumer : GradientConsumer<Cfg> {
   // Two halves, of which one is multiplied while the other becomes P and dS.
   template <bool kPlain>
   __device__ __forceinline__ void step_of_128() {
-    this->clean_queries();
     AccS s0, dp0, s1, dp1;
     start_s(s0, 0);
+    const ColumnPairs lse0 = this->statistic(kLse, 0);
+    begin_with(dp0, this->statistic(kMinusDelta, 0));
     this->pipe_.douts().wait_full(this->step_);
     if (kPlain) start_dp(dp0, 0);
     ptx::wgmma_wait<kPlain ? 1 : 0>();
     ptx::pin(s0.c[0]);
     Packed p0, ds0, p1, ds1;
-    absorb<kPlain>(s0, p0, 0);
+    absorb<kPlain>(s0, p0, lse0, 0);
     if (!kPlain) start_dp(dp0, 0);
     start_dv(p0, 0);
     start_s(s1, 1);
+    const ColumnPairs lse1 = this->statistic(kLse, 1);
+    begin_with(dp1, this->statistic(kMinusDelta, 1));
     ptx::wgmma_wait<2>();
     ptx::pin(dp0.c[0]);
     to_gradients(ds0, s0, dp0, 0);
@@ -124,7 +127,7 @@ class KeysConsumer : GradientConsumer<Cfg> {
     ptx::pin(dv_.c[0]);
     ptx::pin(p0);
     ptx::pin(s1.c[0]);
-    absorb<kPlain>(s1, p1, 1);
+    absorb<kPlain>(s1, p1, lse1, 1);
     start_dv(p1, 1);
     ptx::wgmma_wait<2>();
     ptx::pin(dp1.c[0]);
@@ -146,29 +149,14 @@ class KeysConsumer : GradientConsumer<Cfg> {
     this->pass_turn(row_of_dq());
   }
 
-  // Queries that see the other consumer's keys only: dQ is all there is to do.
-  __device__ __forceinline__ void step_unseen() {
-    this->pipe_.douts().wait_full(this->step_);
-    constexpr Packed kZeros = {};
-#pragma unroll
-    for (int half = 0; half < Cfg::kBlockM / 64; ++half) hand_over(kZeros, half);
-    this->barrier_of_both();
-    AccQ dq;
-    start_dq(dq);
-    ptx::wgmma_wait<0>();
-    ptx::pin(dq.c[0]);
-    add(dq);
-    this->pass_turn(row_of_dq());
-  }
-
   // The parts of a step, for its first or second 64 queries.
   __device__ __forceinline__ void start_s(AccS& s, int half) const {
     tile::start_abt<T, Cfg::kHeadDim, TileK, TileQ>(
-        s, this->pipe_.k_buffer() + this->consumer() * kRows, q(half));
+        s, this->pipe_.k_buffer() + this->consumer_ * kRows, q(half));
   }
   __device__ __forceinline__ void start_dp(AccS& dp, int half) const {
     tile::start_abt<T, Cfg::kHeadDim, TileK, TileQ>(
-        dp, this->pipe_.v_buffer() + this->consumer() * kRows, dout(half));
+        dp, this->pipe_.v_buffer() + this->consumer_ * kRows, dout(half), true);
   }
   __device__ __forceinline__ void start_dv(Packed& p, int half) {
     tile::start_pb<T, TileQ>(dv_, p, dout(half));
@@ -177,20 +165,17 @@ class KeysConsumer : GradientConsumer<Cfg> {
     tile::start_pb<T, TileQ>(dk_, ds, q(half));
   }
   template <bool kPlain>
-  __device__ __forceinline__ void absorb(AccS& s, Packed& p, int half) const {
-    Base::template absorb<kPlain>(s, p, 64 * this->consumer() + this->warp_row(), half);
+  __device__ __forceinline__ void absorb(AccS& s, Packed& p, const ColumnPairs& lse,
+                                         int half) const {
+    Base::template absorb<kPlain>(s, p, lse, 64 * this->consumer_ + this->warp_row(), half);
   }
   __device__ __forceinline__ void to_gradients(Packed& ds, const AccS& s, const AccS& dp,
                                                int half) const {
-    gradients_of_scores<T>(ds, s, dp, this->statistics(half), this->lane());
-    hand_over(ds, half);
-  }
-
-  // dS to the other consumer, behind the next barrier of both. One barrier a step is enough: there
-  // are two buffers, so that the next step's writing cannot meet this step's reading.
-  __device__ __forceinline__ void hand_over(const Packed& ds, int half) const {
+    gradients_of_scores<T>(ds, s, dp);
+    // To the other consumer, behind the next barrier of both. One barrier a step is enough: there
+    // are two buffers, so that the next step's writing cannot meet this step's reading.
     tile::store_transposed<TileDs>(this->pipe_.ds_buffer(this->step_) + half * kRows, ds,
-                                   64 * this->consumer() + this->warp_row(), this->lane());
+                                   64 * this->consumer_ + this->warp_row(), this->lane());
     ptx::fence_async_proxy();
   }
 
@@ -198,15 +183,15 @@ class KeysConsumer : GradientConsumer<Cfg> {
     const uint32_t ds = this->pipe_.ds_buffer(this->step_);
     const uint32_t k = this->pipe_.k_buffer();
     if constexpr (kByRows) {
-      tile::start_ab<T, TileDs, TileK>(dq, ds + this->consumer() * kRows, k);
+      tile::start_ab<T, TileDs, TileK>(dq, ds + this->consumer_ * kRows, k);
     } else {
-      tile::start_ab<T, TileDs, TileK>(dq, ds, k + this->consumer() * TileK::kPanelBytes);
+      tile::start_ab<T, TileDs, TileK>(dq, ds, k + this->consumer_ * TileK::kPanelBytes);
     }
   }
   __device__ __forceinline__ void add(const AccQ& dq) const {
-    this->add_dq(dq, row_of_dq(), kByRows ? 0 : 64 * this->consumer());
+    this->add_dq(dq, row_of_dq(), kByRows ? 0 : 64 * this->consumer_);
   }
-  __device__ static int row_of_dq() { return kByRows ? 64 * Base::consumer() : 0; }
+  __device__ int row_of_dq() const { return kByRows ? 64 * this->consumer_ : 0; }
 
   __device__ uint32_t q(int half) const { return this->pipe_.q_buffer(this->step_) + half * kRows; }
   __device__ uint32_t dout(int half) const {

@@ -29,7 +29,10 @@ class GradientConsumer {
 
   __device__ __forceinline__ GradientConsumer(const TmaBackwardParams& params,
                                               const BackwardPipeline<Cfg>& pipe)
-      : maps_(params), params_(params.call), pipe_(pipe) {}
+      : maps_(params),
+        params_(params.call),
+        pipe_(pipe),
+        consumer_(ptx::uniform(threadIdx.x / 128) - 1) {}
 
   // Waits for the next block of keys; false where there is none. One thread plans, a block ahead:
   // here, because the warp that loads has few registers.
@@ -41,9 +44,25 @@ class GradientConsumer {
     }
     __syncwarp();
     pipe_.blocks().wait_full(block_);
-    return !block().is_last;
+    return ptx::uniform(block().is_last) == 0;
   }
-  __device__ __forceinline__ bool has_steps() const { return block().begin < block().end; }
+
+  // Goes to the first step of the block. False: there is none.
+  __device__ __forceinline__ bool has_steps() {
+    const KeyBlock& b = block();
+    begin_ = ptx::uniform(b.begin);
+    end_ = ptx::uniform(b.end);
+    if (begin_ >= end_) return false;
+    full_begin_ = ptx::uniform(b.full_begin[consumer_]);
+    full_end_ = ptx::uniform(b.full_end[consumer_]);
+    dirty_ = ptx::uniform(b.tail_q > 0 ? b.sq / kBlockM : -1);
+    const int group = params_.hq / params_.hk;
+    head_ = ptx::uniform(b.head) * group;
+    at_ = begin_;
+    left_ = (end_ - begin_) * group;
+    sums_ = b.first_sum + begin_ * kBlockM;
+    return true;
+  }
   __device__ __forceinline__ void wait_for_keys() const {
     pipe_.keys().wait_full(block_);
     pipe_.values().wait_full(block_);
@@ -54,11 +73,17 @@ class GradientConsumer {
 
   // The consumer is done with a step, or a block of keys. True: the block has another step.
   __device__ __forceinline__ bool close_step() {
-    const bool is_last = step().is_last;
     __syncwarp();
     if (lane() == 0) pipe_.queries().arrive_empty(step_);
     ++step_;
-    return !is_last;
+    ++at_;
+    sums_ += kBlockM;
+    if (at_ == end_) {
+      at_ = begin_;
+      ++head_;
+      sums_ += params_.delta_head - (end_ - begin_) * kBlockM;
+    }
+    return --left_ > 0;
   }
   __device__ __forceinline__ void close_block() {
     if (thread() == 0) pipe_.blocks().arrive_empty(block_);
@@ -68,8 +93,8 @@ class GradientConsumer {
   // Rows of keys and values behind the sequence become zeros: they meet zeros in products, but may
   // hold infinities. `row`, `num_rows`: which of the block's this consumer looks after.
   __device__ __forceinline__ void clean_keys(int row, int num_rows) const {
-    const int tail = block().tail_k;
-    if (tail == 0 || block().first + Cfg::kBlockN <= block().sk) return;
+    const int tail = ptx::uniform(block().tail_k);
+    if (tail == 0 || ptx::uniform(block().first) + Cfg::kBlockN <= ptx::uniform(block().sk)) return;
     clear_rows<TileK>(pipe_.k_buffer(), max(tail, row), row + num_rows);
     clear_rows<TileK>(pipe_.v_buffer(), max(tail, row), row + num_rows);
     finish_clearing();
@@ -90,61 +115,68 @@ class GradientConsumer {
 
   // The same for queries: by each consumer, so that neither waits for the other.
   __device__ __forceinline__ void clean_queries() const {
-    const int tail = block().tail_q;
-    if (tail == 0 || step().first + kBlockM <= block().sq) return;
+    if (at_ != dirty_) return;
+    const int tail = ptx::uniform(block().tail_q);
     pipe_.douts().wait_full(step_);
     clear_rows<TileQ>(pipe_.q_buffer(step_), tail, kBlockM);
     clear_rows<TileQ>(pipe_.dout_buffer(step_), tail, kBlockM);
     finish_clearing();
   }
 
+  // What belongs to 64 of the step's queries.
+  __device__ __forceinline__ ColumnPairs statistic(Statistic which, int half) const {
+    return ColumnPairs(which, pipe_.statistics(step_) + half * 512, lane());
+  }
+
   // Products S become P, packed in `p`, and what dP - delta is multiplied by in `s`: of a warp's 16
   // keys from the block's `row` on, and 64 of the step's queries.
   template <bool kPlain>
-  __device__ __forceinline__ void absorb(AccS& s, uint32_t (&p)[4][4], int row, int half) const {
-    const Scores& scores = params_.scores;
-    const uint32_t bounds = pipe_.bounds(row + lane() / 4);
-    const uint32_t stats = statistics(half);
-    const int query = step().first + 64 * half + lane() % 4 * 2;
+  __device__ __forceinline__ void absorb(AccS& s, uint32_t (&p)[4][4], const ColumnPairs& lse,
+                                         int row, int half) const {
     if constexpr (kPlain) {
-      if (!is_full()) hide_queries(s, bounds, query);
-      exponentiate(s, scores.softmax_scale * attn::kLog2e, stats, lane());
+      if (__builtin_expect(at_ < full_begin_ || at_ >= full_end_, 0)) {
+        hide_queries(s, pipe_.bounds(row + lane() / 4), first_query(half));
+      }
+      exponentiate(s, maps_.scale_log2, lse);
       tile::pack<T>(p, s);
     } else {
       const KeyBlock& b = block();
-      const attn::ScoreRule rule(scores, b.sequence, step().head);
+      const uint32_t bounds = pipe_.bounds(row + lane() / 4);
+      const int query = first_query(half);
+      const attn::ScoreRule rule(params_.scores, b.sequence, head_);
       const int distance = query + b.sk - b.sq - (b.first + row + lane() / 4);
-      if (scores.softcap > 0.0f) {
-        transform<T, true>(s, p, rule, bounds, query, distance, stats, lane());
+      if (params_.scores.softcap > 0.0f) {
+        transform<T, true>(s, p, rule, bounds, query, distance, lse);
       } else {
-        transform<T, false>(s, p, rule, bounds, query, distance, stats, lane());
+        transform<T, false>(s, p, rule, bounds, query, distance, lse);
       }
     }
   }
 
-  // Adds to the sums of dQ: `to` is where the tile of 64 rows begins, `column` the first of the
-  // accumulators' columns.
+  // Adds to the sums of dQ: 64 rows from the step's `row` on, columns from `column` on.
   template <int kN>
   __device__ __forceinline__ void add_dq(const tile::Accumulators<1, kN>& dq, int row,
                                          int column) const {
-    const int64_t first = step().first_sum + row;
+    const int64_t first = sums_ + row;
     if (params_.turns) take_turn(first);
-    tile::WarpgroupOrder::add(params_.dq_accum + first * Cfg::kHeadDim +
-                                  column / 8 * tile::WarpgroupOrder::kEightColumns,
-                              dq, Cfg::kHeadDim - column, thread());
+    float* const to = params_.dq_accum + first * Cfg::kHeadDim +
+                      column / 8 * tile::WarpgroupOrder::kEightColumns;
+    // Only of the last panel are there columns that dQ does not have.
+    const int num_columns = Cfg::kHeadDim % (8 * kN) == 0 ? 8 * kN : Cfg::kHeadDim - column;
+    tile::WarpgroupOrder::add(to, dq, num_columns, thread());
   }
 
   // Behind add_dq(): the next block of keys may add.
   __device__ __forceinline__ void pass_turn(int row) const {
     if (!params_.turns) return;
     barrier();
-    if (thread() == 0) ptx::red_release_add(turn(step().first_sum + row), 1);
+    if (thread() == 0) ptx::red_release_add(turn(sums_ + row), 1);
   }
 
   // Stores rounded accumulators of 64 keys, of which the block's `row` is the first.
   __device__ __forceinline__ void store(const AccKV& acc, float factor, const TensorMap& map,
                                         const Rows& to, int row, int num_cols) const {
-    const uint32_t smem = pipe_.out_buffer(consumer());
+    const uint32_t smem = pipe_.out_buffer(consumer_);
     const float factors[2] = {factor, factor};
     tile::store_matrix<T, TileOut>(smem, acc, factors, warp_row(), lane());
     ptx::fence_async_proxy();
@@ -183,38 +215,40 @@ class GradientConsumer {
   }
 
   __device__ const KeyBlock& block() const { return pipe_.block(block_); }
-  __device__ const Step& step() const { return pipe_.step(step_); }
-  __device__ uint32_t statistics(int half) const { return pipe_.statistics(step_) + half * 512; }
-  // Whether all of this step's queries see all of the consumer's keys, or any sees any.
-  __device__ bool is_full() const {
-    const int m = step().first / kBlockM;
-    return m >= block().full_begin[consumer()] && m < block().full_end[consumer()];
-  }
-  __device__ bool is_seen() const {
-    const int m = step().first / kBlockM;
-    return m >= block().seen_begin[consumer()] && m < block().seen_end[consumer()];
-  }
+  // Of this lane's first entry.
+  __device__ int first_query(int half) const { return at_ * kBlockM + 64 * half + lane() % 4 * 2; }
 
-  __device__ void barrier() const { ptx::named_barrier_sync(kOfOne + consumer(), 128); }
+  __device__ void barrier() const { ptx::named_barrier_sync(kOfOne + consumer_, 128); }
   __device__ void barrier_of_both() const { ptx::named_barrier_sync(kOfBoth, kBothConsumers); }
 
   // Opaque, so that nothing that is seldom needed is computed ahead and kept.
   __device__ static int index() { return ptx::opaque(static_cast<int>(threadIdx.x)); }
   __device__ static int thread() { return index() % 128; }
-  __device__ static int consumer() { return index() / 128 - 1; }
   __device__ static int lane() { return index() % 32; }
   __device__ static int warp_row() { return thread() / 32 * 16; }
 
   const TmaBackwardParams& maps_;
   const BackwardParams& params_;
   const BackwardPipeline<Cfg>& pipe_;
+  // The rest is the same for all lanes of a warp, as the compiler knows.
+  const int consumer_;
   uint32_t block_ = 0;  // of keys, counted from the start
   uint32_t step_ = 0;   // counted likewise
+  // Of the block of keys: which blocks of queries it has, which of those see all keys, and which one
+  // ends with rows of others.
+  int begin_, end_;
+  int full_begin_, full_end_;
+  int dirty_;
+  // Of the step: the head, its block of queries, and its first row in dq_accum; how many steps there
+  // are from here on.
+  int head_, at_, left_;
+  int64_t sums_;
 
  private:
   template <class Tile>
   __device__ void clear_rows(uint32_t smem, int begin, int end) const {
     constexpr int kChunks = Tile::kCols / tile::kChunk;
+#pragma unroll 1
     for (int at = begin * kChunks + thread(); at < end * kChunks; at += 128) {
       ptx::st_shared_128(smem + Tile::offset(at / kChunks, at % kChunks), make_uint4(0, 0, 0, 0));
     }
@@ -226,13 +260,13 @@ class GradientConsumer {
 
   // Counts the blocks of keys that have added to 64 rows; each consumer has its own.
   __device__ int32_t* turn(int64_t first) const {
-    return params_.turns + first / kSumRows * 2 + consumer();
+    return params_.turns + first / kSumRows * 2 + consumer_;
   }
 
   // Waits for the blocks of all later keys that these queries see.
   __device__ void take_turn(int64_t first) const {
     const attn::Mask mask(params_.scores, block().sq, block().sk);
-    const int last = (mask.highest(step().first + kBlockM - 1) - 1) / Cfg::kBlockN;
+    const int last = (mask.highest(at_ * kBlockM + kBlockM - 1) - 1) / Cfg::kBlockN;
     if (thread() == 0) {
       ptx::wait_until_equal(turn(first), last - block().first / Cfg::kBlockN);
     }

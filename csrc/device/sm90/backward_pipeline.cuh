@@ -36,27 +36,18 @@ struct KeyBlock {
   int first;  // key
   int sq, sk;
   int begin, end;
-  // Of these a consumer sees some, and of those all.
-  int seen_begin[2], seen_end[2];
+  // All of these queries see all of a consumer's keys.
   int full_begin[2], full_end[2];
   // Where rows stand in the tensor maps.
   int first_q, batch_q;
   int first_k, batch_k;
   // Rows of the sequence's last block that may be used; those behind belong to others.
   int tail_q, tail_k;
-};
-
-// One block of queries of one head. The loader writes it.
-struct Step {
-  int head;
-  int first;         // query
-  int is_last;       // of the block of keys
-  int64_t first_sum;  // its row in dq_accum
+  int64_t first_sum;  // row in dq_accum of the first query of the group's first head
 };
 
 //   keys, values:    full: TMA has brought them       empty: no product needs them any more
 //   queries, douts:  full: TMA has brought the block  empty (queries only): all warps are done
-//                    with it, and with the step's record, which comes with the queries
 //   blocks:          full: it has been planned        empty: everyone is done with it
 template <class Cfg>
 struct BackwardPipeline {
@@ -73,9 +64,8 @@ struct BackwardPipeline {
   using BlockRing = Ring<kBlocks>;
   static constexpr int kRecords =
       kBarriers + 2 * KeyRing::kBytes + 2 * QueryRing::kBytes + BlockRing::kBytes;
-  static constexpr int kSteps = kRecords + kBlocks * sizeof(KeyBlock);
-  static_assert(kSteps % alignof(Step) == 0 &&
-                    kSteps + Cfg::kStages * sizeof(Step) <= Cfg::kTile.smem_bytes(),
+  static_assert(kRecords % alignof(KeyBlock) == 0 &&
+                    kRecords + kBlocks * sizeof(KeyBlock) <= Cfg::kTile.smem_bytes(),
                 "room behind the buffers");
   static_assert(!Cfg::kByKeys || 2 * Cfg::TileOut::kBytes <= kP - kDs,
                 "dK and dV leave through the buffers of dS");
@@ -119,9 +109,6 @@ struct BackwardPipeline {
   __device__ BlockRing blocks() const { return {douts().barriers + QueryRing::kBytes}; }
   __device__ KeyBlock& block(uint32_t i) const {
     return reinterpret_cast<KeyBlock*>(storage + kRecords)[i % kBlocks];
-  }
-  __device__ Step& step(uint32_t i) const {
-    return reinterpret_cast<Step*>(storage + kSteps)[i % Cfg::kStages];
   }
 
   // By all threads.

@@ -55,12 +55,9 @@ struct KeySchedule {
       const int own = Cfg::kByKeys ? first + 64 * consumer : first;
       const int last = min(own + 64, seq.sk) - 1;
       const int full_end = mask.end_query(own);
-      block.seen_begin[consumer] = mask.first_query(own) / Cfg::kBlockM;
-      block.seen_end[consumer] = own <= last ? blocks_to(mask.end_query(last)) : 0;
       // Rows behind the last query have P 0, whatever they see.
       block.full_begin[consumer] = blocks_to(mask.first_query(last));
-      block.full_end[consumer] =
-          full_end < seq.sq ? full_end / Cfg::kBlockM : block.seen_end[consumer];
+      block.full_end[consumer] = full_end < seq.sq ? full_end / Cfg::kBlockM : block.end;
       if (own + 64 > seq.sk) block.full_end[consumer] = 0;
     }
     // Behind the last row of an operand there are zeros; behind a sequence there is anything.
@@ -68,6 +65,7 @@ struct KeySchedule {
                         Cfg::kBlockM);
     block.tail_k = tail(seq.sk, seqs.cu_seqlens_k ? seqs.total_k - block.first_k : seqs.sk,
                         Cfg::kBlockN);
+    block.first_sum = attn::PaddedRows(params, seq.index, head * (params.hq / params.hk)).first;
   }
 
   __device__ static int blocks_to(int query) { return (query + Cfg::kBlockM - 1) / Cfg::kBlockM; }
@@ -119,9 +117,6 @@ __device__ inline void load_steps(const TmaBackwardParams& params,
         const int row = block.first_q + m * Cfg::kBlockM;
         const uint32_t full = pipe.queries().full(step);
         pipe.queries().wait_empty(step);
-        pipe.step(step) = {
-            head, m * Cfg::kBlockM, m + 1 == block.end && head + 1 == (block.head + 1) * group,
-            attn::PaddedRows(call, block.sequence, head).first + m * Cfg::kBlockM};
         load_tile<TileQ>(pipe.q_buffer(step), params.q, full, kPanels, row, head, block.batch_q,
                          kStatisticsBytes);
         ptx::bulk_load(pipe.statistics(step), statistics + 2 * m * Cfg::kBlockM, kStatisticsBytes,

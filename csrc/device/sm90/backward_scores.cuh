@@ -8,9 +8,26 @@
 
 namespace flash::sm90 {
 
-// Where a lane finds lse (`kind` 0) or delta (1) of its columns 8 n + 2 (lane % 4) and the next.
-__device__ __forceinline__ float2 statistic(uint32_t smem, int kind, int n, int lane) {
-  return ptx::ld_shared_v2_f32(smem + lane % 4 * 8 + n / 8 * 512 + kind * 256 + n % 8 * 32);
+// What belongs to a lane's columns 8 n + 2 (lane % 4) and the next: lse in base 2, or -delta.
+enum Statistic { kLse, kMinusDelta };
+struct ColumnPairs {
+  float2 at[8];
+
+  __device__ __forceinline__ ColumnPairs(Statistic which, uint32_t smem, int lane) {
+#pragma unroll
+    for (int n = 0; n < 8; ++n) {
+      at[n] = ptx::ld_shared_v2_f32(smem + lane % 4 * 8 + which * 256 + n * 32);
+    }
+  }
+};
+
+// Sums of dO V^T begin with -delta: what they end with is dP - delta.
+__device__ __forceinline__ void begin_with(tile::Accumulators<1, 8>& dp, const ColumnPairs& x) {
+#pragma unroll
+  for (int n = 0; n < 8; ++n) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) dp.c[0][n][i] = i % 2 == 0 ? x.at[n].x : x.at[n].y;
+  }
 }
 
 // Queries that see a key, from the first 64 on: [begin, end).
@@ -25,14 +42,13 @@ struct Seen {
 };
 
 // Hides queries that do not see a key. `query`: of this lane's first entry.
-template <int kN>
-__device__ __forceinline__ void hide_queries(tile::Accumulators<1, kN>& s, uint32_t bounds,
+__device__ __forceinline__ void hide_queries(tile::Accumulators<1, 8>& s, uint32_t bounds,
                                              int query) {
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     const Seen seen(bounds + 64 * h, query);
 #pragma unroll
-    for (int n = 0; n < kN; ++n) {
+    for (int n = 0; n < 8; ++n) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const int at = 8 * n + i;
@@ -43,32 +59,30 @@ __device__ __forceinline__ void hide_queries(tile::Accumulators<1, kN>& s, uint3
 }
 
 // S becomes P.
-template <int kN>
-__device__ __forceinline__ void exponentiate(tile::Accumulators<1, kN>& s, float scale_log2,
-                                             uint32_t statistics, int lane) {
+__device__ __forceinline__ void exponentiate(tile::Accumulators<1, 8>& s, float scale_log2,
+                                             const ColumnPairs& lse) {
 #pragma unroll
-  for (int n = 0; n < kN; ++n) {
-    const float2 lse = statistic(statistics, 0, n, lane);
+  for (int n = 0; n < 8; ++n) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      s.c[0][n][i] = ptx::ex2(s.c[0][n][i] * scale_log2 - (i % 2 == 0 ? lse.x : lse.y));
+      s.c[0][n][i] =
+          ptx::ex2(s.c[0][n][i] * scale_log2 - (i % 2 == 0 ? lse.at[n].x : lse.at[n].y));
     }
   }
 }
 
 // With softcap or ALiBi: products S become P, packed in `p`, and what dP - delta is multiplied by in
 // `s`. Of this lane's first entry: its query, and the distance from the key to that.
-template <class T, bool kCaps, int kN>
-__device__ __forceinline__ void transform(tile::Accumulators<1, kN>& s, uint32_t (&p)[kN / 2][4],
+template <class T, bool kCaps>
+__device__ __forceinline__ void transform(tile::Accumulators<1, 8>& s, uint32_t (&p)[4][4],
                                           const attn::ScoreRule& rule, uint32_t bounds,
-                                          int query, int distance, uint32_t statistics, int lane) {
+                                          int query, int distance, const ColumnPairs& lse) {
   const float factor = kCaps ? __fdividef(rule.scale, rule.softcap) : rule.scale;
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     const Seen seen(bounds + 64 * h, query);
 #pragma unroll
-    for (int n = 0; n < kN; ++n) {
-      const float2 lse = statistic(statistics, 0, n, lane);
+    for (int n = 0; n < 8; ++n) {
       float weight[2];
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
@@ -83,7 +97,7 @@ __device__ __forceinline__ void transform(tile::Accumulators<1, kN>& s, uint32_t
         }
         x -= rule.slope * static_cast<float>(abs(distance + col - 8 * h));
         const bool is_seen = col >= seen.begin && col < seen.end;
-        x = is_seen ? ptx::ex2(x * attn::kLog2e - (i == 0 ? lse.x : lse.y)) : 0.0f;
+        x = is_seen ? ptx::ex2(x * attn::kLog2e - (i == 0 ? lse.at[n].x : lse.at[n].y)) : 0.0f;
         weight[i] = x * slope;
       }
       p[n / 2][n % 2 * 2 + h] = ptx::pack<T>(s.c[0][n][2 * h], s.c[0][n][2 * h + 1]);
@@ -98,21 +112,19 @@ __device__ inline bool is_plain(const Scores& scores) {
   return scores.softcap == 0.0f && !scores.alibi_slopes && scores.softmax_scale > 0.0f;
 }
 
-// dS = P (dP - delta), packed; `s` as absorb_scores() left it.
-template <class T, int kN>
-__device__ __forceinline__ void gradients_of_scores(uint32_t (&ds)[kN / 2][4],
-                                                    const tile::Accumulators<1, kN>& s,
-                                                    const tile::Accumulators<1, kN>& dp,
-                                                    uint32_t statistics, int lane) {
+// dS = P (dP - delta), packed. `s`: as absorb() left it; `dp`: less delta.
+template <class T>
+__device__ __forceinline__ void gradients_of_scores(uint32_t (&ds)[4][4],
+                                                    const tile::Accumulators<1, 8>& s,
+                                                    const tile::Accumulators<1, 8>& dp) {
 #pragma unroll
-  for (int n = 0; n < kN; ++n) {
-    const float2 delta = statistic(statistics, 1, n, lane);
+  for (int n = 0; n < 8; ++n) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const float(&p)[4] = s.c[0][n];
       const float(&x)[4] = dp.c[0][n];
-      ds[n / 2][n % 2 * 2 + h] = ptx::pack<T>(p[2 * h] * (x[2 * h] - delta.x),
-                                              p[2 * h + 1] * (x[2 * h + 1] - delta.y));
+      ds[n / 2][n % 2 * 2 + h] =
+          ptx::pack<T>(p[2 * h] * x[2 * h], p[2 * h + 1] * x[2 * h + 1]);
     }
   }
 }

@@ -35,10 +35,10 @@ constexpr uint32_t step_along_rows(int k) {
 }
 constexpr uint32_t kStepDownColumns = 16 * 128 / 16;
 
-// s = A B^T over kDepth columns: A 64 rows of a tile, B 8 kN rows of a tile.
+// s = A B^T, or s += A B^T, over kDepth columns: A 64 rows of a tile, B 8 kN rows of a tile.
 template <class T, int kDepth, class TileA, class TileB, int kN>
 __device__ __forceinline__ void start_abt(Accumulators<1, kN>& s, uint32_t a_smem,
-                                          uint32_t b_smem) {
+                                          uint32_t b_smem, bool adds = false) {
   // Of operands by rows a step reads one panel: the panel stride is unused.
   const Descriptor a(a_smem, 16);
   const Descriptor b(b_smem, 16);
@@ -47,7 +47,7 @@ __device__ __forceinline__ void start_abt(Accumulators<1, kN>& s, uint32_t a_sme
 #pragma unroll
   for (int k = 0; k < kDepth / 16; ++k) {
     ptx::Wgmma<T, 8 * kN>::with_rows(s.c[0], a.at(step_along_rows<TileA>(k)),
-                                     b.at(step_along_rows<TileB>(k)), k > 0);
+                                     b.at(step_along_rows<TileB>(k)), adds || k > 0);
   }
   ptx::wgmma_commit();
 }
