@@ -274,6 +274,8 @@ int flash_plan_backward(int ordinal, int dtype, BackwardParams* params, FlashWor
     workspace->statistics = 2 * heads * params->statistics_head;
     constexpr int kRowsOfTurns = 64;
     if (params->deterministic) {
+      params->turn_rows = ready.shape.block_m;
+      params->turn_keys = ready.shape.block_n;
       workspace->turns = 2 * (heads * params->delta_head / kRowsOfTurns + 1);
     }
   }

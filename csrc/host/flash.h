@@ -143,12 +143,14 @@ struct BackwardParams {
   int32_t heads_per_section;  // of key-value heads, as in ForwardParams
   // Where given, the delta kernel leaves what the main one needs of each row: tiles of 64 rows, as
   // delta has them with statistics_head rows of one head, are 64 lse in base 2 (+inf for rows that
-  // are not there) and then 64 delta.
+  // are not there) and then 64 times -delta.
   float* statistics;
   int64_t statistics_head;
-  // Counters, zeroed by the delta kernel, two for each 64 rows of dq_accum: blocks of keys whose
-  // share has been added. A deterministic call adds in the order of these.
+  // A deterministic call adds in an order: two numbers for each 64 rows of dq_accum, which block of
+  // turn_keys keys is next to add. The delta kernel begins with the last one that the turn_rows
+  // queries about there see.
   int32_t* turns;
+  int32_t turn_rows, turn_keys;
 };
 
 // A backward call whose operands come and go by the tensor memory accelerator.

@@ -6,6 +6,7 @@
 // dq_accum.
 #pragma once
 
+#include "attn/mask.cuh"
 #include "attn/sequence.cuh"
 #include "attn/softmax.cuh"
 #include "common/config.h"
@@ -57,6 +58,7 @@ __device__ inline void delta(const BackwardParams& params) {
 
   for (int first = block * kDeltaRows; first < padded.count; first += blocks * kDeltaRows) {
     const int end = min(first + kDeltaRows, padded.count);
+    const bool is_used = first < (seq.sq + 127) / 128 * 128;  // by the main kernel
     for (int row = first + threadIdx.x / 8; row < first + kDeltaRows; row += kDeltaThreads / 8) {
       float sum = 0.0f;
       if (row < seq.sq) {
@@ -68,14 +70,17 @@ __device__ inline void delta(const BackwardParams& params) {
 #pragma unroll
       for (int step = 1; step < 8; step *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
       if (lane == 0 && row < end) params.delta[padded.first + row] = sum;
-      if (lane == 0 && statistics && first < (seq.sq + 127) / 128 * 128) {
+      if (lane == 0 && statistics && is_used) {
         float* const tile = statistics + 2 * first + row % kDeltaRows;
         tile[0] = lse_of_row(params, seq, head, row);
         tile[kDeltaRows] = -sum;
       }
     }
-    if (params.turns && threadIdx.x < 2) {
-      params.turns[(padded.first + first) / kDeltaRows * 2 + threadIdx.x] = 0;
+    if (params.turns && is_used && threadIdx.x < 2) {
+      const int last_row = (first / params.turn_rows + 1) * params.turn_rows - 1;
+      const attn::Mask mask(params.scores, seq.sq, seq.sk);
+      params.turns[(padded.first + first) / kDeltaRows * 2 + threadIdx.x] =
+          (mask.highest(last_row) - 1) / params.turn_keys;
     }
     for (int copy = 0; copy < params.dq_copies; ++copy) {
       float* sums =

@@ -29,11 +29,15 @@ template <class Cfg>
 __device__ inline void backward(const TmaBackwardParams& params) {
   extern __shared__ __align__(1024) unsigned char storage[];
   const BackwardPipeline<Cfg> pipe(storage);
-  pipe.init();
+  const bool takes_turns = params.call.turns != nullptr;
+  pipe.init(takes_turns);
   const int warpgroup = ptx::uniform(threadIdx.x / 128);
   if (warpgroup == 0) {
     ptx::give_registers<Cfg::kTile.registers_of_others()>();
-    if (threadIdx.x == 0) load_steps<Cfg>(params, pipe);
+    const int warp = threadIdx.x / 32;
+    if (threadIdx.x % 32 != 0) return;
+    if (warp == 0) load_steps<Cfg>(params, pipe);
+    if (takes_turns && (warp == 1 || warp == 2)) keep_turns<Cfg>(params.call, pipe, warp - 1);
   } else {
     ptx::take_registers<Cfg::kTile.registers_of_consumer()>();
     if constexpr (Cfg::kByKeys) {

@@ -118,7 +118,6 @@ class ValuesConsumer : SharingConsumer<Cfg> {
     ptx::pin(p);
     ptx::pin(dq.c[0]);
     this->add_dq(dq, 0, 0);
-    this->pass_turn(0);
   }
 
   typename Cfg::AccKV dv_;
@@ -194,7 +193,6 @@ class KeyGradientsConsumer : SharingConsumer<Cfg> {
     ptx::wgmma_wait<0>();
     ptx::pin(dk_.c[0]);
     ptx::pin(ds);
-    this->pass_turn(0);
   }
 
   typename Cfg::AccKV dk_;

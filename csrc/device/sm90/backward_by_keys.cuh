@@ -20,6 +20,8 @@ class KeysConsumer : GradientConsumer<Cfg> {
   static constexpr int kRows = 64 * 128;  // bytes of 64 rows of a panel
   // A step has 64 queries, and a consumer a panel of columns of their dQ; or 128, and it has 64.
   static constexpr bool kByRows = Cfg::kBlockM == 128;
+  // A consumer's K stays in registers, where there is room: shared memory is read less.
+  static constexpr bool kHoldsKeys = kByRows;
   static_assert(kByRows ? Cfg::kHeadDim == 64 : Cfg::kBlockM == 64 && TileK::kCols == 128,
                 "a consumer has 64 x 64 of dQ");
 
@@ -54,6 +56,10 @@ class KeysConsumer : GradientConsumer<Cfg> {
   __device__ __forceinline__ void run_steps() {
     this->clean_keys(64 * this->consumer_, 64);
     this->find_bounds(64 * this->consumer_);
+    if constexpr (kHoldsKeys) {
+      tile::load_a<TileK>(k_, this->pipe_.k_buffer(), 64 * this->consumer_ + this->warp_row(),
+                          this->lane());
+    }
     do {
       this->pipe_.queries().wait_full(this->step_);
       this->clean_queries();
@@ -97,7 +103,6 @@ class KeysConsumer : GradientConsumer<Cfg> {
     ptx::wgmma_wait<0>();
     ptx::pin(dk_.c[0]);
     ptx::pin(ds);
-    this->pass_turn(row_of_dq());
   }
 
   // Two halves, of which one is multiplied while the other becomes P and dS.
@@ -146,13 +151,16 @@ class KeysConsumer : GradientConsumer<Cfg> {
     ptx::wgmma_wait<0>();
     ptx::pin(dk_.c[0]);
     ptx::pin(ds1);
-    this->pass_turn(row_of_dq());
   }
 
   // The parts of a step, for its first or second 64 queries.
-  __device__ __forceinline__ void start_s(AccS& s, int half) const {
-    tile::start_abt<T, Cfg::kHeadDim, TileK, TileQ>(
-        s, this->pipe_.k_buffer() + this->consumer_ * kRows, q(half));
+  __device__ __forceinline__ void start_s(AccS& s, int half) {
+    if constexpr (kHoldsKeys) {
+      tile::start_abt<T, TileQ>(s, k_, q(half));
+    } else {
+      tile::start_abt<T, Cfg::kHeadDim, TileK, TileQ>(
+          s, this->pipe_.k_buffer() + this->consumer_ * kRows, q(half));
+    }
   }
   __device__ __forceinline__ void start_dp(AccS& dp, int half) const {
     tile::start_abt<T, Cfg::kHeadDim, TileK, TileQ>(
@@ -199,6 +207,7 @@ class KeysConsumer : GradientConsumer<Cfg> {
   }
 
   typename Cfg::AccKV dk_, dv_;
+  uint32_t k_[Cfg::kHeadDim / 16][4];  // where it is held
 };
 
 }  // namespace flash::sm90

@@ -60,7 +60,7 @@ class GradientConsumer {
     head_ = ptx::uniform(b.head) * group;
     at_ = begin_;
     left_ = (end_ - begin_) * group;
-    sums_ = b.first_sum + begin_ * kBlockM;
+    sums_ = ptx::uniform(b.first_sum) + begin_ * kBlockM;
     return true;
   }
   __device__ __forceinline__ void wait_for_keys() const {
@@ -81,7 +81,7 @@ class GradientConsumer {
     if (at_ == end_) {
       at_ = begin_;
       ++head_;
-      sums_ += params_.delta_head - (end_ - begin_) * kBlockM;
+      sums_ += static_cast<int>(params_.delta_head) - (end_ - begin_) * kBlockM;
     }
     return --left_ > 0;
   }
@@ -115,7 +115,7 @@ class GradientConsumer {
 
   // The same for queries: by each consumer, so that neither waits for the other.
   __device__ __forceinline__ void clean_queries() const {
-    if (at_ != dirty_) return;
+    if (__builtin_expect(at_ != dirty_, 1)) return;
     const int tail = ptx::uniform(block().tail_q);
     pipe_.douts().wait_full(step_);
     clear_rows<TileQ>(pipe_.q_buffer(step_), tail, kBlockM);
@@ -157,20 +157,17 @@ class GradientConsumer {
   template <int kN>
   __device__ __forceinline__ void add_dq(const tile::Accumulators<1, kN>& dq, int row,
                                          int column) const {
-    const int64_t first = sums_ + row;
-    if (params_.turns) take_turn(first);
-    float* const to = params_.dq_accum + first * Cfg::kHeadDim +
+    const bool takes_turns = params_.turns != nullptr;
+    if (takes_turns) pipe_.turns(consumer_).wait_full(step_);
+    float* const to = params_.dq_accum + int64_t{sums_ + row} * Cfg::kHeadDim +
                       column / 8 * tile::WarpgroupOrder::kEightColumns;
     // Only of the last panel are there columns that dQ does not have.
     const int num_columns = Cfg::kHeadDim % (8 * kN) == 0 ? 8 * kN : Cfg::kHeadDim - column;
     tile::WarpgroupOrder::add(to, dq, num_columns, thread());
-  }
-
-  // Behind add_dq(): the next block of keys may add.
-  __device__ __forceinline__ void pass_turn(int row) const {
-    if (!params_.turns) return;
-    barrier();
-    if (thread() == 0) ptx::red_release_add(turn(sums_ + row), 1);
+    if (takes_turns) {
+      __syncwarp();
+      if (lane() == 0) pipe_.turns(consumer_).arrive_empty(step_);
+    }
   }
 
   // Stores rounded accumulators of 64 keys, of which the block's `row` is the first.
@@ -242,7 +239,7 @@ class GradientConsumer {
   // Of the step: the head, its block of queries, and its first row in dq_accum; how many steps there
   // are from here on.
   int head_, at_, left_;
-  int64_t sums_;
+  int sums_;
 
  private:
   template <class Tile>
@@ -255,21 +252,6 @@ class GradientConsumer {
   }
   __device__ void finish_clearing() const {
     ptx::fence_async_proxy();
-    barrier();
-  }
-
-  // Counts the blocks of keys that have added to 64 rows; each consumer has its own.
-  __device__ int32_t* turn(int64_t first) const {
-    return params_.turns + first / kSumRows * 2 + consumer_;
-  }
-
-  // Waits for the blocks of all later keys that these queries see.
-  __device__ void take_turn(int64_t first) const {
-    const attn::Mask mask(params_.scores, block().sq, block().sk);
-    const int last = (mask.highest(at_ * kBlockM + kBlockM - 1) - 1) / Cfg::kBlockN;
-    if (thread() == 0) {
-      ptx::wait_until_equal(turn(first), last - block().first / Cfg::kBlockN);
-    }
     barrier();
   }
 };

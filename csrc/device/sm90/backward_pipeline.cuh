@@ -43,12 +43,17 @@ struct KeyBlock {
   int first_k, batch_k;
   // Rows of the sequence's last block that may be used; those behind belong to others.
   int tail_q, tail_k;
-  int64_t first_sum;  // row in dq_accum of the first query of the group's first head
+  // Row in dq_accum of the first query of the group's first head. Memory has less than 2^31 rows.
+  int first_sum;
 };
 
 //   keys, values:    full: TMA has brought them       empty: no product needs them any more
 //   queries, douts:  full: TMA has brought the block  empty (queries only): all warps are done
+//   turns:           full: it is the step's turn      empty: the consumer has added its dQ
+//                    to add to dQ
 //   blocks:          full: it has been planned        empty: everyone is done with it
+//
+// Turns, a ring for each consumer, are taken only where sums of dQ must have one order.
 template <class Cfg>
 struct BackwardPipeline {
   static constexpr int kBlocks = 2;
@@ -61,9 +66,11 @@ struct BackwardPipeline {
   static constexpr int kBarriers = kBounds + Cfg::kTile.bounds_bytes();
   using KeyRing = Ring<1>;
   using QueryRing = Ring<Cfg::kStages>;
+  using TurnRing = Ring<1>;
   using BlockRing = Ring<kBlocks>;
   static constexpr int kRecords =
-      kBarriers + 2 * KeyRing::kBytes + 2 * QueryRing::kBytes + BlockRing::kBytes;
+      kBarriers + 2 * KeyRing::kBytes + 2 * QueryRing::kBytes + BlockRing::kBytes +
+      Cfg::kConsumers * TurnRing::kBytes;
   static_assert(kRecords % alignof(KeyBlock) == 0 &&
                     kRecords + kBlocks * sizeof(KeyBlock) <= Cfg::kTile.smem_bytes(),
                 "room behind the buffers");
@@ -107,18 +114,22 @@ struct BackwardPipeline {
   __device__ QueryRing queries() const { return {values().barriers + KeyRing::kBytes}; }
   __device__ QueryRing douts() const { return {queries().barriers + QueryRing::kBytes}; }
   __device__ BlockRing blocks() const { return {douts().barriers + QueryRing::kBytes}; }
+  __device__ TurnRing turns(int consumer) const {
+    return {blocks().barriers + BlockRing::kBytes + consumer * TurnRing::kBytes};
+  }
   __device__ KeyBlock& block(uint32_t i) const {
     return reinterpret_cast<KeyBlock*>(storage + kRecords)[i % kBlocks];
   }
 
   // By all threads.
-  __device__ void init() const {
+  __device__ void init(bool takes_turns) const {
     if (threadIdx.x == 0) {
       keys().init(1, Cfg::kConsumers);
       values().init(1, Cfg::kConsumers);
       queries().init(1, 4 * Cfg::kConsumers);
       douts().init(1, Cfg::kConsumers);
-      blocks().init(1, Cfg::kConsumers + 1);
+      for (int i = 0; i < Cfg::kConsumers; ++i) turns(i).init(1, 4);
+      blocks().init(1, (takes_turns ? 2 : 1) * Cfg::kConsumers + 1);
       ptx::mbarrier_init_fence();
     }
     __syncthreads();

@@ -65,7 +65,8 @@ struct KeySchedule {
                         Cfg::kBlockM);
     block.tail_k = tail(seq.sk, seqs.cu_seqlens_k ? seqs.total_k - block.first_k : seqs.sk,
                         Cfg::kBlockN);
-    block.first_sum = attn::PaddedRows(params, seq.index, head * (params.hq / params.hk)).first;
+    block.first_sum = static_cast<int>(
+        attn::PaddedRows(params, seq.index, head * (params.hq / params.hk)).first);
   }
 
   __device__ static int blocks_to(int query) { return (query + Cfg::kBlockM - 1) / Cfg::kBlockM; }
@@ -84,6 +85,36 @@ __device__ inline void plan_block(const BackwardParams& params, const BackwardPi
   pipe.blocks().wait_empty(i);
   schedule.find(pipe.block(i), i == 0 ? blockIdx.x : pipe.block(i - 1).index);
   pipe.blocks().arrive_full(i);
+}
+
+// One lane's work for each consumer: turns. A counter of each 64 rows of dQ and consumer tells which
+// block of keys is next to add to them, from the last that their queries see down to the first.
+template <class Cfg>
+__device__ inline void keep_turns(const BackwardParams& params, const BackwardPipeline<Cfg>& pipe,
+                                  int consumer) {
+  constexpr int kCountersOfBlock = Cfg::kBlockM / kSumRows * 2;
+  const auto ring = pipe.turns(consumer);
+  uint32_t step = 0;
+  for (uint32_t i = 0;; ++i) {
+    pipe.blocks().wait_full(i);
+    const KeyBlock& block = pipe.block(i);
+    if (block.is_last) return;
+    const int turn = block.first / Cfg::kBlockN;
+    const int group = params.hq / params.hk;
+    for (int head = 0; head < group; ++head) {
+      // With two tiles of rows a step, each consumer adds to one.
+      int32_t* counter = params.turns +
+                         (block.first_sum + head * params.delta_head) / kSumRows * 2 +
+                         consumer * (kCountersOfBlock - 1) + block.begin * kCountersOfBlock;
+      for (int m = block.begin; m < block.end; ++m, ++step, counter += kCountersOfBlock) {
+        ptx::wait_until_equal(counter, turn);
+        ring.arrive_full(step);
+        ring.wait_empty(step + 1);
+        ptx::red_release_add(counter, -1);
+      }
+    }
+    pipe.blocks().arrive_empty(i);
+  }
 }
 
 // One lane's work: for each block of keys K, V, and Q, dO, lse and delta of its steps.

@@ -53,16 +53,16 @@ __device__ __forceinline__ void start_abt(Accumulators<1, kN>& s, uint32_t a_sme
 }
 
 // The same with A in registers, loaded by load_a().
-template <class T, class TileB, int kSteps>
-__device__ __forceinline__ void start_abt(Accumulators<1, TileB::kRows / 8>& s,
-                                          uint32_t (&a)[kSteps][4], uint32_t b_smem) {
+template <class T, class TileB, int kN, int kSteps>
+__device__ __forceinline__ void start_abt(Accumulators<1, kN>& s, uint32_t (&a)[kSteps][4],
+                                          uint32_t b_smem, bool adds = false) {
   const Descriptor b(b_smem, 16);
   ptx::pin(s.c[0]);
   ptx::pin(a);
   ptx::wgmma_fence();
 #pragma unroll
   for (int k = 0; k < kSteps; ++k) {
-    ptx::Wgmma<T, TileB::kRows>::with_rows(s.c[0], a[k], b.at(step_along_rows<TileB>(k)), k > 0);
+    ptx::Wgmma<T, 8 * kN>::with_rows(s.c[0], a[k], b.at(step_along_rows<TileB>(k)), adds || k > 0);
   }
   ptx::wgmma_commit();
 }
