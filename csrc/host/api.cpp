@@ -147,6 +147,7 @@ bool run_forward(const Call& call, const ForwardParams& params) {
   TmaForwardParams with_maps;
   if (!make_tma_params(params, ready.shape, call.dtype, &with_maps)) return false;
   with_maps.call_number = next_call_number();
+  with_maps.last_section = last_section(params, ready.shape, call.on);
   return call.run(ready, ctas, &with_maps);
 }
 
@@ -233,8 +234,9 @@ int flash_plan_forward(int ordinal, int dtype, int num_splits, ForwardParams* pa
   if (num_splits != 0) {
     params->num_splits = limit_splits(num_splits, *params, ready.shape);
   } else {
-    const bool can_merge = find({FLASH_COMBINE, params->dv, dtype, on->cc}) != nullptr;
-    params->num_splits = can_merge ? choose_splits(*params, ready.shape, *on) : 1;
+    params->num_splits = choose_splits(*params, ready.shape, *on);
+    const Want merging = {FLASH_COMBINE, params->dv, dtype, on->cc};
+    if (params->num_splits > 1 && find(merging) == nullptr) params->num_splits = 1;
   }
   params->heads_per_section = choose_section(*params, ready.shape, *on);
   *workspace = {};

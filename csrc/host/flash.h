@@ -110,6 +110,7 @@ struct TmaForwardParams {
   ForwardParams call;
   float scale_log2;      // softmax_scale to logarithms of base 2
   uint64_t call_number;  // no other call's; with kCounterBits bits free
+  uint32_t last_section;
 };
 
 constexpr int kCounterBits = 24;

@@ -59,6 +59,10 @@ Shape shape_of_hopper(int family, int kind, int head_dim) {
   return {tile.block_m(), tile.block_n, tile.threads(), tile.smem_bytes(), sm90::kBoxM};
 }
 
+// Whether later rows see more keys. Else tiles of one head run side by side, as no long ones must be
+// kept from the end.
+bool grows(const Scores& scores) { return scores.window_right >= 0 && scores.window_left < 0; }
+
 }  // namespace
 
 Shape shape_of(int family, int kind, int head_dim, int arch) {
@@ -155,9 +159,7 @@ int choose_section(const ForwardParams& params, const Shape& shape, const Device
   const int64_t bytes = int64_t{2} * params.seqs.sk * (params.d + params.dv);
   const int64_t heads = int64_t{params.hk} * params.seqs.b;
   if (shape.box_m > 0) {
-    // Tiles of a head run side by side, unless that would leave long ones for the end.
-    const Scores& scores = params.scores;
-    if (scores.window_right < 0 || scores.window_left >= 0) return group;
+    if (!grows(params.scores)) return group;
     return section(heads, bytes == 0 ? 1 : device.l2_bytes / 3 / bytes) * group;
   }
   // Tiles of the same head run side by side, and share K and V anyway, where heads are few.
@@ -165,6 +167,15 @@ int choose_section(const ForwardParams& params, const Shape& shape, const Device
   // Half of L2: the rest is for other traffic.
   const int64_t fitting = bytes == 0 ? 1 : device.l2_bytes / 2 / bytes;
   return section(heads, fitting > few ? fitting : few) * group;
+}
+
+uint32_t last_section(const ForwardParams& params, const Shape& shape, const Device& device) {
+  if (!grows(params.scores)) return UINT32_MAX;
+  const int64_t heads = int64_t{params.hq} * params.seqs.b;
+  const int64_t blocks = ceil_div(params.seqs.sq, shape.block_m);
+  // Twice as many tiles as it takes for a CTA's share to be as long as the longest.
+  const int64_t few = blocks == 0 ? heads : ceil_div(4 * device.num_sms, blocks);
+  return heads <= few ? 0 : static_cast<uint32_t>((heads - few) / params.heads_per_section);
 }
 
 int choose_section(const BackwardParams& params, const Shape& shape, const Device& device) {

@@ -74,7 +74,7 @@ class Consumer {
     if (Cfg::kTile.takes_turns) turns().begin();
     pipe_.tiles().wait_full(0);
     if (pipe_.tile(0).end > 0) {
-      if constexpr (Cfg::kQBuffers > 1) {
+      if constexpr (Cfg::kHasOBuffer) {
         run_joined();
       } else {
         run_apart();
@@ -121,6 +121,7 @@ class Consumer {
     pipe_.q(consumer_).wait_full(tile);
     if constexpr (Cfg::kTile.holds_q) {
       tile::load_a<TileQ>(q_, pipe_.q_buffer(tile, consumer_), warp_row(), lane());
+      release_q(true);
     }
   }
 
@@ -202,6 +203,7 @@ class Consumer {
   __device__ __forceinline__ void count_block() {
     --left_;
     --lazy_left_;
+    if (!Cfg::kTile.holds_q) release_q(left_ == 0);
   }
 
   __device__ __forceinline__ void start_scores(AccS& s, uint32_t block) {
@@ -260,57 +262,75 @@ class Consumer {
   // False: the scores stand as they were, for the ordinary way.
   __device__ __forceinline__ bool absorb_lazily(AccS& s) {
     if (softmax_.template absorb_lazily<T>(s, scale_log2_)) return true;
-    recompute<Cfg>(s, params_, pipe_.tile(tile_), pipe_.q_buffer(tile_, consumer_), warp_row(),
+    recompute<Cfg>(s, params_, pipe_.tile(tile_), q_in_memory(), warp_row(),
                    (pipe_.tile(tile_).begin + left_ - 1) * kBlockN, lane());
     is_careful_ = true;  // such scores are likely to grow again
     return false;
   }
 
-  // Where a thread keeps what it must not keep in registers: among its warp's rows of Q, which no
-  // one reads any more.
-  __device__ uint32_t kept(uint32_t tile) const {
-    return pipe_.q_buffer(tile, consumer_) + warp_row() * 128 + lane() * 8;
+  // This warp's rows of Q in shared memory; if they have left it, once more, where O will be.
+  __device__ uint32_t q_in_memory() const {
+    if constexpr (Cfg::kTile.holds_q) {
+      pipe_.o(consumer_).wait_empty(tile_);
+      tile::store_a<TileQ>(pipe_.o_buffer(consumer_), q_, warp_row(), lane());
+      __syncwarp();
+      return pipe_.o_buffer(consumer_);
+    } else {
+      return pipe_.q_buffer(tile_, consumer_);
+    }
   }
 
   // Writes the log-sum-exp of a tile for those who store it, and keeps what normalises its O. A row
   // without keys gets O 0.
   __device__ __forceinline__ void finish_sums(uint32_t tile) const {
-    const uint32_t lse = pipe_.lse_buffer(tile, consumer_) + (warp_row() + lane() / 4) * 4;
+    const uint32_t row = (warp_row() + lane() / 4) * 4;
+    pipe_.o(consumer_).wait_empty(tile);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const float sum = softmax_.row_sum(h);
       const bool is_empty = sum == 0.0f;
       const float factor = is_empty ? 0.0f : ptx::rcp(sum);
       const float lse_of_row = (softmax_.shift[h] + ptx::lg2(sum)) * attn::kLn2;
-      ptx::st_shared_32(kept(tile) + 4 * h, __float_as_uint(factor));
       // The same from all four lanes of a row.
-      ptx::st_shared_32(lse + 32 * h, __float_as_uint(is_empty ? attn::infinity() : lse_of_row));
+      ptx::st_shared_32(pipe_.factor_buffer(consumer_) + row + 32 * h, __float_as_uint(factor));
+      ptx::st_shared_32(pipe_.lse_buffer(consumer_) + row + 32 * h,
+                        __float_as_uint(is_empty ? attn::infinity() : lse_of_row));
     }
   }
 
-  // Normalises and stores O, by way of the tile's buffer of Q.
+  // Normalises and stores O.
   __device__ __forceinline__ void store_output(uint32_t tile) const {
     const Tile& t = pipe_.tile(tile);
-    const uint32_t smem = pipe_.q_buffer(tile, consumer_);
-    const float factor[2] = {ptx::ld_shared_f32(kept(tile)), ptx::ld_shared_f32(kept(tile) + 4)};
-    ptx::named_barrier_sync(1 + consumer_, 128);  // everyone is done with Q
-    tile::store_matrix<T, TileQ>(smem, o_, factor, warp_row(), lane());
-    if (!is_stored_whole(params_, t, consumer_)) {
-      __syncwarp();
-      const int row = t.row0 + 64 * consumer_ + warp_row();
-      uint16_t* to = static_cast<uint16_t*>(params_.o.ptr) + t.head * params_.o.head +
-                     (int64_t{t.first_q} + row) * params_.o.row;
-      tile::copy_out_rows<TileQ, 16>(to, params_.o.row, smem, warp_row(), t.sq - row, params_.dv,
-                                     lane());
+    const uint32_t factors = pipe_.factor_buffer(consumer_) + (warp_row() + lane() / 4) * 4;
+    const float factor[2] = {ptx::ld_shared_f32(factors), ptx::ld_shared_f32(factors + 32)};
+    const int row = t.row0 + 64 * consumer_ + warp_row();
+    uint16_t* to = static_cast<uint16_t*>(params_.o.ptr) + t.batch_q * params_.o.batch +
+                   t.head * params_.o.head + (int64_t{t.first_q} + row) * params_.o.row;
+    if constexpr (Cfg::kHasOBuffer) {
+      const uint32_t smem = pipe_.o_buffer(consumer_);
+      tile::store_matrix<T, TileQ>(smem, o_, factor, warp_row(), lane());
+      if (!is_stored_whole(params_, t, consumer_)) {
+        __syncwarp();
+        tile::copy_out_rows<TileQ, 16>(to, params_.o.row, smem, warp_row(), t.sq - row, params_.dv,
+                                       lane());
+      }
+      ptx::fence_async_proxy();
+    } else {
+      tile::store_rows<T>(to, params_.o.row, o_, factor, t.sq - row, params_.dv, lane());
     }
-    ptx::fence_async_proxy();
     pipe_.o(consumer_).arrive_full(tile);
+  }
+
+  // `is_last`: this warp has read the tile's Q for the last time.
+  __device__ __forceinline__ void release_q(bool is_last) const {
+    __syncwarp();
+    pipe_.q(consumer_).arrive_empty_if(is_last && lane() == 0, tile_);
   }
 
   // By one lane: products are over for the whole warpgroup at once.
   template <class Ring>
   __device__ void release(const Ring& ring, uint32_t block) const {
-    if (thread() == 0) ring.arrive_empty(block);
+    ring.arrive_empty_if(thread() == 0, block);
   }
 
   // Opaque, so that nothing that is seldom needed is computed ahead and kept.
