@@ -117,7 +117,7 @@ class ValuesConsumer : SharingConsumer<Cfg> {
     ptx::pin(dv_.c[0]);
     ptx::pin(p);
     ptx::pin(dq.c[0]);
-    this->add_dq(dq, 0, 0);
+    this->add_dq(dq, this->step_, this->sums_, 0);
   }
 
   typename Cfg::AccKV dv_;
@@ -189,7 +189,7 @@ class KeyGradientsConsumer : SharingConsumer<Cfg> {
     tile::start_pb<T, TileQ>(dk_, ds, this->q());
     ptx::wgmma_wait<1>();
     ptx::pin(dq.c[0]);
-    this->add_dq(dq, 0, Base::kColumnsOfFirst);
+    this->add_dq(dq, this->step_, this->sums_, Base::kColumnsOfFirst);
     ptx::wgmma_wait<0>();
     ptx::pin(dk_.c[0]);
     ptx::pin(ds);

@@ -1,6 +1,7 @@
 // A consumer that has 64 keys for itself: their P and dS never leave its registers as operands of
 // dV and dK. Only dQ needs the dS of all keys, so that one goes through shared memory, and the
-// consumers share out dQ's columns, or its rows.
+// consumers share out dQ's columns, or its rows. A step multiplies the dQ of the step before, for
+// which the other consumer's dS has long been there.
 #pragma once
 
 #include "sm90/backward_consumer.cuh"
@@ -18,6 +19,8 @@ class KeysConsumer : GradientConsumer<Cfg> {
   using AccQ = tile::Accumulators<1, 8>;
   using Packed = uint32_t[4][4];  // 64 keys by 64 queries
   static constexpr int kRows = 64 * 128;  // bytes of 64 rows of a panel
+  static constexpr int kNone = -1;
+  static constexpr int kDsIsThere = 4;  // four named barriers: of a consumer, and even and odd steps
   // A step has 64 queries, and a consumer a panel of columns of their dQ; or 128, and it has 64.
   static constexpr bool kByRows = Cfg::kBlockM == 128;
   // A consumer's K stays in registers, where there is room: shared memory is read less.
@@ -60,6 +63,8 @@ class KeysConsumer : GradientConsumer<Cfg> {
       tile::load_a<TileK>(k_, this->pipe_.k_buffer(), 64 * this->consumer_ + this->warp_row(),
                           this->lane());
     }
+    late_sums_ = kNone;
+    announce_ds(this->step_);
     do {
       this->pipe_.queries().wait_full(this->step_);
       this->clean_queries();
@@ -68,14 +73,23 @@ class KeysConsumer : GradientConsumer<Cfg> {
       } else {
         step_of_64<kPlain>();
       }
+      late_sums_ = this->sums_;
     } while (this->close_step());
+    AccQ dq;
+    start_late_dq(dq);
+    ptx::wgmma_wait<0>();
+    add_late_dq(dq);
   }
 
   // The steps of scores that are not plain wait for S alone: what becomes of it takes registers.
   template <bool kPlain>
   __device__ __forceinline__ void step_of_64() {
     AccS s, dp;
+    AccQ dq;
+    start_late_dq(dq);
     start_s(s, 0);
+    ptx::wgmma_wait<1>();
+    add_late_dq(dq);
     const ColumnPairs lse = this->statistic(kLse, 0);
     begin_with(dp, this->statistic(kMinusDelta, 0));
     this->pipe_.douts().wait_full(this->step_);
@@ -89,18 +103,11 @@ class KeysConsumer : GradientConsumer<Cfg> {
     ptx::wgmma_wait<1>();
     ptx::pin(dp.c[0]);
     to_gradients(ds, s, dp, 0);
-    this->barrier_of_both();
-
-    // dQ before dK: it is added to memory beside dK's product.
-    AccQ dq;
-    start_dq(dq);
+    announce_ds(this->step_ + 1);
     start_dk(ds, 0);
-    ptx::wgmma_wait<1>();
-    ptx::pin(dq.c[0]);
+    ptx::wgmma_wait<0>();
     ptx::pin(dv_.c[0]);
     ptx::pin(p);
-    add(dq);
-    ptx::wgmma_wait<0>();
     ptx::pin(dk_.c[0]);
     ptx::pin(ds);
   }
@@ -114,17 +121,20 @@ class KeysConsumer : GradientConsumer<Cfg> {
     begin_with(dp0, this->statistic(kMinusDelta, 0));
     this->pipe_.douts().wait_full(this->step_);
     if (kPlain) start_dp(dp0, 0);
-    ptx::wgmma_wait<kPlain ? 1 : 0>();
+    AccQ dq;
+    start_late_dq(dq);
+    ptx::wgmma_wait<kPlain ? 2 : 1>();
     ptx::pin(s0.c[0]);
     Packed p0, ds0, p1, ds1;
     absorb<kPlain>(s0, p0, lse0, 0);
     if (!kPlain) start_dp(dp0, 0);
     start_dv(p0, 0);
     start_s(s1, 1);
-    const ColumnPairs lse1 = this->statistic(kLse, 1);
-    begin_with(dp1, this->statistic(kMinusDelta, 1));
     ptx::wgmma_wait<2>();
     ptx::pin(dp0.c[0]);
+    add_late_dq(dq);
+    const ColumnPairs lse1 = this->statistic(kLse, 1);
+    begin_with(dp1, this->statistic(kMinusDelta, 1));
     to_gradients(ds0, s0, dp0, 0);
     start_dp(dp1, 1);
     start_dk(ds0, 0);
@@ -137,18 +147,12 @@ class KeysConsumer : GradientConsumer<Cfg> {
     ptx::wgmma_wait<2>();
     ptx::pin(dp1.c[0]);
     to_gradients(ds1, s1, dp1, 1);
-    this->barrier_of_both();
-
-    AccQ dq;
-    start_dq(dq);
+    announce_ds(this->step_ + 1);
     start_dk(ds1, 1);
-    ptx::wgmma_wait<1>();
-    ptx::pin(dq.c[0]);
+    ptx::wgmma_wait<0>();
     ptx::pin(dv_.c[0]);
     ptx::pin(p1);
     ptx::pin(ds0);
-    add(dq);
-    ptx::wgmma_wait<0>();
     ptx::pin(dk_.c[0]);
     ptx::pin(ds1);
   }
@@ -180,15 +184,26 @@ class KeysConsumer : GradientConsumer<Cfg> {
   __device__ __forceinline__ void to_gradients(Packed& ds, const AccS& s, const AccS& dp,
                                                int half) const {
     gradients_of_scores<T>(ds, s, dp);
-    // To the other consumer, behind the next barrier of both. One barrier a step is enough: there
-    // are two buffers, so that the next step's writing cannot meet this step's reading.
+    // To the other consumer, as announce_ds() tells it. There are two buffers: the one that a step
+    // writes was read in the step before.
     tile::store_transposed<TileDs>(this->pipe_.ds_buffer(this->step_) + half * kRows, ds,
                                    64 * this->consumer_ + this->warp_row(), this->lane());
     ptx::fence_async_proxy();
   }
 
-  __device__ __forceinline__ void start_dq(AccQ& dq) const {
-    const uint32_t ds = this->pipe_.ds_buffer(this->step_);
+  // dS of the step before `step` is there, for the other consumer. In front of a block's first step
+  // too: dQ is multiplied there as in any other, of whatever the buffer holds, and left.
+  __device__ void announce_ds(uint32_t step) const {
+    ptx::named_barrier_arrive(ds_is_there(this->consumer_ ^ 1, step), Base::kBothConsumers);
+  }
+  __device__ static int ds_is_there(int consumer, uint32_t step) {
+    return kDsIsThere + consumer * 2 + step % 2;
+  }
+
+  // dQ of the step before.
+  __device__ __forceinline__ void start_late_dq(AccQ& dq) const {
+    ptx::named_barrier_sync(ds_is_there(this->consumer_, this->step_), Base::kBothConsumers);
+    const uint32_t ds = this->pipe_.ds_buffer(this->step_ - 1);
     const uint32_t k = this->pipe_.k_buffer();
     if constexpr (kByRows) {
       tile::start_ab<T, TileDs, TileK>(dq, ds + this->consumer_ * kRows, k);
@@ -196,10 +211,12 @@ class KeysConsumer : GradientConsumer<Cfg> {
       tile::start_ab<T, TileDs, TileK>(dq, ds, k + this->consumer_ * TileK::kPanelBytes);
     }
   }
-  __device__ __forceinline__ void add(const AccQ& dq) const {
-    this->add_dq(dq, row_of_dq(), kByRows ? 0 : 64 * this->consumer_);
+  __device__ __forceinline__ void add_late_dq(AccQ& dq) const {
+    ptx::pin(dq.c[0]);
+    if (late_sums_ == kNone) return;
+    this->add_dq(dq, this->step_ - 1, late_sums_ + (kByRows ? 64 * this->consumer_ : 0),
+                 kByRows ? 0 : 64 * this->consumer_);
   }
-  __device__ int row_of_dq() const { return kByRows ? 64 * this->consumer_ : 0; }
 
   __device__ uint32_t q(int half) const { return this->pipe_.q_buffer(this->step_) + half * kRows; }
   __device__ uint32_t dout(int half) const {
@@ -207,6 +224,7 @@ class KeysConsumer : GradientConsumer<Cfg> {
   }
 
   typename Cfg::AccKV dk_, dv_;
+  int late_sums_;  // the row in dq_accum of the step before, if the block has one
   uint32_t k_[Cfg::kHeadDim / 16][4];  // where it is held
 };
 

@@ -68,13 +68,13 @@ class GradientConsumer {
     pipe_.values().wait_full(block_);
   }
   __device__ __forceinline__ void release_keys() const {
-    if (thread() == 0) pipe_.keys().arrive_empty(block_);
+    pipe_.keys().arrive_empty_if(thread() == 0, block_);
   }
 
   // The consumer is done with a step, or a block of keys. True: the block has another step.
   __device__ __forceinline__ bool close_step() {
     __syncwarp();
-    if (lane() == 0) pipe_.queries().arrive_empty(step_);
+    pipe_.queries().arrive_empty_if(lane() == 0, step_);
     ++step_;
     ++at_;
     sums_ += kBlockM;
@@ -86,7 +86,7 @@ class GradientConsumer {
     return --left_ > 0;
   }
   __device__ __forceinline__ void close_block() {
-    if (thread() == 0) pipe_.blocks().arrive_empty(block_);
+    pipe_.blocks().arrive_empty_if(thread() == 0, block_);
     ++block_;
   }
 
@@ -153,20 +153,21 @@ class GradientConsumer {
     }
   }
 
-  // Adds to the sums of dQ: 64 rows from the step's `row` on, columns from `column` on.
+  // Adds to the sums of dQ what a step has made: 64 rows from `row` of dq_accum on, columns from
+  // `column` on.
   template <int kN>
-  __device__ __forceinline__ void add_dq(const tile::Accumulators<1, kN>& dq, int row,
-                                         int column) const {
+  __device__ __forceinline__ void add_dq(const tile::Accumulators<1, kN>& dq, uint32_t step,
+                                         int row, int column) const {
     const bool takes_turns = params_.turns != nullptr;
-    if (takes_turns) pipe_.turns(consumer_).wait_full(step_);
-    float* const to = params_.dq_accum + int64_t{sums_ + row} * Cfg::kHeadDim +
+    if (takes_turns) pipe_.turns(consumer_).wait_full(step);
+    float* const to = params_.dq_accum + int64_t{row} * Cfg::kHeadDim +
                       column / 8 * tile::WarpgroupOrder::kEightColumns;
     // Only of the last panel are there columns that dQ does not have.
     const int num_columns = Cfg::kHeadDim % (8 * kN) == 0 ? 8 * kN : Cfg::kHeadDim - column;
     tile::WarpgroupOrder::add(to, dq, num_columns, thread());
     if (takes_turns) {
       __syncwarp();
-      if (lane() == 0) pipe_.turns(consumer_).arrive_empty(step_);
+      pipe_.turns(consumer_).arrive_empty_if(lane() == 0, step);
     }
   }
 
