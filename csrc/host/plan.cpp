@@ -59,8 +59,8 @@ Shape shape_of_hopper(int family, int kind, int head_dim) {
   return {tile.block_m(), tile.block_n, tile.threads(), tile.smem_bytes(), sm90::kBoxM};
 }
 
-// Whether later rows see more keys. Else tiles of one head run side by side, as no long ones must be
-// kept from the end.
+// Whether later rows see more keys. Else tiles of one head run side by side, as no long ones must
+// be kept from the end.
 bool grows(const Scores& scores) { return scores.window_right >= 0 && scores.window_left < 0; }
 
 }  // namespace
@@ -119,9 +119,11 @@ int64_t num_ctas(const ForwardParams& params, const Shape& shape, const Device& 
 int64_t num_ctas(const BackwardParams& params, const Shape& shape, const Device& device) {
   const int64_t blocks = num_key_blocks(params, shape);
   if (shape.box_m > 0) {
-    // Blocks of one length are dealt out beforehand: their loads overlap. Others go to whoever is
-    // free, and those that wait for one another start in their order.
-    const bool are_dealt = is_full(params.scores) && !params.deterministic;
+    // Blocks of one length are dealt out beforehand, where the next one's loads begin before the
+    // gradients of this one have left. Others go to whoever is free, and those that wait for one
+    // another start in their order.
+    const bool overlap = sm90::backward_tile(params.dq_cols).share == sm90::kByKeys;
+    const bool are_dealt = overlap && is_full(params.scores) && !params.deterministic;
     return are_dealt && blocks > device.num_sms ? device.num_sms : blocks;
   }
   return params.deterministic ? int64_t{params.dq_copies} * params.hk * params.seqs.b : blocks;

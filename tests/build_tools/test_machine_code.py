@@ -34,9 +34,16 @@ HOPPER = (
     (r"USETMAXREG\.TRY_ALLOC", ""),
     (r"STSM\.16\.M\w*88\.4", ""),
 )
+# Statistics of a block's rows at once, sums of dQ 16 bytes a lane, dS stored transposed.
+HOPPERS_GRADIENTS = (
+    (r"UBLKCP\.S\.G", ""),
+    (r"REDG\.E\.ADD\.F32x4", ""),
+    (r"STSM\.16\.MT88\.4", ""),
+)
 MUST_HAVE = {
     "sm90 forward": (*HOPPER, PRODUCT, FRAGMENT, STORE),
     "sm90_wide forward": (*HOPPER, PRODUCT, FRAGMENT, STORE),
+    "sm90 backward": (*HOPPER, *HOPPERS_GRADIENTS, STORE),
     "forward": (PRODUCT, COPY, FRAGMENT, STORE),
     "backward": (PRODUCT, COPY, FRAGMENT, STORE),
     "delta": (LOAD,),

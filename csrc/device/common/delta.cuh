@@ -29,8 +29,8 @@ __device__ inline float dot(uint4 a, uint4 b) {
   return sum;
 }
 
-// What the main kernel takes of a row: its log-sum-exp in base 2, such that P is 0 where there is no
-// row, or one without keys.
+// What the main kernel takes of a row: its log-sum-exp in base 2, such that P is 0 where there is
+// no row, or one without keys.
 __device__ inline float lse_of_row(const BackwardParams& params, const attn::Sequence& seq,
                                    int head, int row) {
   if (row >= seq.sq) return attn::infinity();

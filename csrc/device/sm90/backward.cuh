@@ -12,10 +12,10 @@
 //     P = 2^(...)                       as soon as S is there
 //     dV += P^T dO                      beside the next line
 //     dS = P (dP - delta)               once dP is there; through shared memory
-//     dQ = dS K; dK += dS^T Q           dQ goes to memory while dK's product runs
+//     dK += dS^T Q; dQ = dS K           dQ goes to memory beside another product
 //
-// Up to head dim 128 a consumer has half of the keys (backward_by_keys.cuh), above that dV or dK
-// (backward_by_gradients.cuh). Who waits for whom: backward_pipeline.cuh. What bounds it, and what
+// Up to head dim 128 a consumer has half of the keys, and dQ is multiplied a step later
+// (backward_by_keys.cuh); above that it has dV or dK (backward_by_gradients.cuh). Who waits for whom: backward_pipeline.cuh. What bounds it, and what
 // was measured: docs/kernels/sm90_backward.md. Sources: FlashAttention-3 (arXiv:2407.08608).
 #pragma once
 

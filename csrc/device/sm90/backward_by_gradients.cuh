@@ -17,7 +17,7 @@ class SharingConsumer : public GradientConsumer<Cfg> {
   using TileK = typename Cfg::TileK;
   using TileDs = typename Cfg::TileDs;
   using AccS = typename Cfg::AccS;
-  using Packed = uint32_t[4][4];  // 64 keys by 64 queries
+  using Packed = uint32_t[4][4];               // 64 keys by 64 queries
   static constexpr int kColumnsOfFirst = 128;  // of dQ
   static_assert(Cfg::kBlockM == 64 && Cfg::kHeadDim > kColumnsOfFirst, "one product a step");
   static constexpr int kPIsThere = 4;  // a named barrier

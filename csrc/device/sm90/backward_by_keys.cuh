@@ -17,10 +17,11 @@ class KeysConsumer : GradientConsumer<Cfg> {
   using TileDs = typename Cfg::TileDs;
   using AccS = typename Cfg::AccS;
   using AccQ = tile::Accumulators<1, 8>;
-  using Packed = uint32_t[4][4];  // 64 keys by 64 queries
+  using Packed = uint32_t[4][4];          // 64 keys by 64 queries
   static constexpr int kRows = 64 * 128;  // bytes of 64 rows of a panel
   static constexpr int kNone = -1;
-  static constexpr int kDsIsThere = 4;  // four named barriers: of a consumer, and even and odd steps
+  // The first of four named barriers: for each consumer those of even and odd steps.
+  static constexpr int kDsIsThere = 4;
   // A step has 64 queries, and a consumer a panel of columns of their dQ; or 128, and it has 64.
   static constexpr bool kByRows = Cfg::kBlockM == 128;
   // A consumer's K stays in registers, where there is room: shared memory is read less.

@@ -185,8 +185,8 @@ class GradientConsumer {
       __syncwarp();
       uint16_t* out = static_cast<uint16_t*>(to.ptr) + b.head * to.head +
                       (int64_t{b.first_k} + first + warp_row()) * to.row;
-      tile::copy_out_rows<TileOut, 16>(out, to.row, smem, warp_row(),
-                                       b.sk - first - warp_row(), num_cols, lane());
+      tile::copy_out_rows<TileOut, 16>(out, to.row, smem, warp_row(), b.sk - first - warp_row(),
+                                       num_cols, lane());
       ptx::fence_async_proxy();
       barrier();
       return;
@@ -232,13 +232,13 @@ class GradientConsumer {
   const int consumer_;
   uint32_t block_ = 0;  // of keys, counted from the start
   uint32_t step_ = 0;   // counted likewise
-  // Of the block of keys: which blocks of queries it has, which of those see all keys, and which one
-  // ends with rows of others.
+  // Of the block of keys: which blocks of queries it has, which of those see all keys, and which
+  // one ends with rows of others.
   int begin_, end_;
   int full_begin_, full_end_;
   int dirty_;
-  // Of the step: the head, its block of queries, and its first row in dq_accum; how many steps there
-  // are from here on.
+  // Of the step: the head, its block of queries, and its first row in dq_accum; how many steps
+  // there are from here on.
   int head_, at_, left_;
   int sums_;
 

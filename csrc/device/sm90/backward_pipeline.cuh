@@ -27,8 +27,8 @@ struct BackwardConfig {
 };
 
 // What one round of the CTA computes: dK and dV of kBlockN keys of one key-value head. The first
-// consumer plans it, everyone else reads it. Its steps are, for each query head of the group, the blocks of
-// queries [begin, end).
+// consumer plans it, everyone else reads it. Its steps are, for each query head of the group, the
+// blocks of queries [begin, end).
 struct KeyBlock {
   int is_last;     // there are no more
   uint32_t index;  // of the next one
@@ -68,9 +68,8 @@ struct BackwardPipeline {
   using QueryRing = Ring<Cfg::kStages>;
   using TurnRing = Ring<1>;
   using BlockRing = Ring<kBlocks>;
-  static constexpr int kRecords =
-      kBarriers + 2 * KeyRing::kBytes + 2 * QueryRing::kBytes + BlockRing::kBytes +
-      Cfg::kConsumers * TurnRing::kBytes;
+  static constexpr int kRecords = kBarriers + 2 * KeyRing::kBytes + 2 * QueryRing::kBytes +
+                                  BlockRing::kBytes + Cfg::kConsumers * TurnRing::kBytes;
   static_assert(kRecords % alignof(KeyBlock) == 0 &&
                     kRecords + kBlocks * sizeof(KeyBlock) <= Cfg::kTile.smem_bytes(),
                 "room behind the buffers");

@@ -61,12 +61,12 @@ struct KeySchedule {
       if (own + 64 > seq.sk) block.full_end[consumer] = 0;
     }
     // Behind the last row of an operand there are zeros; behind a sequence there is anything.
-    block.tail_q = tail(seq.sq, seqs.cu_seqlens_q ? seqs.total_q - block.first_q : seqs.sq,
-                        Cfg::kBlockM);
-    block.tail_k = tail(seq.sk, seqs.cu_seqlens_k ? seqs.total_k - block.first_k : seqs.sk,
-                        Cfg::kBlockN);
-    block.first_sum = static_cast<int>(
-        attn::PaddedRows(params, seq.index, head * (params.hq / params.hk)).first);
+    block.tail_q =
+        tail(seq.sq, seqs.cu_seqlens_q ? seqs.total_q - block.first_q : seqs.sq, Cfg::kBlockM);
+    block.tail_k =
+        tail(seq.sk, seqs.cu_seqlens_k ? seqs.total_k - block.first_k : seqs.sk, Cfg::kBlockN);
+    block.first_sum =
+        static_cast<int>(attn::PaddedRows(params, seq.index, head * (params.hq / params.hk)).first);
   }
 
   __device__ static int blocks_to(int query) { return (query + Cfg::kBlockM - 1) / Cfg::kBlockM; }
@@ -87,8 +87,9 @@ __device__ inline void plan_block(const BackwardParams& params, const BackwardPi
   pipe.blocks().arrive_full(i);
 }
 
-// One lane's work for each consumer: turns. A counter of each 64 rows of dQ and consumer tells which
-// block of keys is next to add to them, from the last that their queries see down to the first.
+// One lane's work for each consumer: turns. A counter of each 64 rows of dQ and consumer tells
+// which block of keys is next to add to them, from the last that their queries see down to the
+// first.
 template <class Cfg>
 __device__ inline void keep_turns(const BackwardParams& params, const BackwardPipeline<Cfg>& pipe,
                                   int consumer) {

@@ -3,8 +3,8 @@
 #pragma once
 
 #include "attn/scores.cuh"
-#include "tile/warpgroup.cuh"
 #include "sm90/backward_pipeline.cuh"
+#include "tile/warpgroup.cuh"
 
 namespace flash::sm90 {
 
@@ -65,18 +65,17 @@ __device__ __forceinline__ void exponentiate(tile::Accumulators<1, 8>& s, float 
   for (int n = 0; n < 8; ++n) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      s.c[0][n][i] =
-          ptx::ex2(s.c[0][n][i] * scale_log2 - (i % 2 == 0 ? lse.at[n].x : lse.at[n].y));
+      s.c[0][n][i] = ptx::ex2(s.c[0][n][i] * scale_log2 - (i % 2 == 0 ? lse.at[n].x : lse.at[n].y));
     }
   }
 }
 
-// With softcap or ALiBi: products S become P, packed in `p`, and what dP - delta is multiplied by in
-// `s`. Of this lane's first entry: its query, and the distance from the key to that.
+// With softcap or ALiBi: products S become P, packed in `p`, and what dP - delta is multiplied by
+// in `s`. Of this lane's first entry: its query, and the distance from the key to that.
 template <class T, bool kCaps>
 __device__ __forceinline__ void transform(tile::Accumulators<1, 8>& s, uint32_t (&p)[4][4],
-                                          const attn::ScoreRule& rule, uint32_t bounds,
-                                          int query, int distance, const ColumnPairs& lse) {
+                                          const attn::ScoreRule& rule, uint32_t bounds, int query,
+                                          int distance, const ColumnPairs& lse) {
   const float factor = kCaps ? __fdividef(rule.scale, rule.softcap) : rule.scale;
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
@@ -123,8 +122,7 @@ __device__ __forceinline__ void gradients_of_scores(uint32_t (&ds)[4][4],
     for (int h = 0; h < 2; ++h) {
       const float(&p)[4] = s.c[0][n];
       const float(&x)[4] = dp.c[0][n];
-      ds[n / 2][n % 2 * 2 + h] =
-          ptx::pack<T>(p[2 * h] * x[2 * h], p[2 * h + 1] * x[2 * h + 1]);
+      ds[n / 2][n % 2 * 2 + h] = ptx::pack<T>(p[2 * h] * x[2 * h], p[2 * h + 1] * x[2 * h + 1]);
     }
   }
 }

@@ -15,7 +15,7 @@ struct ForwardTile {
   int head_dim;
   int consumers;  // warpgroups that compute; one more loads and stores
   int block_n;
-  int stages;        // buffers of K, and of V: a power of two
+  int stages;  // buffers of K, and of V: a power of two
   int q_buffers;
   bool holds_q;      // Q goes to registers, and leaves its buffer at once
   bool takes_turns;  // the consumers issue their products one after the other
@@ -27,8 +27,8 @@ struct ForwardTile {
   constexpr int registers_of_others() const { return consumers == 2 ? 40 : 32; }
   // In shared memory: whole panels of 64.
   constexpr int columns() const { return (head_dim + 63) / 64 * 64; }
-  // Where Q leaves its buffer early, the next tile's scores are computed beside the end of this one,
-  // and O has a buffer to leave by. Else it leaves from registers.
+  // Where Q leaves its buffer early, the next tile's scores are computed beside the end of this
+  // one, and O has a buffer to leave by. Else it leaves from registers.
   constexpr bool has_o_buffer() const { return holds_q || q_buffers > 1; }
   // Q, O, K and V in stages; two floats a row; barriers and tiles.
   constexpr int smem_bytes() const {
@@ -85,11 +85,11 @@ struct BackwardTile {
 };
 
 constexpr BackwardTile kBackwardTiles[] = {
-    {64, kByKeys, 128, 128, 2},       //
-    {96, kByKeys, 64, 128, 2},        //
-    {128, kByKeys, 64, 128, 2},       //
-    {192, kByGradients, 64, 64, 2},   //
-    {256, kByGradients, 64, 64, 2},   //
+    {64, kByKeys, 128, 128, 2},      //
+    {96, kByKeys, 64, 128, 2},       //
+    {128, kByKeys, 64, 128, 2},      //
+    {192, kByGradients, 64, 64, 2},  //
+    {256, kByGradients, 64, 64, 2},  //
 };
 
 constexpr BackwardTile backward_tile(int head_dim) {

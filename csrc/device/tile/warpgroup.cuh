@@ -37,8 +37,8 @@ constexpr uint32_t kStepDownColumns = 16 * 128 / 16;
 
 // s = A B^T, or s += A B^T, over kDepth columns: A 64 rows of a tile, B 8 kN rows of a tile.
 template <class T, int kDepth, class TileA, class TileB, int kN>
-__device__ __forceinline__ void start_abt(Accumulators<1, kN>& s, uint32_t a_smem,
-                                          uint32_t b_smem, bool adds = false) {
+__device__ __forceinline__ void start_abt(Accumulators<1, kN>& s, uint32_t a_smem, uint32_t b_smem,
+                                          bool adds = false) {
   // Of operands by rows a step reads one panel: the panel stride is unused.
   const Descriptor a(a_smem, 16);
   const Descriptor b(b_smem, 16);
@@ -86,8 +86,7 @@ __device__ __forceinline__ void store_a(uint32_t smem, const uint32_t (&a)[kStep
 
 // c = A B: A 64 rows of a tile, B the first 8 kN columns of a tile whose rows are the depth.
 template <class T, class TileA, class TileB, int kN>
-__device__ __forceinline__ void start_ab(Accumulators<1, kN>& c, uint32_t a_smem,
-                                         uint32_t b_smem) {
+__device__ __forceinline__ void start_ab(Accumulators<1, kN>& c, uint32_t a_smem, uint32_t b_smem) {
   static_assert(TileA::kCols == TileB::kRows, "shapes must agree");
   const Descriptor a(a_smem, 16);
   const Descriptor b(b_smem, TileB::kPanelBytes);
@@ -174,8 +173,8 @@ __device__ __forceinline__ void store_rows(uint16_t* to, int64_t row_stride,
       const uint32_t high = swap(is_odd ? r[2] : r[3], 1);
       const uint2 first = is_odd ? make_uint2(low, r[1]) : make_uint2(r[0], low);
       const uint2 second = is_odd ? make_uint2(high, r[3]) : make_uint2(r[2], high);
-      const uint2 other = make_uint2(swap(is_high ? first.x : second.x, 2),
-                                     swap(is_high ? first.y : second.y, 2));
+      const uint2 other =
+          make_uint2(swap(is_high ? first.x : second.x, 2), swap(is_high ? first.y : second.y, 2));
       const uint4 all = is_high ? make_uint4(other.x, other.y, second.x, second.y)
                                 : make_uint4(first.x, first.y, other.x, other.y);
       if (row < num_rows && 8 * n + lane % 4 * 8 < num_cols) {
@@ -189,8 +188,7 @@ __device__ __forceinline__ void store_rows(uint16_t* to, int64_t row_stride,
 template <class Tile, int kSteps>
 __device__ __forceinline__ void store_transposed(uint32_t smem, const uint32_t (&p)[kSteps][4],
                                                  int col, int lane) {
-  const uint32_t at =
-      smem + Tile::offset(lane % 8 + lane / 16 * 8, col / kChunk + lane / 8 % 2);
+  const uint32_t at = smem + Tile::offset(lane % 8 + lane / 16 * 8, col / kChunk + lane / 8 % 2);
 #pragma unroll
   for (int k = 0; k < kSteps; ++k) ptx::stmatrix_x4_trans(walk<Tile>(at, 16 * k, 0), p[k]);
 }
