@@ -26,16 +26,13 @@ int64_t num_tiles(const ForwardParams& params, const Shape& shape) {
   return ceil_div(params.seqs.sq, shape.block_m) * params.hq * params.seqs.b;
 }
 
-// Every query sees every key.
-bool is_full(const Scores& scores) {
-  return scores.window_left < 0 && scores.window_right < 0 && scores.attention_chunk == 0;
+bool has_mask(const Scores& scores) {
+  return scores.window_left >= 0 || scores.window_right >= 0 || scores.attention_chunk != 0;
 }
 
-// And scores go to softmax as they are.
-bool is_plain(const ForwardParams& params) {
-  const Scores& scores = params.scores;
-  return is_full(scores) && scores.softcap == 0.0f && scores.alibi_slopes == nullptr &&
-         scores.softmax_scale > 0.0f;
+// Scores go to softmax as they are.
+bool is_plain(const Scores& scores) {
+  return scores.softcap == 0.0f && scores.alibi_slopes == nullptr && scores.softmax_scale > 0.0f;
 }
 
 // Tensors without rows have no tensor maps.
@@ -48,14 +45,16 @@ int64_t num_key_blocks(const BackwardParams& params, const Shape& shape) {
   return ceil_div(params.seqs.sk, shape.block_n) * params.hk * params.seqs.b;
 }
 
+bool is_hopper(int family) { return family >= kSm90Wide && family <= kSm90Scored; }
+
 Shape shape_of_hopper(int family, int kind, int head_dim) {
   if (kind == FLASH_BACKWARD) {
     const sm90::BackwardTile tile = sm90::backward_tile(head_dim);
     return {tile.block_m, tile.block_n, tile.threads(), tile.smem_bytes(), sm90::kBoxM};
   }
   if (kind == FLASH_CONVERT) return {sm90::kSumRows, 0, sm90::kConvertThreads, 0, 0};
-  const sm90::Width width = family == kSm90 ? sm90::kNarrow : sm90::kWide;
-  const sm90::ForwardTile tile = sm90::forward_tile(width, head_dim);
+  const sm90::Serves serves = family == kSm90Wide ? sm90::kFull : sm90::kAll;
+  const sm90::ForwardTile tile = sm90::forward_tile(serves, head_dim);
   return {tile.block_m(), tile.block_n, tile.threads(), tile.smem_bytes(), sm90::kBoxM};
 }
 
@@ -66,7 +65,7 @@ bool grows(const Scores& scores) { return scores.window_right >= 0 && scores.win
 }  // namespace
 
 Shape shape_of(int family, int kind, int head_dim, int arch) {
-  if (family == kSm90 || family == kSm90Wide) return shape_of_hopper(family, kind, head_dim);
+  if (is_hopper(family)) return shape_of_hopper(family, kind, head_dim);
   switch (kind) {
     case FLASH_FORWARD: {
       const sm80::ForwardTile tile = sm80::forward_tile(head_dim, arch);
@@ -92,10 +91,11 @@ Shape shape_of(int family, int kind, int head_dim, int arch) {
 }
 
 bool takes(int family, const ForwardParams& params) {
-  if (family != kSm90 && family != kSm90Wide) return true;
+  if (!is_hopper(family)) return true;
   const Sequences& seqs = params.seqs;
+  if (family != kSm90Scored && !is_plain(params.scores)) return false;
   // Below two narrow tiles of rows a wide one has more that are empty.
-  if (family == kSm90Wide && (!is_plain(params) || seqs.sq < 256)) return false;
+  if (family == kSm90Wide && (has_mask(params.scores) || seqs.sq < 256)) return false;
   return has_rows(seqs) && seqs.block_table == nullptr && params.scores.rng_state == nullptr &&
          params.num_splits <= 1 && have_tensor_maps(params);
 }
@@ -123,7 +123,7 @@ int64_t num_ctas(const BackwardParams& params, const Shape& shape, const Device&
     // gradients of this one have left. Others go to whoever is free, and those that wait for one
     // another start in their order.
     const bool overlap = sm90::backward_tile(params.dq_cols).share == sm90::kByKeys;
-    const bool are_dealt = overlap && is_full(params.scores) && !params.deterministic;
+    const bool are_dealt = overlap && !has_mask(params.scores) && !params.deterministic;
     return are_dealt && blocks > device.num_sms ? device.num_sms : blocks;
   }
   return params.deterministic ? int64_t{params.dq_copies} * params.hk * params.seqs.b : blocks;
@@ -175,8 +175,10 @@ uint32_t last_section(const ForwardParams& params, const Shape& shape, const Dev
   if (!grows(params.scores)) return UINT32_MAX;
   const int64_t heads = int64_t{params.hq} * params.seqs.b;
   const int64_t blocks = ceil_div(params.seqs.sq, shape.block_m);
-  // Twice as many tiles as it takes for a CTA's share to be as long as the longest.
-  const int64_t few = blocks == 0 ? heads : ceil_div(4 * device.num_sms, blocks);
+  // A CTA's share is as long as the longest tile, or twice as long where that costs no L2: heads of
+  // so many rows fill the device, so few are read at once.
+  const int64_t tiles = (2 * blocks > device.num_sms ? 4 : 2) * int64_t{device.num_sms};
+  const int64_t few = blocks == 0 ? heads : ceil_div(tiles, blocks);
   return heads <= few ? 0 : static_cast<uint32_t>((heads - few) / params.heads_per_section);
 }
 

@@ -7,7 +7,7 @@
 namespace flash::host {
 
 // Designs of kernels, as flash_attn/_support.py names them.
-enum Family : int { kSm80, kSm90, kSm90Wide, kCommon, kNumFamilies };
+enum Family : int { kSm80, kSm90Wide, kSm90, kSm90Scored, kCommon, kNumFamilies };
 
 // Tile and CTA of a kernel.
 struct Shape {

@@ -10,7 +10,7 @@ from pathlib import Path
 from native_tools import ROOT, Stub, codegen, lay_out_kernels, lines_of, native, needs
 
 HERE = Path(__file__).parent
-FAMILIES = ("sm90", "sm90_wide")
+FAMILIES = ("sm90", "sm90_wide", "sm90_scored")
 # Forward: with turns, and wide; with Q in registers; with one buffer of Q. Backward: steps of 128
 # queries; of 64; consumers that share keys.
 HEAD_DIMS = (64, 128, 256)

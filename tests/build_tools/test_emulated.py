@@ -92,6 +92,7 @@ def told(machine: Stub, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[
     log = tmp_path_factory.mktemp("log") / "log"
     results, launched = answers(machine, log, PROGRAM, CASES)
     forward = {f"flash_fwd_sm90_d{d}_bf16" for d in HEAD_DIMS}
+    forward |= {f"flash_fwd_sm90_scored_d{d}_bf16" for d in HEAD_DIMS}
     assert launched == forward | {"flash_fwd_sm90_wide_d64_bf16", "flash_fill_bf16"}
     return results
 

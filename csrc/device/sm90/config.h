@@ -6,12 +6,13 @@ namespace flash::sm90 {
 
 constexpr int kBoxM = 64;  // rows of a consumer
 
-// Narrow tiles serve every call. Wide ones have more rows to each block of keys, and registers for
-// plain scores only.
-enum Width { kNarrow, kWide };
+// Calls that a kernel serves: all; those whose scores go to softmax as they are (no softcap, no
+// ALiBi, a positive scale); of these, those without masks. What a kernel need not do makes it smaller,
+// and short calls faster.
+enum Serves { kAll, kPlain, kFull };
 
 struct ForwardTile {
-  Width width;
+  bool is_wide;  // more rows to each block of keys
   int head_dim;
   int consumers;  // warpgroups that compute; one more loads and stores
   int block_n;
@@ -38,17 +39,18 @@ struct ForwardTile {
 };
 
 constexpr ForwardTile kForwardTiles[] = {
-    {kNarrow, 64, 2, 128, 4, 1, true, true},    //
-    {kNarrow, 96, 2, 128, 2, 1, true, false},   //
-    {kNarrow, 128, 2, 128, 2, 1, true, false},  //
-    {kNarrow, 192, 2, 64, 2, 1, true, false},   //
-    {kNarrow, 256, 2, 64, 2, 1, false, false},  //
-    {kWide, 64, 3, 128, 4, 2, false, true},     //
+    {false, 64, 2, 128, 4, 1, true, true},    //
+    {false, 96, 2, 128, 2, 1, true, false},   //
+    {false, 128, 2, 128, 2, 1, true, false},  //
+    {false, 192, 2, 64, 2, 1, true, false},   //
+    {false, 256, 2, 64, 2, 1, false, false},  //
+    {true, 64, 3, 128, 4, 2, false, true},    //
 };
 
-constexpr ForwardTile forward_tile(Width width, int head_dim) {
+// Masks waste more of a wide tile.
+constexpr ForwardTile forward_tile(Serves serves, int head_dim) {
   for (const ForwardTile& tile : kForwardTiles) {
-    if (tile.width == width && tile.head_dim == head_dim) return tile;
+    if (tile.is_wide == (serves == kFull) && tile.head_dim == head_dim) return tile;
   }
   return {};
 }

@@ -7,11 +7,11 @@
 
 namespace flash::sm90 {
 
-template <class T_, int kHeadDim_, Width kWidth = kNarrow>
+template <class T_, int kHeadDim_, Serves kServes>
 struct ForwardConfig {
   using T = T_;
-  static constexpr ForwardTile kTile = forward_tile(kWidth, kHeadDim_);
-  static constexpr bool kIsPlain = kWidth == kWide;
+  static constexpr ForwardTile kTile = forward_tile(kServes, kHeadDim_);
+  static constexpr bool kIsPlain = kServes != kAll;
   static constexpr int kConsumers = kTile.consumers;
   static constexpr int kBlockM = kTile.block_m();
   static constexpr int kHeadDim = kHeadDim_;
