@@ -37,8 +37,8 @@ bool is_plain(const Scores& scores) {
 
 bool is_hopper(int family) { return family >= kSm90Wide && family <= kSm90Scored; }
 
-// Whether later rows see more keys. Else tiles of one head run side by side, as no long ones must be
-// kept from the end.
+// Whether later rows see more keys. Else tiles of one head run side by side, as no long ones must
+// be kept from the end.
 bool grows(const Scores& scores) { return scores.window_right >= 0 && scores.window_left < 0; }
 
 }  // namespace

@@ -25,8 +25,8 @@ __device__ inline void named_barrier_arrive(int barrier, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 
-// x, which is the same in all lanes, as a value that the compiler knows to be: branches on it do not
-// diverge, and addresses made from it stay in the warp's registers.
+// x, which is the same in all lanes, as a value that the compiler knows to be: branches on it do
+// not diverge, and addresses made from it stay in the warp's registers.
 __device__ inline int uniform(int x) { return __shfl_sync(0xffffffffu, x, 0); }
 
 // The counterpart of ldmatrix_x4.

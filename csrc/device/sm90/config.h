@@ -7,8 +7,8 @@ namespace flash::sm90 {
 constexpr int kBoxM = 64;  // rows of a consumer
 
 // Calls that a kernel serves: all; those whose scores go to softmax as they are (no softcap, no
-// ALiBi, a positive scale); of these, those without masks. What a kernel need not do makes it smaller,
-// and short calls faster.
+// ALiBi, a positive scale); of these, those without masks. What a kernel need not do makes it
+// smaller, and short calls faster.
 enum Serves { kAll, kPlain, kFull };
 
 struct ForwardTile {
@@ -16,7 +16,7 @@ struct ForwardTile {
   int head_dim;
   int consumers;  // warpgroups that compute; one more loads and stores
   int block_n;
-  int stages;        // buffers of K, and of V: a power of two
+  int stages;  // buffers of K, and of V: a power of two
   int q_buffers;
   bool holds_q;      // Q goes to registers, and leaves its buffer at once
   bool takes_turns;  // the consumers issue their products one after the other
@@ -28,8 +28,8 @@ struct ForwardTile {
   constexpr int registers_of_others() const { return consumers == 2 ? 40 : 32; }
   // In shared memory: whole panels of 64.
   constexpr int columns() const { return (head_dim + 63) / 64 * 64; }
-  // Where Q leaves its buffer early, the next tile's scores are computed beside the end of this one,
-  // and O has a buffer to leave by. Else it leaves from registers.
+  // Where Q leaves its buffer early, the next tile's scores are computed beside the end of this
+  // one, and O has a buffer to leave by. Else it leaves from registers.
   constexpr bool has_o_buffer() const { return holds_q || q_buffers > 1; }
   // Q, O, K and V in stages; two floats a row; barriers and tiles.
   constexpr int smem_bytes() const {

@@ -157,8 +157,8 @@ __device__ __forceinline__ void store_rows(uint16_t* to, int64_t row_stride,
       const uint32_t high = swap(is_odd ? r[2] : r[3], 1);
       const uint2 first = is_odd ? make_uint2(low, r[1]) : make_uint2(r[0], low);
       const uint2 second = is_odd ? make_uint2(high, r[3]) : make_uint2(r[2], high);
-      const uint2 other = make_uint2(swap(is_high ? first.x : second.x, 2),
-                                     swap(is_high ? first.y : second.y, 2));
+      const uint2 other =
+          make_uint2(swap(is_high ? first.x : second.x, 2), swap(is_high ? first.y : second.y, 2));
       const uint4 all = is_high ? make_uint4(other.x, other.y, second.x, second.y)
                                 : make_uint4(first.x, first.y, other.x, other.y);
       if (row < num_rows && 8 * n + lane % 4 * 8 < num_cols) {
