@@ -115,6 +115,7 @@ KINDS = {
     )
 }
 
+
 # Kinds that a family makes its own way. A CTA of Hopper's has an SM to itself, as the compiler must
 # know for the registers that its warps hand over.
 _CONVERT = "flash::sm90::ConvertConfig<flash::ptx::{dtype}, {head_dim}>"

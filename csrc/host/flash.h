@@ -94,8 +94,7 @@ struct ForwardParams {
   int32_t num_splits;
   // Order of tiles: heads that share K and V in L2 run together, long rows first.
   int32_t heads_per_section;
-  // CTAs take tile after tile by this counter (attn/counter.cuh); null: there is a CTA for each
-  // tile.
+  // CTAs take tile after tile by this counter (attn/counter.cuh); null: each tile has its CTA.
   uint64_t* next_tile;
 };
 

@@ -36,8 +36,7 @@ int limit_splits(int wanted, const ForwardParams& params, const Shape& shape);
 // Query heads that run together, so that their keys and values stay in L2.
 int choose_section(const ForwardParams& params, const Shape& shape, const Device& device);
 
-// The section that has all heads behind it too: enough of them that CTAs end at about the same
-// time.
+// The section that has all heads behind it too: enough of them that CTAs end at about one time.
 uint32_t last_section(const ForwardParams& params, const Shape& shape, const Device& device);
 
 // Whether CTAs take tile after tile from a counter.

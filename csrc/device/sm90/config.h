@@ -7,8 +7,8 @@ namespace flash::sm90 {
 constexpr int kBoxM = 64;  // rows of a consumer
 
 // Calls that a kernel serves: all; those whose scores go to softmax as they are (no softcap, no
-// ALiBi, a positive scale); of these, those without masks. What a kernel need not do makes it smaller,
-// and short calls faster.
+// ALiBi, a positive scale); of these, those without masks. What a kernel need not do makes it
+// smaller, and short calls faster.
 enum Serves { kAll, kPlain, kFull };
 
 struct ForwardTile {
