@@ -119,6 +119,7 @@ def test_a_graph_replays_forward_backward_and_a_growing_cache() -> None:
 
 
 @pytest.mark.parametrize("is_varlen", [False, True])
+@pytest.mark.filterwarnings("ignore:Warning. Profiler clears events")
 def test_a_call_that_nobody_watches_has_the_published_results(is_varlen: bool) -> None:
     x = torch.randn(2, 96, 4, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     cu = int32(0, 96, 192)

@@ -302,6 +302,7 @@ class Consumer {
   __device__ __forceinline__ void store_output(uint32_t tile) const {
     const Tile& t = pipe_.tile(tile);
     const uint32_t factors = pipe_.factor_buffer(consumer_) + (warp_row() + lane() / 4) * 4;
+    __syncwarp();
     const float factor[2] = {ptx::ld_shared_f32(factors), ptx::ld_shared_f32(factors + 32)};
     const int row = t.row0 + 64 * consumer_ + warp_row();
     uint16_t* to = static_cast<uint16_t*>(params_.o.ptr) + t.batch_q * params_.o.batch +
