@@ -112,7 +112,8 @@ def plan_and_run(device, d=64, stream=77, splits=1, b=2, sq=300, sk=300, given=(
         setattr(call.head, name, value)
     workspace = (ctypes.c_int64 * 6)()
     ok = host.flash_plan_forward(device, BF16, splits, ctypes.byref(call), workspace)
-    if workspace[3]:
+    *_, next_tile = workspace
+    if next_tile:
         ctypes.c_uint64.from_buffer(call, OFFSETS["next_tile"]).value = 4096
     return ok and host.flash_forward(device, ctypes.c_void_p(stream), BF16, ctypes.byref(call))
 """

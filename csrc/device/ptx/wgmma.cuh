@@ -78,42 +78,41 @@ struct Wgmma;
 #define FLASH_OPERANDS_256 FLASH_OPERANDS_192, FLASH_C4(24), FLASH_C4(28)
 
 // TYPE as the instruction spells it; X0 to X5: numbers of the operands behind the accumulators.
-#define FLASH_WGMMA(TAG, TYPE, N, X0, X1, X2, X3, X4, X5)                                      \
-  template <>                                                                                  \
-  struct Wgmma<TAG, N> {                                                                       \
-    __device__ static void with_rows(float (&c)[N / 8][4], uint64_t a, uint64_t b, int adds) { \
-      asm volatile("{.reg .pred adds; setp.ne.s32 adds, " X2                                   \
-                   ", 0; wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE        \
-                   " {" FLASH_NAMES_##N "}, " X0 ", " X1 ", adds, 1, 1, 0, 0;}"                \
-                   : FLASH_OPERANDS_##N                                                        \
-                   : "l"(a), "l"(b), "r"(adds));                                               \
-    }                                                                                          \
-    __device__ static void with_rows(float (&c)[N / 8][4], const uint32_t (&a)[4], uint64_t b, \
-                                     int adds) {                                               \
-      asm volatile("{.reg .pred adds; setp.ne.s32 adds, " X5                                   \
-                   ", 0; wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE        \
-                   " {" FLASH_NAMES_##N "}, {" X0 ", " X1 ", " X2 ", " X3 "}, " X4             \
-                                        ", adds, 1, 1, 0;}"                                    \
-                   : FLASH_OPERANDS_##N                                                        \
-                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(adds));           \
-    }                                                                                          \
-    __device__ static void with_columns(float (&c)[N / 8][4], uint64_t a, uint64_t b,          \
-                                        int adds) {                                            \
-      asm volatile("{.reg .pred adds; setp.ne.s32 adds, " X2                                   \
-                   ", 0; wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE        \
-                   " {" FLASH_NAMES_##N "}, " X0 ", " X1 ", adds, 1, 1, 0, 1;}"                \
-                   : FLASH_OPERANDS_##N                                                        \
-                   : "l"(a), "l"(b), "r"(adds));                                               \
-    }                                                                                          \
-    __device__ static void with_columns(float (&c)[N / 8][4], const uint32_t (&a)[4],          \
-                                        uint64_t b) {                                          \
-      asm volatile(                                                                            \
-          "{.reg .pred adds; setp.eq.s32 adds, 0"                                              \
-          ", 0; wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE                 \
-          " {" FLASH_NAMES_##N "}, {" X0 ", " X1 ", " X2 ", " X3 "}, " X4 ", adds, 1, 1, 1;}"  \
-          : FLASH_OPERANDS_##N                                                                 \
-          : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                               \
-    }                                                                                          \
+#define FLASH_WGMMA(TAG, TYPE, N, X0, X1, X2, X3, X4, X5)                                         \
+  template <>                                                                                     \
+  struct Wgmma<TAG, N> {                                                                          \
+    __device__ static void with_rows(float (&c)[N / 8][4], uint64_t a, uint64_t b, int adds) {    \
+      asm volatile("{.reg .pred adds; setp.ne.s32 adds, " X2                                      \
+                   ", 0; wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE           \
+                   " {" FLASH_NAMES_##N "}, " X0 ", " X1 ", adds, 1, 1, 0, 0;}"                   \
+                   : FLASH_OPERANDS_##N                                                           \
+                   : "l"(a), "l"(b), "r"(adds));                                                  \
+    }                                                                                             \
+    __device__ static void with_rows(float (&c)[N / 8][4], const uint32_t (&a)[4], uint64_t b,    \
+                                     int adds) {                                                  \
+      asm volatile("{.reg .pred adds; setp.ne.s32 adds, " X5                                      \
+                   ", 0; wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE           \
+                   " {" FLASH_NAMES_##N "}, {" X0 ", " X1 ", " X2 ", " X3 "}, " X4                \
+                                        ", adds, 1, 1, 0;}"                                       \
+                   : FLASH_OPERANDS_##N                                                           \
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(adds));              \
+    }                                                                                             \
+    __device__ static void with_columns(float (&c)[N / 8][4], uint64_t a, uint64_t b, int adds) { \
+      asm volatile("{.reg .pred adds; setp.ne.s32 adds, " X2                                      \
+                   ", 0; wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE           \
+                   " {" FLASH_NAMES_##N "}, " X0 ", " X1 ", adds, 1, 1, 0, 1;}"                   \
+                   : FLASH_OPERANDS_##N                                                           \
+                   : "l"(a), "l"(b), "r"(adds));                                                  \
+    }                                                                                             \
+    __device__ static void with_columns(float (&c)[N / 8][4], const uint32_t (&a)[4],             \
+                                        uint64_t b) {                                             \
+      asm volatile(                                                                               \
+          "{.reg .pred adds; setp.eq.s32 adds, 0"                                                 \
+          ", 0; wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE                    \
+          " {" FLASH_NAMES_##N "}, {" X0 ", " X1 ", " X2 ", " X3 "}, " X4 ", adds, 1, 1, 1;}"     \
+          : FLASH_OPERANDS_##N                                                                    \
+          : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                  \
+    }                                                                                             \
   };
 #define FLASH_WGMMA_OF(TAG, TYPE)                                         \
   FLASH_WGMMA(TAG, TYPE, 64, "%32", "%33", "%34", "%35", "%36", "%37")    \
