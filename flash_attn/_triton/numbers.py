@@ -1,0 +1,48 @@
+"""Numbers and products that every kernel uses."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
+LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def _probe(x):
+    return x
+
+
+# TRITON_INTERPRET=1 was set when Triton was imported: kernels then run on the CPU, in numpy.
+IS_INTERPRETED = not isinstance(_probe, triton.runtime.JITFunction)
+# The interpreter keeps bfloat16 as 16-bit integers, and multiplies matrices of those as integers.
+_WIDENS: tl.constexpr = tl.constexpr(IS_INTERPRETED)
+
+
+@triton.jit
+def dot(a, b, acc):
+    """acc + a b, in float32."""
+    if _WIDENS:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, acc)
+
+
+@triton.jit
+def product(a, b):
+    """a b, in float32."""
+    if _WIDENS:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b)
+
+
+@triton.jit
+def tanh(x):
+    """Without a device library: each kind of GPU has another."""
+    return 1.0 - 2.0 / (1.0 + tl.exp2(x * (2.0 * LOG2_E)))
+
+
+@triton.jit
+def wide(x):
+    """x in 64 bits, be it a tensor, a constant or a number of the interpreter's loops."""
+    return tl.cast(x, tl.int64)
