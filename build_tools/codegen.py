@@ -6,7 +6,6 @@ A unit instantiates one template under an `extern "C"` name that says what it is
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
 from dataclasses import dataclass
 from string import Template
 from typing import Any
@@ -161,30 +160,10 @@ def kind_in(family: str, kind: str) -> Kind:
 
 
 def units() -> list[Unit]:
-    """Every kernel that is built and shipped, in the order of the truth table."""
-    return units_of(support.KERNEL_FAMILIES)
-
-
-def all_units() -> list[Unit]:
-    """These, and before them the kernels that no GPU has run yet."""
-    return units_of(support.UNPROVEN_FAMILIES) + units()
-
-
-def units_named(part: str) -> list[Unit]:
-    """Kernels by a part of their symbols; unproven ones where it names their family."""
-    shipped = {unit.symbol for unit in units()}
-    return [
-        unit
-        for unit in all_units()
-        if part in unit.symbol and (unit.symbol in shipped or unit.family.split("_")[0] in part)
-    ]
-
-
-def units_of(families: Iterable[Any]) -> list[Unit]:
-    """Every kernel of some families."""
+    """Every kernel there is, in the order of the truth table."""
     return [
         _unit(family, kind_in(family.name, kind), head_dim, dtype)
-        for family in families
+        for family in support.KERNEL_FAMILIES
         for kind in family.kinds
         for head_dim in family.head_dims or (0,)
         for dtype in family.dtypes

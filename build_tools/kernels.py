@@ -10,7 +10,7 @@ from typing import Optional
 
 from build_tools import compilers, jobs, ninja
 from build_tools.arch import Arch, wanted
-from build_tools.codegen import Unit, units, units_named
+from build_tools.codegen import Unit, units
 from build_tools.parts import Part, make_part
 from build_tools.paths import BUILD, KERNELS
 
@@ -29,7 +29,7 @@ def plan(
     Raises:
         BuildError: the compiler does not know an architecture that was asked for by name.
     """
-    chosen = units() if only is None else units_named(only)
+    chosen = [unit for unit in units() if only is None or only in unit.symbol]
     images = [(unit, arch) for unit in chosen for arch in archs_of(unit, archs)]
     unknown = {arch for _, arch in images if not compiler.supports(arch)}
     if unknown and archs is not None:

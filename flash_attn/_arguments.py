@@ -46,7 +46,9 @@ def window(name: str, window_size: Any) -> tuple[int, int]:
 
 def default_scale(q: Tensor, qv: Optional[Tensor] = None) -> float:
     """softmax_scale where none is given: d ** -0.5, or (d + dv) ** -0.5 with a second query."""
-    head_dim = sum(x.shape[-1] for x in (q, qv) if x is not None and x.dim() > 0)
+    head_dim = q.shape[-1] if q.dim() > 0 else 0
+    if qv is not None and qv.dim() > 0:
+        head_dim += qv.shape[-1]
     return float(head_dim**-0.5) if head_dim > 0 else 1.0  # 1: the shape is refused later
 
 

@@ -6,18 +6,21 @@ copies either way.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Optional, Union
+from typing import Any, Callable, NamedTuple, Optional, Union
 
 import torch
 from torch import Tensor
+from torch._C._functorch import unwrap_if_dead
 from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
+from torch.nn import Parameter
 
 from flash_attn import _arguments, _ops
+from flash_attn.backends import cuda
 
-Lengths = tuple[Optional[Tensor], Optional[Tensor], Optional[int], Optional[int]]
-DENSE: Lengths = (None, None, None, None)
-_OPS = torch.ops.flash_attn
+# What a varlen function says about its sequences, in the operators' order; of a dense one nothing.
+Lengths = Union[tuple[()], tuple[Tensor, Tensor, int, int]]
+DENSE: Lengths = ()
 
 
 def packed_lengths(
@@ -37,26 +40,78 @@ def split(packed: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
     return q, k, v
 
 
-class Call(NamedTuple):
-    """One call but for its tensors q, k, v, in the operators' order."""
+Forward = Callable[..., tuple[Tensor, ...]]  # out, softmax_lse and, but for a plain one, the rest
 
-    lengths: Lengths
-    rule: tuple[float, float, bool]  # dropout_p, softmax_scale, causal
-    scores: tuple[int, int, float, Optional[Tensor]]  # window, softcap, alibi_slopes
-    return_softmax: bool
-    block_table: Optional[Tensor]
+
+class Operators(NamedTuple):
+    """The operators behind a public function, by overload: a packet of overloads is slower.
+
+    `plain_forward` is `forward` without the results that only dropout fills, S_dmask and rng_state:
+    memory for them takes a sixth of a call's time.
+    """
+
+    name: str
+    forward: Forward
+    plain_forward: Forward
+    backward: Callable[..., Tensor]
+
+
+_OPS, _PLAIN_OPS = torch.ops.flash_attn, torch.ops.flash_attn_cuda
+
+# Where `cuda.IS_DIRECT` says so, the shim runs them for CUDA tensors.
+_PLAIN_LIBRARY = torch.library.Library("flash_attn_cuda", "FRAGMENT")
+for _name in (_ops.FORWARD, _ops.VARLEN_FORWARD):
+    _short_name, (_takes, _) = _name.split("::")[1], _ops.SCHEMAS[_name].split(" -> ")
+    _PLAIN_LIBRARY.define(f"{_short_name}{_takes} -> (Tensor, Tensor)")
+    _PLAIN_LIBRARY.impl(_short_name, torch.library.fallthrough_kernel, "Autograd")
+
+
+def _bare(operator: Any) -> Forward:
+    """What `operator.__call__` calls, without the time of that Python."""
+    return getattr(operator, "_op", operator)  # type: ignore[no-any-return]
+
+
+_DENSE = Operators(
+    _ops.FORWARD,
+    _OPS._flash_attn_forward.default,
+    _bare(_PLAIN_OPS._flash_attn_forward.default),
+    _OPS._flash_attn_backward.default,
+)
+_VARLEN = Operators(
+    _ops.VARLEN_FORWARD,
+    _OPS._flash_attn_varlen_forward.default,
+    _bare(_PLAIN_OPS._flash_attn_varlen_forward.default),
+    _OPS._flash_attn_varlen_backward.default,
+)
+
+
+def _is_watched(packed: tuple[Tensor, ...]) -> bool:
+    """Whether a compiler, a transform, a mode or a kind of tensor may want the published operator,
+    which it knows by name.
+    """
+    for x in packed:
+        if type(x) is not Tensor and type(x) is not Parameter:
+            return True
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._is_torch_function_mode_enabled()
+        or torch._C._is_tracing()
+    )
+
+
+class Call(NamedTuple):
+    """What the autograd rule must know of a call beside its tensors."""
+
+    forward: Forward
+    backward: Callable[..., Tensor]
+    rules: tuple[Any, ...]  # what both take: lengths, dropout_p, ..., alibi_slopes
+    options: tuple[Any, ...]  # what the forward operator takes after them
+    has_dropout: bool
+    is_paged: bool
     deterministic: bool
     return_attn_probs: bool
-
-    def forward(self, packed: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """out, softmax_lse, S_dmask, rng_state of the dense or the varlen op."""
-        q, k, v = split(packed)
-        lengths, rule, scores, return_softmax, block_table, _, _ = self
-        if lengths[0] is None:
-            return _OPS._flash_attn_forward(q, k, v, *rule, *scores, return_softmax)
-        return _OPS._flash_attn_varlen_forward(
-            q, k, v, *lengths, *rule, *scores, return_softmax, block_table
-        )
 
 
 def distinct(tensors: tuple[Optional[Tensor], ...]) -> tuple[Optional[Tensor], ...]:
@@ -95,11 +150,14 @@ class Attention(torch.autograd.Function):
     def forward(
         ctx: Any, a: Tensor, b: Optional[Tensor], c: Optional[Tensor], call: Call
     ) -> Union[Tensor, tuple[Tensor, Tensor, Tensor]]:
-        out, lse, s_dmask, rng_state = call.forward(_present(a, b, c))
-        ctx.save_for_backward(a, b, c, out, lse, rng_state)
+        q, k, v = split(_present(a, b, c))
+        forward, _, rules, options, has_dropout, _, _, return_attn_probs = call
+        out, lse, *rest = forward(q, k, v, *rules, *options)
+        ctx.save_for_backward(a, b, c, out, lse, rest[1] if has_dropout else None)
         ctx.call = call
-        if not call.return_attn_probs:
+        if not return_attn_probs:
             return out
+        s_dmask = rest[0]
         ctx.mark_non_differentiable(lse, s_dmask)
         ctx.set_materialize_grads(False)
         return out, lse, s_dmask
@@ -107,10 +165,10 @@ class Attention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Optional[Tensor], *ignored: Any) -> tuple[Optional[Tensor], ...]:
-        lengths, rule, scores, _, block_table, deterministic, _ = ctx.call
         if dout is None:
             return None, None, None, None
-        if block_table is not None:
+        call = ctx.call
+        if call.is_paged:
             _arguments.fail(
                 "flash_attn_varlen_func",
                 "attention over pages has no backward; detach q, k and v",
@@ -120,12 +178,20 @@ class Attention(torch.autograd.Function):
         packed = _present(a, b, c)
         grads = tuple(torch.empty_like(x) for x in packed)
         tensors = (dout, *split(packed), out, lse, *split(grads))
-        tail = (*rule, *scores, deterministic, rng_state)
-        if lengths[0] is None:
-            _OPS._flash_attn_backward(*tensors, *tail)
-        else:
-            _OPS._flash_attn_varlen_backward(*tensors, *lengths, *tail)
+        call.backward(*tensors, *call.rules, call.deterministic, rng_state)
         return grads + (None,) * (4 - len(grads))
+
+
+# `Function.apply` without its Python, which takes longer than all of a call's checks.
+_bare_apply = super(torch.autograd.Function, Attention).apply
+
+
+def _differentiably(packed: tuple[Tensor, ...], call: Call, is_watched: bool) -> Any:
+    """The result of `Attention`."""
+    others = (None,) * (3 - len(packed))
+    if is_watched:
+        return Attention.apply(*distinct(packed), *others, call)
+    return _bare_apply(*map(unwrap_if_dead, packed), *others, call)
 
 
 def _present(a: Tensor, b: Optional[Tensor], c: Optional[Tensor]) -> tuple[Tensor, ...]:
@@ -147,30 +213,46 @@ def attend(
     `options` are dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes,
     deterministic, return_attn_probs, is_grad_enabled, in the published order.
     """
-    dropout_p, softmax_scale, causal, window_size, softcap, slopes, *more = options
-    deterministic, return_attn_probs, is_grad_enabled = more
-    _check_packing(name, packed, is_varlen=lengths[0] is not None)
+    (
+        dropout_p,
+        softmax_scale,
+        causal,
+        window_size,
+        softcap,
+        slopes,
+        deterministic,
+        return_attn_probs,
+        is_grad_enabled,
+    ) = options
+    _check_packing(name, packed, is_varlen=len(lengths) > 0)
     if softmax_scale is None:
         softmax_scale = _arguments.default_scale(packed[0])
     left, right = _arguments.window(name, window_size)
-    call = Call(
-        lengths,
-        (dropout_p, softmax_scale, causal),
-        (left, right, softcap, slopes),
-        return_attn_probs and dropout_p > 0,
-        block_table,
-        deterministic,
-        return_attn_probs,
-    )
+    operators = _VARLEN if lengths else _DENSE
+    is_watched = _is_watched(packed)
+    wants_all = return_attn_probs or dropout_p != 0
+    is_plain = cuda.IS_DIRECT and packed[0].is_cuda and not (wants_all or is_watched)
+    forward = operators.plain_forward if is_plain else operators.forward
+    rules = (*lengths, dropout_p, softmax_scale, causal, left, right, softcap, slopes)
+    return_softmax = return_attn_probs and dropout_p > 0
+    choices = (return_softmax, block_table) if lengths else (return_softmax,)
     try:
         if not _is_differentiated(packed, is_grad_enabled):
-            result = call.forward(packed)
-            return result[:3] if return_attn_probs else result[0]
-        inputs = distinct(packed) + (None,) * (3 - len(packed))
-        return Attention.apply(*inputs, call)
+            results = forward(*split(packed), *rules, *choices)
+            return results[:3] if return_attn_probs else results[0]
+        call = Call(
+            forward,
+            operators.backward,
+            rules,
+            choices,
+            dropout_p > 0,
+            block_table is not None,
+            deterministic,
+            return_attn_probs,
+        )
+        return _differentiably(packed, call, is_watched)
     except (RuntimeError, TypeError, ValueError) as error:
-        op = _ops.FORWARD if lengths[0] is None else _ops.VARLEN_FORWARD
-        raise _arguments.renamed(error, op, name) from error.__cause__
+        raise _arguments.renamed(error, operators.name, name) from error.__cause__
 
 
 _ARGUMENTS = {1: ("qkv",), 2: ("q", "kv"), 3: ("q", "k", "v")}
@@ -178,11 +260,10 @@ _ARGUMENTS = {1: ("qkv",), 2: ("q", "kv"), 3: ("q", "k", "v")}
 
 def _check_packing(name: str, packed: tuple[Tensor, ...], is_varlen: bool) -> None:
     """What `split` relies on; the op checks the rest on q, k and v."""
-    arguments = _ARGUMENTS[len(packed)]
-    for argument, x in zip(arguments, packed):
+    for x in packed:
         if not isinstance(x, Tensor):
-            _arguments.check_tensors(name, **{argument: x})
+            _arguments.check_tensors(name, **dict(zip(_ARGUMENTS[len(packed)], packed)))
     if len(packed) < 3:
-        _arguments.check_packed(
-            name, arguments[-1], packed[-1], 4 - len(packed), 4 if is_varlen else 5
-        )
+        argument = _ARGUMENTS[len(packed)][-1]
+        count, rank = 4 - len(packed), 4 if is_varlen else 5
+        _arguments.check_packed(name, argument, packed[-1], count, rank)

@@ -138,8 +138,12 @@ class KernelFamily:
 
 _SINCE_SM80 = ("80", "86", "89", "90", "100", "120", "80+ptx")
 
-# Best first. sm80's code runs on every later architecture too, compiled for it.
+# Best first. sm80's code runs on every later architecture too, compiled for it: what sm90 does not
+# do (dropout, pages, split calls) stays with it on cc 9.0. sm90_wide is sm90's code with wider tiles,
+# for calls without masks.
 KERNEL_FAMILIES: tuple[KernelFamily, ...] = (
+    KernelFamily("sm90_wide", ("forward",), (64,), HALF_DTYPES, ("90a",)),
+    KernelFamily("sm90", ("forward",), (64, 96, 128, 192, 256), HALF_DTYPES, ("90a",)),
     KernelFamily(
         "sm80",
         ("forward", "backward", "convert"),
@@ -154,13 +158,4 @@ KERNEL_FAMILIES: tuple[KernelFamily, ...] = (
         HALF_DTYPES,
         _SINCE_SM80,
     ),
-)
-
-# Best first, and all before the others. What no GPU has run yet is compiled and emulated by the
-# tests, and built where `python -m build_tools kernels --only sm90` names it; no wheel has it. What
-# sm90 does not do (dropout, pages, split calls) stays with sm80 on cc 9.0. sm90_wide is sm90's code
-# with wider tiles, for calls without masks.
-UNPROVEN_FAMILIES: tuple[KernelFamily, ...] = (
-    KernelFamily("sm90_wide", ("forward",), (64,), HALF_DTYPES, ("90a",)),
-    KernelFamily("sm90", ("forward",), (64, 96, 128, 192, 256), HALF_DTYPES, ("90a",)),
 )

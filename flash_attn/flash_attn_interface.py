@@ -64,10 +64,7 @@ def flash_attn_func(
     Returns out (b, sq, hq, d), or (out, softmax_lse, S_dmask) with `return_attn_probs`. Arguments
     and errors: see the module.
     """
-    return FlashAttnFunc.apply(
-        q,
-        k,
-        v,
+    options = (
         dropout_p,
         softmax_scale,
         causal,
@@ -78,6 +75,7 @@ def flash_attn_func(
         return_attn_probs,
         torch.is_grad_enabled(),
     )
+    return attend("flash_attn_func", (q, k, v), DENSE, options)
 
 
 def flash_attn_kvpacked_func(
@@ -95,9 +93,7 @@ def flash_attn_kvpacked_func(
     """`flash_attn_func` with k and v stacked as kv (b, sk, 2, hk, d); no copy is made, and kv's
     gradient is written in one piece.
     """
-    return FlashAttnKVPackedFunc.apply(
-        q,
-        kv,
+    options = (
         dropout_p,
         softmax_scale,
         causal,
@@ -108,6 +104,7 @@ def flash_attn_kvpacked_func(
         return_attn_probs,
         torch.is_grad_enabled(),
     )
+    return attend("flash_attn_kvpacked_func", (q, kv), DENSE, options)
 
 
 def flash_attn_qkvpacked_func(
@@ -124,8 +121,7 @@ def flash_attn_qkvpacked_func(
     """`flash_attn_func` with q, k and v stacked as qkv (b, s, 3, h, d); no copy is made, and qkv's
     gradient is written in one piece.
     """
-    return FlashAttnQKVPackedFunc.apply(
-        qkv,
+    options = (
         dropout_p,
         softmax_scale,
         causal,
@@ -136,6 +132,7 @@ def flash_attn_qkvpacked_func(
         return_attn_probs,
         torch.is_grad_enabled(),
     )
+    return attend("flash_attn_qkvpacked_func", (qkv,), DENSE, options)
 
 
 def flash_attn_varlen_func(

@@ -11,13 +11,15 @@ import pytest
 import torch
 import torch.utils.checkpoint as checkpointing
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import flash_attn
 import flash_attn_interface as fa3
-from flash_attn import _ops
+from flash_attn import _attention, _ops
 from flash_attn import flash_attn_interface as fa2
 
 # torch's compilers warn about parts of torch itself, and torch 2.4's exporter about any operator.
@@ -615,6 +617,64 @@ def test_selective_checkpointing_obeys_the_policy(saves: bool) -> None:
     assert names.seen == (["backward"] if saves else ["forward", "backward"])
     torch.manual_seed(5)
     expected = torch.autograd.grad(dropping(*leaves).square().sum(), leaves)
+    assert equal([*got], [*expected])
+
+
+# --- Who sees a call ----------------------------------------------------------------------------
+
+
+class Kind(Tensor):
+    """A kind of tensor that may have rules of its own for an operator."""
+
+
+class NotedFunctions(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+def test_only_calls_that_nobody_sees_are_unwatched() -> None:
+    q, k, v = dense()
+    seen: dict[str, bool] = {}
+
+    def noting(name: str, *packed: Tensor) -> Tensor:
+        seen[name] = _attention._is_watched(packed)
+        return packed[0]
+
+    noting("eager", q, k, v)
+    noting("parameter", torch.nn.Parameter(q), k)
+    with torch.no_grad():
+        noting("without gradients", q)
+    assert not any(seen.values()), seen
+    seen.clear()
+    noting("a kind of tensor", q, k, v.as_subclass(Kind))
+    with Names():
+        noting("a dispatch mode", q)
+    with NotedFunctions():
+        noting("a function mode", q)
+    with FakeTensorMode() as mode:
+        noting("a fake tensor's mode", q)
+    noting("a fake tensor", mode.from_tensor(q))
+    torch.vmap(partial(noting, "a transform"))(q)
+    torch.jit.trace(lambda x: noting("a tracer", x), (q,), check_trace=False)
+    assert all(seen.values()), seen
+    assert len(seen) == 7
+    assert torch.compile(lambda x: x + _attention._is_watched((x,)), backend="eager")(q).equal(
+        q + 1
+    )
+
+
+def test_a_tensor_that_escaped_a_transform_has_its_gradient() -> None:
+    q, k, v = dense()
+    escaped = []
+
+    def keep(x: Tensor) -> Tensor:
+        escaped.append(x)
+        return x.sum()
+
+    leaf = q.clone().requires_grad_()
+    torch.func.grad(keep)(leaf)
+    got = torch.autograd.grad(flash_attn.flash_attn_func(escaped[0], k, v).sum(), leaf)
+    expected = torch.autograd.grad(flash_attn.flash_attn_func(leaf, k, v).sum(), leaf)
     assert equal([*got], [*expected])
 
 

@@ -19,6 +19,7 @@ from running import (
     published_results,
 )
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import flash_attn
 import flash_attn_interface as fa3
@@ -28,6 +29,11 @@ pytestmark = pytest.mark.gpu
 
 ROW = Problem(sq=200, sk=300, hq=4, hk=2, d=64, dtype=BF16, causal=True)
 OUTSIDE = 2_147_480_000  # an index that no cache has
+
+
+class Watcher(TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
 
 
 def int32(*values: int) -> Tensor:
@@ -110,6 +116,32 @@ def test_a_graph_replays_forward_backward_and_a_growing_cache() -> None:
 
 
 # --- Determinism --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("is_varlen", [False, True])
+def test_a_call_that_nobody_watches_has_the_published_results(is_varlen: bool) -> None:
+    x = torch.randn(2, 96, 4, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    cu = int32(0, 96, 192)
+
+    def run() -> tuple[Tensor, Tensor]:
+        if is_varlen:
+            rows = x.flatten(0, 1)
+            out = flash_attn.flash_attn_varlen_func(rows, rows, rows, cu, cu, 96, 96, causal=True)
+        else:
+            out = flash_attn.flash_attn_func(x, x, x, causal=True)
+        return out, torch.autograd.grad(out.square().sum(), x)[0]
+
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        unwatched = run()
+    with Watcher():
+        watched = run()
+    names = {event.key for event in profile.key_averages()}
+    op = "_flash_attn_varlen_forward" if is_varlen else "_flash_attn_forward"
+    assert f"flash_attn_cuda::{op}" in names
+    assert f"flash_attn::{op}" not in names
+    assert torch.equal(unwatched[0], watched[0])
+    # Sums of dQ have no fixed order.
+    torch.testing.assert_close(unwatched[1], watched[1], rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.parametrize("deterministic", [False, True])

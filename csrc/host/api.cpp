@@ -1,5 +1,7 @@
 #include "host/api.h"
 
+#include <atomic>
+
 #include "host/driver.h"
 #include "host/launch.h"
 #include "host/plan.h"
@@ -119,6 +121,13 @@ bool s_dmask(const Call& call, const ForwardParams& params) {
          call.run(ready, ceil_div(params.seqs.sq, ready.shape.block_m) * heads, &params);
 }
 
+// A number that no other of 2^40 calls has, and that memory hardly holds by chance.
+uint64_t next_call_number() {
+  static std::atomic<uint64_t> calls;
+  constexpr uint64_t kOdd = 0x9E3779B97F4A7C15;
+  return (calls.fetch_add(1, std::memory_order_relaxed) + 1) * kOdd << kCounterBits >> kCounterBits;
+}
+
 bool run_forward(const Call& call, const ForwardParams& params) {
   Ready ready;
   if (!call.prepare(FLASH_FORWARD, &ready, &params)) return false;
@@ -126,8 +135,10 @@ bool run_forward(const Call& call, const ForwardParams& params) {
   if (ctas == 0) return true;
   if (ready.shape.box_m == 0) return call.run(ready, ctas, &params);
   TmaForwardParams with_maps;
-  return make_tma_params(params, ready.shape, call.dtype, &with_maps) &&
-         call.run(ready, ctas, &with_maps);
+  if (!make_tma_params(params, ready.shape, call.dtype, &with_maps)) return false;
+  with_maps.call_number = next_call_number();
+  with_maps.last_section = last_section(params, ready.shape, call.on);
+  return call.run(ready, ctas, &with_maps);
 }
 
 bool forward(const Call& call, const ForwardParams& params) {
@@ -205,11 +216,13 @@ int flash_plan_forward(int ordinal, int dtype, int num_splits, ForwardParams* pa
   if (num_splits != 0) {
     params->num_splits = limit_splits(num_splits, *params, ready.shape);
   } else {
-    const bool can_merge = find({FLASH_COMBINE, params->dv, dtype, on->cc}) != nullptr;
-    params->num_splits = can_merge ? choose_splits(*params, ready.shape, *on) : 1;
+    params->num_splits = choose_splits(*params, ready.shape, *on);
+    const Want merging = {FLASH_COMBINE, params->dv, dtype, on->cc};
+    if (params->num_splits > 1 && find(merging) == nullptr) params->num_splits = 1;
   }
-  params->heads_per_section = choose_section(*params, *on);
+  params->heads_per_section = choose_section(*params, ready.shape, *on);
   *workspace = {};
+  if (shares_tiles(*params, ready.shape, *on)) workspace->next_tile = 2;
   if (params->num_splits > 1) {
     const int64_t rows =
         int64_t{params->num_splits} * params->seqs.b * params->hq * params->seqs.sq;

@@ -35,6 +35,7 @@ struct FlashWorkspace {
   int64_t o_partial;
   int64_t lse_partial;
   int64_t dq_accum;
+  int64_t next_tile;  // at a multiple of 8 bytes
 };
 
 FLASH_API const char* flash_last_error();
@@ -52,8 +53,8 @@ FLASH_API int flash_find(int kind, int head_dim, int dtype, int cc);
 FLASH_API int flash_compute_capability(int device);
 
 // Fills in the order of tiles and the number of splits: `num_splits` as given, though no more than
-// there are blocks of keys, or chosen where it is 0. Then o_partial and lse_partial must be given
-// if the workspace says so.
+// there are blocks of keys, or chosen where it is 0. Then o_partial, lse_partial and next_tile must
+// be given if the workspace says so.
 FLASH_API int flash_plan_forward(int device, int dtype, int num_splits,
                                  flash::ForwardParams* params, FlashWorkspace* workspace);
 

@@ -94,6 +94,8 @@ struct ForwardParams {
   int32_t num_splits;
   // Order of tiles: heads that share K and V in L2 run together, long rows first.
   int32_t heads_per_section;
+  // CTAs take tile after tile by this counter (attn/counter.cuh); null: there is a CTA for each tile.
+  uint64_t* next_tile;
 };
 
 // A tensor as the tensor memory accelerator sees it: the driver's CUtensorMap. Ours have four
@@ -106,7 +108,12 @@ struct alignas(64) TensorMap {
 struct TmaForwardParams {
   TensorMap q, k, v, o;
   ForwardParams call;
+  float scale_log2;      // softmax_scale to logarithms of base 2
+  uint64_t call_number;  // no other call's; with kCounterBits bits free
+  uint32_t last_section;
 };
+
+constexpr int kCounterBits = 24;
 
 struct BackwardParams {
   Rows q, k, v, o, dout;

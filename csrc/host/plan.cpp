@@ -77,10 +77,15 @@ bool takes(int family, const ForwardParams& params) {
          params.num_splits <= 1 && have_tensor_maps(params);
 }
 
+bool shares_tiles(const ForwardParams& params, const Shape& shape, const Device& device) {
+  // CTAs that load by TMA have a multiprocessor to themselves.
+  const int64_t tiles = num_tiles(params, shape);
+  return shape.box_m > 0 && tiles > device.num_sms && tiles < int64_t{1} << kCounterBits;
+}
+
 int64_t num_ctas(const ForwardParams& params, const Shape& shape, const Device& device) {
-  const int64_t tiles = num_tiles(params, shape) * params.num_splits;
-  // CTAs that load by TMA have a multiprocessor to themselves, and take tile after tile.
-  return shape.box_m > 0 && tiles > device.num_sms ? device.num_sms : tiles;
+  if (shares_tiles(params, shape, device)) return device.num_sms;
+  return num_tiles(params, shape) * params.num_splits;
 }
 
 int64_t num_ctas(const BackwardParams& params, const Shape& shape) {
@@ -116,14 +121,29 @@ int limit_splits(int wanted, const ForwardParams& params, const Shape& shape) {
   return clamp(wanted, 1, clamp(ceil_div(params.seqs.sk, shape.block_n), 1, INT32_MAX));
 }
 
-int choose_section(const ForwardParams& params, const Device& device) {
+int choose_section(const ForwardParams& params, const Shape& shape, const Device& device) {
   const int group = params.hq / params.hk;
   const int64_t bytes = int64_t{2} * params.seqs.sk * (params.d + params.dv);
+  const int64_t heads = int64_t{params.hk} * params.seqs.b;
+  if (shape.box_m > 0) {
+    // Tiles of a head run side by side, unless that would leave long ones for the end.
+    const Scores& scores = params.scores;
+    if (scores.window_right < 0 || scores.window_left >= 0) return group;
+    return section(heads, bytes == 0 ? 1 : device.l2_bytes / 3 / bytes) * group;
+  }
   // Tiles of the same head run side by side, and share K and V anyway, where heads are few.
   const int64_t few = device.num_sms / 3 / group;
   // Half of L2: the rest is for other traffic.
   const int64_t fitting = bytes == 0 ? 1 : device.l2_bytes / 2 / bytes;
-  return section(int64_t{params.hk} * params.seqs.b, fitting > few ? fitting : few) * group;
+  return section(heads, fitting > few ? fitting : few) * group;
+}
+
+uint32_t last_section(const ForwardParams& params, const Shape& shape, const Device& device) {
+  const int64_t heads = int64_t{params.hq} * params.seqs.b;
+  const int64_t blocks = ceil_div(params.seqs.sq, shape.block_m);
+  // A CTA has two tiles of average length, or the longest.
+  const int64_t few = blocks == 0 ? heads : ceil_div(2 * device.num_sms, blocks);
+  return heads <= few ? 0 : static_cast<uint32_t>((heads - few) / params.heads_per_section);
 }
 
 int choose_section(const BackwardParams& params, const Shape& shape, const Device& device) {

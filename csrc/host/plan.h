@@ -33,7 +33,13 @@ int choose_splits(const ForwardParams& params, const Shape& shape, const Device&
 int limit_splits(int wanted, const ForwardParams& params, const Shape& shape);
 
 // Query heads that run together, so that their keys and values stay in L2.
-int choose_section(const ForwardParams& params, const Device& device);
+int choose_section(const ForwardParams& params, const Shape& shape, const Device& device);
+
+// The section that has all heads behind it too: enough that CTAs end at about the same time.
+uint32_t last_section(const ForwardParams& params, const Shape& shape, const Device& device);
+
+// Whether CTAs take tile after tile from a counter.
+bool shares_tiles(const ForwardParams& params, const Shape& shape, const Device& device);
 
 // Key-value heads that run together: a wave of CTAs, of a size that leaves no short last section.
 int choose_section(const BackwardParams& params, const Shape& shape, const Device& device);

@@ -72,7 +72,9 @@ bool have_tensor_maps(const ForwardParams& params) {
 bool make_tma_params(const ForwardParams& params, const Shape& shape, int dtype,
                      TmaForwardParams* made) {
   const Extents all = extents_of(params);
+  constexpr float kLog2e = 1.44269504f;
   made->call = params;
+  made->scale_log2 = params.scores.softmax_scale * kLog2e;
   return make_map(params.q, all.q, shape.box_m, dtype, &made->q) &&
          make_map(params.k, all.k, shape.block_n, dtype, &made->k) &&
          make_map(params.v, all.v, shape.block_n, dtype, &made->v) &&

@@ -89,7 +89,8 @@ void check(const Forward& call);
 void check(const Backward& call);
 
 struct ForwardResult {
-  Tensor out, softmax_lse, s_dmask;
+  Tensor out, softmax_lse;
+  Tensor s_dmask;  // none unless asked for
 };
 
 ForwardResult run(Forward& call);

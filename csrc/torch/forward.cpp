@@ -54,20 +54,29 @@ void tidy_append(Append* append) {
   }
 }
 
-Tensor make_lse(const Forward& call) {
+struct Lse {
+  Tensor lse;
+  float* scratch = nullptr;
+};
+
+// `scratch` floats stand behind it, at a multiple of 8 bytes: a view costs less than a second
+// allocation.
+Lse make_lse(const Forward& call, int64_t scratch) {
   const Tensor& q = call.q;
-  return call.is_packed_q() ? empty({q.size(1), q.size(0)}, Dtype::kFloat, q)
-                            : empty({q.size(0), q.size(2), q.size(1)}, Dtype::kFloat, q);
+  const int64_t rows = q.size(call.is_packed_q() ? 0 : 1);
+  const int64_t heads = q.size(-2);
+  const int64_t size[] = {call.is_packed_q() ? 1 : q.size(0), heads, rows};
+  const int64_t stride[] = {heads * rows, rows, 1};
+  const int first = call.is_packed_q() ? 1 : 0;
+  if (scratch == 0)
+    return {empty_strided(size + first, stride + first, 3 - first, Dtype::kFloat, q)};
+  const int64_t floats = round_up(size[0] * stride[0], 2);
+  const Tensor memory = empty({floats + scratch}, Dtype::kFloat, q);
+  return {view(memory, size + first, stride + first, 3 - first), pointer<float>(memory) + floats};
 }
 
-// Entries that no row or key has are zero. Where nobody asks for it it has no elements: of `out`,
-// because a view takes a sixth of an allocation's time.
-Tensor make_s_dmask(const Forward& call, const Sequences& seqs, const Tensor& out) {
-  if (!call.return_softmax) {
-    const int64_t size = 0;
-    const int64_t stride = 1;
-    return view(out, &size, &stride, 1);
-  }
+// Entries that no row or key has are zero.
+Tensor make_s_dmask(const Forward& call, const Sequences& seqs) {
   Tensor made = empty({call.batch_size(), call.q.size(-2), round_up(seqs.sq, kRoundTo),
                        round_up(seqs.sk, kRoundTo)},
                       call.q.dtype(), call.q);
@@ -111,18 +120,22 @@ ForwardResult run(Forward& call) {
     params.seqs.cu_seqlens_k_new = pointer<const int32_t>(call.append.cu_seqlens);
     params.seqs.sk_new = static_cast<int32_t>(call.append.cu_seqlens ? 0 : call.append.k.size(1));
   }
-  const Tensor q = rotated ? std::move(rotated) : aligned(call.q);
+  const Tensor other_q = rotated ? std::move(rotated) : aligned_copy(call.q);
+  const Tensor& q = other_q ? other_q : call.q;
   const int64_t dv = call.v.size(-1);
   Written out(call.out, call.q, dv);
-  ForwardResult result = {Tensor(), make_lse(call), make_s_dmask(call, params.seqs, out.tensor())};
+  Lse made = make_lse(call, workspace.next_tile);
+  ForwardResult result = {Tensor(), std::move(made.lse), Tensor()};
   params.q = rows_of(q);
   params.k = rows_of(k.tensor());
   params.v = rows_of(v.tensor());
   params.o = rows_of(out.tensor());
   params.lse = pointer<float>(result.softmax_lse);
+  if (workspace.next_tile > 0) params.next_tile = reinterpret_cast<uint64_t*>(made.scratch);
   params.lse_head = result.softmax_lse.stride(-2);
   params.lse_batch = call.is_packed_q() ? 0 : result.softmax_lse.stride(0);
   if (call.return_softmax) {
+    result.s_dmask = make_s_dmask(call, params.seqs);
     params.s_dmask = result.s_dmask.data();
     params.s_dmask_rows = static_cast<int32_t>(result.s_dmask.size(2));
     params.s_dmask_cols = static_cast<int32_t>(result.s_dmask.size(3));
@@ -137,7 +150,7 @@ ForwardResult run(Forward& call) {
   }
   run_or_throw(call.name, flash_forward(device, stream, dtype, &params));
   out.finish();
-  result.out = call.out ? call.out.share() : without_padding(out.tensor().share(), dv);
+  result.out = out.result(dv);
   return result;
 }
 

@@ -5,6 +5,7 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/core/ivalue.h>
 #include <ATen/ops/empty_strided.h>
+#include <torch/csrc/inductor/inductor_ops.h>
 #include <torch/library.h>
 
 #include <memory>
@@ -84,10 +85,10 @@ inline Tensor empty_strided(const int64_t* sizes, const int64_t* strides, int64_
       at::empty_strided({sizes, count}, {strides, count}, like.get().options().dtype(code(dtype))));
 }
 
-// A view from the first element of `x` on.
+// A view from the first element of `x` on, of which autograd knows nothing.
 inline Tensor view(const Tensor& x, const int64_t* sizes, const int64_t* strides, int64_t dim) {
   const auto count = static_cast<size_t>(dim);
-  return Tensor(x.get().as_strided({sizes, count}, {strides, count}));
+  return Tensor(torch::inductor::_reinterpret_tensor(x.get(), {sizes, count}, {strides, count}));
 }
 
 inline void copy(const Tensor& to, const Tensor& from) {

@@ -73,8 +73,8 @@ bool is_aligned(const Tensor& x) {
   return reinterpret_cast<uintptr_t>(x.data()) % 16 == 0;
 }
 
-Tensor aligned(const Tensor& x) {
-  if (is_aligned(x)) return x.share();
+Tensor aligned_copy(const Tensor& x) {
+  if (is_aligned(x)) return Tensor();
   const int64_t last = round_up(x.size(-1), kChunk);
   Tensor copied = empty_like_rows(x, last);
   if (last == x.size(-1)) {
@@ -84,6 +84,11 @@ Tensor aligned(const Tensor& x) {
     copy(head_of_rows(copied, x.size(-1)), x);
   }
   return copied;
+}
+
+Tensor aligned(const Tensor& x) {
+  Tensor copied = aligned_copy(x);
+  return copied ? std::move(copied) : x.share();
 }
 
 Tensor contiguous(const Tensor& x) {
@@ -100,16 +105,19 @@ Tensor without_padding(Tensor x, int64_t last) {
   return copied;
 }
 
-Written::Written(const Tensor& given, const Tensor& like, int64_t last)
-    : given_(given), is_direct_(given && given.dtype() == like.dtype() && is_aligned(given)) {
-  written_ = is_direct_ ? given.share() : empty_like_rows(like, round_up(last, kChunk));
+Written::Written(const Tensor& given, const Tensor& like, int64_t last) : given_(given) {
+  const bool is_direct = given && given.dtype() == like.dtype() && is_aligned(given);
+  if (!is_direct) made_ = empty_like_rows(like, round_up(last, kChunk));
 }
 
-Written::Written(const Tensor& given)
-    : given_(given), is_direct_(is_aligned(given)), written_(aligned(given)) {}
+Written::Written(const Tensor& given) : given_(given), made_(aligned_copy(given)) {}
 
 void Written::finish() {
-  if (given_ && !is_direct_) copy(given_, head_of_rows(written_, given_.size(-1)));
+  if (given_ && made_) copy(given_, head_of_rows(made_, given_.size(-1)));
+}
+
+Tensor Written::result(int64_t last) {
+  return given_ ? given_.share() : without_padding(std::move(made_), last);
 }
 
 Rows rows_of(const Tensor& x) {

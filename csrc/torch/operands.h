@@ -16,7 +16,10 @@ Tensor empty_like_rows(const Tensor& x, int64_t last);
 // elements stand together, and the head dim is a multiple of 8.
 bool is_aligned(const Tensor& x);
 
-// `x` itself, or a copy that is aligned; a head dim between multiples of 8 is padded with zeros.
+// A copy that is aligned, its head dim padded with zeros to a multiple of 8; none where `x` is.
+Tensor aligned_copy(const Tensor& x);
+
+// `x` itself, or its aligned copy.
 Tensor aligned(const Tensor& x);
 
 // An int32, int64 or float table as the kernels read it: without gaps.
@@ -35,15 +38,17 @@ class Written {
   // A tensor that is written in part; the one in its place is a copy.
   explicit Written(const Tensor& given);
 
-  const Tensor& tensor() const { return written_; }
+  const Tensor& tensor() const { return made_ ? made_ : given_; }
 
   // Copies to the caller's tensor where another stood in its place.
   void finish();
 
+  // The result, without padding: the caller's tensor, or the one that stood in its place.
+  Tensor result(int64_t last);
+
  private:
   const Tensor& given_;
-  bool is_direct_;
-  Tensor written_;
+  Tensor made_;  // none where the caller's is written
 };
 
 int64_t round_up(int64_t x, int64_t step);

@@ -3,6 +3,7 @@
 #include <exception>
 
 #include "host/api.h"
+#include "torch/messages.h"
 #include "torch/operands.h"
 
 #ifdef _WIN32
@@ -24,16 +25,34 @@ void take_scores(Arguments& in, Scoring* scores, bool causal) {
   scores->alibi_slopes = in.optional_tensor();
 }
 
+// Where nobody asks for S_dmask it has no elements. It has a storage of its own even so: results of
+// an operator must not share one.
+void add_s_dmask(Results& out, Tensor s_dmask, const Tensor& q) {
+  out.add(s_dmask ? std::move(s_dmask) : empty({0}, q.dtype(), q));
+}
+
 void finish_forward(Forward& call, Results& out) {
   Tensor rng_state = make_rng_state(call.q, call.scores.dropout_p);
   if (call.scores.dropout_p > 0.0) call.scores.rng_state = rng_state.share();
   ForwardResult result = run(call);
   out.add(std::move(result.out));
   out.add(std::move(result.softmax_lse));
-  out.add(std::move(result.s_dmask));
+  add_s_dmask(out, std::move(result.s_dmask), call.q);
   out.add(std::move(rng_state));
 }
 
+void finish_plain_forward(Forward& call, Results& out) {
+  if (call.scores.dropout_p != 0.0) {
+    fail_value(call.name, "dropout_p must be 0", number_text(call.scores.dropout_p));
+  }
+  ForwardResult result = run(call);
+  out.add(std::move(result.out));
+  out.add(std::move(result.softmax_lse));
+}
+
+using Finish = void (*)(Forward&, Results&);
+
+template <Finish finish>
 void forward(Arguments& in, Results& out) {
   Forward call = {};
   call.name = "flash_attn::_flash_attn_forward";
@@ -45,9 +64,10 @@ void forward(Arguments& in, Results& out) {
   const bool causal = in.flag();
   take_scores(in, &call.scores, causal);
   call.return_softmax = in.flag();
-  finish_forward(call, out);
+  finish(call, out);
 }
 
+template <Finish finish>
 void varlen_forward(Arguments& in, Results& out) {
   Forward call = {};
   call.name = "flash_attn::_flash_attn_varlen_forward";
@@ -67,7 +87,7 @@ void varlen_forward(Arguments& in, Results& out) {
   call.lengths.leftpad_k = in.optional_tensor();
   call.lengths.seqused_k = in.optional_tensor();
   in.flag();  // zero_tensors: every output is written anyway
-  finish_forward(call, out);
+  finish(call, out);
 }
 
 void with_kvcache(Arguments& in, Results& out) {
@@ -231,7 +251,7 @@ void general_forward(Arguments& in, Results& out) {
   ForwardResult result = run(call);
   out.add(std::move(result.out));
   out.add(std::move(result.softmax_lse));
-  out.add(std::move(result.s_dmask));
+  add_s_dmask(out, std::move(result.s_dmask), call.q);
 }
 
 constexpr const char* kCombineSchema =
@@ -259,11 +279,14 @@ void define_general() {
 
 void serve_published() {
   static Library library("flash_attn", "CUDA");
-  library.implement<forward>("_flash_attn_forward");
-  library.implement<varlen_forward>("_flash_attn_varlen_forward");
+  library.implement<forward<finish_forward>>("_flash_attn_forward");
+  library.implement<varlen_forward<finish_forward>>("_flash_attn_varlen_forward");
   library.implement<backward>("_flash_attn_backward");
   library.implement<varlen_backward>("_flash_attn_varlen_backward");
   library.implement<with_kvcache>("_flash_attn_with_kvcache");
+  static Library plain("flash_attn_cuda", "CUDA");
+  plain.implement<forward<finish_plain_forward>>("_flash_attn_forward");
+  plain.implement<varlen_forward<finish_plain_forward>>("_flash_attn_varlen_forward");
 }
 
 }  // namespace

@@ -126,7 +126,7 @@ inline Tensor empty_strided(const int64_t* sizes, const int64_t* strides, int64_
   return Tensor(made);
 }
 
-// A view from the first element of `x` on.
+// A view from the first element of `x` on, of which autograd knows nothing.
 inline Tensor view(const Tensor& x, const int64_t* sizes, const int64_t* strides, int64_t dim) {
   int64_t offset = 0;
   AtenTensorHandle made = nullptr;

@@ -124,6 +124,7 @@ def _load() -> tuple[Optional[ctypes.CDLL], str, str]:
 # What the system's loader says names paths and symbols: nothing to act on, so only
 # `python -m flash_attn` shows it.
 _HOST, _WHY_NOT_LOADED, LOADER_SAID = _load()
+IS_DIRECT = _HOST is not None and _serves_directly()
 
 
 def why_not(problem: Problem) -> list[str]:

@@ -45,7 +45,7 @@ def build_driver(folder: Path, head_dims: tuple[int, ...], dtype: str = "bf16") 
     """The stub driver with sm90's forward kernels, in `folder`."""
     units = [
         unit
-        for unit in codegen.all_units()
+        for unit in codegen.units()
         if (unit.family in FAMILIES and unit.head_dim in head_dims and unit.dtype == dtype)
         or (unit.kind == "fill" and unit.dtype == dtype)
     ]

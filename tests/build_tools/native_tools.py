@@ -125,7 +125,7 @@ def lay_out_kernels(folder: Path, archs: tuple[str, ...] = ("80", "90", "80+ptx"
     """A table of every kernel of `archs`, whose files have no content but their architecture."""
     parts = [
         Part(unit, Arch.parse(arch), "", folder)
-        for unit in codegen.all_units()
+        for unit in codegen.units()
         for arch in archs
         if arch in unit.archs
     ]

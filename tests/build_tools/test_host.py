@@ -110,7 +110,7 @@ def plan_and_run(device, d=64, stream=77, splits=1, b=2, sq=300, sk=300, given=(
         ctypes.c_uint64.from_buffer(call, OFFSETS[name]).value = 4096
     for name, value in rows.items():
         setattr(call.head, name, value)
-    workspace = (ctypes.c_int64 * 3)()
+    workspace = (ctypes.c_int64 * 4)()
     ok = host.flash_plan_forward(device, BF16, splits, ctypes.byref(call), workspace)
     return ok and host.flash_forward(device, ctypes.c_void_p(stream), BF16, ctypes.byref(call))
 """
@@ -316,8 +316,8 @@ def test_hopper_runs_its_own_kernel_on_all_multiprocessors(
     assert few.kernel == many.kernel == "flash_fwd_sm90_d128_bf16"
     # 2 sequences of 4 heads have 3 tiles of 128 rows each, or 24; there are 132 multiprocessors.
     assert (few.grid, many.grid, few.block) == (2 * 4 * 3, 132, 3 * 128)
-    # Q twice, K and V twice each, in 128 columns of 2 bytes, and barriers.
-    assert few.smem == (2 * 128 + 2 * 2 * 128) * 128 * 2 + 1024
+    # Q twice, K and V twice each, in 128 columns of 2 bytes; two log-sum-exps a row, and barriers.
+    assert few.smem == (2 * 128 + 2 * 2 * 128) * 128 * 2 + 2 * 128 * 4 + 1024
 
 
 def test_wide_tiles_are_for_long_calls_without_masks(
@@ -332,7 +332,7 @@ say(plan_and_run(0, d=72))
     wide, *narrow = run_with(hopper, stub, tmp_path / "log", offsets, text)
     assert (wide.kernel, wide.block) == ("flash_fwd_sm90_wide_d64_bf16", 4 * 128)
     assert wide.grid == 2 * 4 * 2  # 300 rows in tiles of 192
-    assert wide.smem == (2 * 192 + 2 * 4 * 128) * 64 * 2 + 1024
+    assert wide.smem == (2 * 192 + 2 * 4 * 128) * 64 * 2 + 2 * 192 * 4 + 1024
     assert [x.kernel for x in narrow] == [
         "flash_fwd_sm90_d64_bf16",
         "flash_fwd_sm90_d64_bf16",

@@ -76,7 +76,7 @@ SPILLS = {
 
 IMAGES = [
     (unit, arch)
-    for unit in codegen.all_units()
+    for unit in codegen.units()
     if unit.kind == "forward" or unit.dtype == "bf16"
     for arch in kernels.archs_of(unit, None)
 ]

@@ -291,6 +291,93 @@ print(json.dumps([state(0.1)[0] == expected, state(0.0)[1] == untouched]))
     assert run(installed, tmp_path / "log", text) == [True, True]
 
 
+PLAIN = """
+from unittest import mock
+from flash_attn import _attention
+plain_op = torch.ops.flash_attn_cuda._flash_attn_forward.default
+def plain(*arguments):
+    return plain_op.redispatch(CUDA, *arguments)
+q, k = make(2, 40, 4, 64), make(2, 50, 2, 64)
+"""
+
+
+def test_a_plain_call_gives_what_is_read_and_no_more(installed: Stub, tmp_path: Path) -> None:
+    text = (
+        PLAIN
+        + """
+tail = (0.5, True, 7, -1, 3.0, None, False)
+cu = torch.tensor([0, 15, 40], dtype=torch.int32)
+published, got = forward(q, k, k, 0.0, *tail[:-1]), plain(q, k, k, 0.0, *tail)
+varlen = torch.ops.flash_attn_cuda._flash_attn_varlen_forward.default.redispatch(
+    CUDA, q[0], k[0], k[0], cu, cu, 25, 25, 0.0, *tail, None, None, None, False)
+print(json.dumps([[[list(x.shape), str(x.dtype)] for x in results]
+                  for results in (published, got, varlen)]
+                 + [told(lambda: plain(q, k, k, 0.5, *tail))]))
+"""
+    )
+    published, got, varlen, refused = run(installed, tmp_path / "log", text)
+    assert (
+        got == published[:2] == [[[2, 40, 4, 64], "torch.bfloat16"], [[2, 4, 40], "torch.float32"]]
+    )
+    assert varlen == [[[40, 4, 64], "torch.bfloat16"], [[4, 40], "torch.float32"]]
+    assert refused == [
+        "ValueError",
+        "flash_attn::_flash_attn_forward: dropout_p must be 0; got 0.5",
+    ]
+    first, second, *_ = launches(tmp_path / "log")
+    # Of the same parameters but for the addresses of out and lse.
+    assert (first.kernel, first.grid, first.smem) == (second.kernel, second.grid, second.smem)
+    pointers = {*range(96, 104), *range(128, 136)}
+    pairs = enumerate(zip(first.params, second.params))
+    assert {i for i, (x, y) in pairs if x != y} <= pointers
+
+
+def test_results_share_no_storage(installed: Stub, tmp_path: Path) -> None:
+    text = (
+        PLAIN
+        + """
+results = [forward(q, k, k), forward(q, k, k, p=0.1, s_dmask=True),
+           torch.ops.flash_attn_cuda.forward(q, k, k, *[None] * 7, False, *[None] * 9, 0.5, -1, -1,
+                                             0, 0.0, None, 0.0, None, False, 1)]
+print(json.dumps([[x.untyped_storage()._cdata for x in made] for made in results]))
+"""
+    )
+    for storages in run(installed, tmp_path / "log", text):
+        assert len({*storages}) == len(storages)
+
+
+def test_eager_calls_without_dropout_are_plain_ones(installed: Stub, tmp_path: Path) -> None:
+    text = (
+        PLAIN
+        + """
+seen = []
+def noting(name, op):
+    return lambda *arguments: seen.append(name) or op(*arguments)
+published = lambda *arguments: direct("_flash_attn_forward", *arguments)
+_attention._DENSE = _attention._DENSE._replace(
+    forward=noting("published", published), plain_forward=noting("plain", plain))
+class Kind(torch.Tensor):
+    pass
+x = q.clone().requires_grad_()
+with mock.patch.object(torch.Tensor, "is_cuda", True, create=True):
+    f = flash_attn.flash_attn_func
+    f(q, k, k)
+    out = f(x, k, k)
+    f(q, k, k, dropout_p=0.1)
+    f(q, k, k, return_attn_probs=True)
+    f(q.as_subclass(Kind), k, k)
+    wrong = told(lambda: f(q, k, k, softcap=-1.0))[1]
+gradient, = torch.autograd.grad(out.sum(), x)
+print(json.dumps([cuda.IS_DIRECT, seen, wrong, list(gradient.shape)]))
+"""
+    )
+    is_direct, seen, wrong, shape = run(installed, tmp_path / "log", text)
+    assert is_direct
+    assert seen == ["plain"] * 2 + ["published"] * 3 + ["plain"]
+    assert wrong.startswith("flash_attn_func: softcap must be 0 (off) or positive; got -1.0")
+    assert shape == [2, 40, 4, 64]
+
+
 BAD_CALLS = {
     "heads": "q[:, :, :3], q[:, :, :2], q[:, :, :2]",
     "head dims": "q, q[..., :32], q",

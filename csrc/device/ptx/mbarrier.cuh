@@ -25,6 +25,15 @@ __device__ inline void mbarrier_arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
+// The same by some threads only, without a branch: control flow stays the same for all.
+__device__ inline void mbarrier_arrive_if(bool is_due, uint32_t barrier) {
+  asm volatile(
+      "{.reg .pred due; setp.ne.s32 due, %1, 0;"
+      " @due mbarrier.arrive.shared::cta.b64 _, [%0];}" ::"r"(barrier),
+      "r"(static_cast<int>(is_due))
+      : "memory");
+}
+
 // Waits for the end of the phase of this parity: 0 for the first, 1 for the second, and so on. The
 // phase in front of the first counts as ended.
 __device__ inline void mbarrier_wait(uint32_t barrier, uint32_t parity) {

@@ -106,6 +106,36 @@ __device__ inline void st_global_128(void* gmem, uint4 x) {
                : "memory");
 }
 
+__device__ inline uint64_t ld_global_64(const uint64_t* gmem) {
+  uint64_t x;
+  asm volatile("ld.relaxed.gpu.global.b64 %0, [%1];" : "=l"(x) : "l"(gmem) : "memory");
+  return x;
+}
+
+__device__ inline void st_global_64(uint64_t* gmem, uint64_t x) {
+  asm volatile("st.relaxed.gpu.global.b64 [%0], %1;" ::"l"(gmem), "l"(x) : "memory");
+}
+
+// What memory held before x was added.
+__device__ inline uint64_t atomic_add(uint64_t* gmem, uint64_t x) {
+  uint64_t before;
+  asm volatile("atom.relaxed.gpu.global.add.u64 %0, [%1], %2;"
+               : "=l"(before)
+               : "l"(gmem), "l"(x)
+               : "memory");
+  return before;
+}
+
+// What memory held before; it holds x now, if that was `expected`.
+__device__ inline uint64_t atomic_compare_exchange(uint64_t* gmem, uint64_t expected, uint64_t x) {
+  uint64_t before;
+  asm volatile("atom.relaxed.gpu.global.cas.b64 %0, [%1], %2, %3;"
+               : "=l"(before)
+               : "l"(gmem), "l"(expected), "l"(x)
+               : "memory");
+  return before;
+}
+
 // Adds to memory without a reply.
 __device__ inline void red_add_f32(float* gmem, float x) {
   asm volatile("red.global.add.f32 [%0], %1;" ::"l"(gmem), "f"(x) : "memory");

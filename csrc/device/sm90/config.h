@@ -16,8 +16,8 @@ struct ForwardTile {
   int consumers;  // warpgroups that compute; one more loads and stores
   int block_n;
   int stages;        // buffers of K, and of V: a power of two
-  int q_buffers;     // 2: the next tile's scores are computed beside the end of this one
-  bool holds_q;      // Q stays in registers
+  int q_buffers;
+  bool holds_q;      // Q goes to registers, and leaves its buffer at once
   bool takes_turns;  // the consumers issue their products one after the other
 
   constexpr int block_m() const { return kBoxM * consumers; }
@@ -27,17 +27,21 @@ struct ForwardTile {
   constexpr int registers_of_others() const { return consumers == 2 ? 40 : 32; }
   // In shared memory: whole panels of 64.
   constexpr int columns() const { return (head_dim + 63) / 64 * 64; }
-  // Q, whose buffers O leaves through; K and V in stages; barriers and tiles.
+  // Where the next Q can be there before O has left: then the next tile's scores are computed beside
+  // the end of this one. Else O leaves through Q's buffer.
+  constexpr bool has_o_buffer() const { return holds_q || q_buffers > 1; }
+  // Q, O, K and V in stages; log-sum-exps; barriers and tiles.
   constexpr int smem_bytes() const {
-    return (q_buffers * block_m() + 2 * stages * block_n) * columns() * 2 + 1024;
+    return ((q_buffers + has_o_buffer()) * block_m() + 2 * stages * block_n) * columns() * 2 +
+           block_m() * 4 + 1024;
   }
 };
 
 constexpr ForwardTile kForwardTiles[] = {
-    {kNarrow, 64, 2, 128, 4, 2, true, true},    //
-    {kNarrow, 96, 2, 128, 2, 2, true, false},   //
-    {kNarrow, 128, 2, 128, 2, 2, true, false},  //
-    {kNarrow, 192, 2, 64, 2, 2, true, false},   //
+    {kNarrow, 64, 2, 128, 4, 1, true, true},    //
+    {kNarrow, 96, 2, 128, 2, 1, true, false},   //
+    {kNarrow, 128, 2, 128, 2, 1, true, false},  //
+    {kNarrow, 192, 2, 64, 2, 1, true, false},   //
     {kNarrow, 256, 2, 64, 2, 1, false, false},  //
     {kWide, 64, 3, 128, 4, 2, false, true},     //
 };

@@ -64,14 +64,17 @@ class Consumer {
   static constexpr int kHeadDim = Cfg::kHeadDim;
 
  public:
-  __device__ __forceinline__ Consumer(const ForwardParams& params, const Pipeline<Cfg>& pipe)
-      : params_(params), pipe_(pipe) {}
+  __device__ __forceinline__ Consumer(const TmaForwardParams& params, const Pipeline<Cfg>& pipe)
+      : params_(params.call),
+        scale_log2_(params.scale_log2),
+        pipe_(pipe),
+        consumer_(ptx::uniform(threadIdx.x / 128 - 1)) {}
 
   __device__ __forceinline__ void run() {
     if (Cfg::kTile.takes_turns) turns().begin();
     pipe_.tiles().wait_full(0);
     if (pipe_.tile(0).end > 0) {
-      if constexpr (Cfg::kQBuffers > 1) {
+      if constexpr (Cfg::kHasOBuffer) {
         run_joined();
       } else {
         run_apart();
@@ -86,7 +89,7 @@ class Consumer {
     open(0);
     first_step();
     for (;;) {
-      const bool opens = is_through_;
+      const bool opens = left_ == 0;
       if (opens) {
         pipe_.tiles().wait_full(tile_ + 1);
         if (pipe_.tile(tile_ + 1).end == 0) break;
@@ -102,7 +105,7 @@ class Consumer {
     for (uint32_t tile = 0; pipe_.tile(tile).end > 0; ++tile) {
       open(tile);
       first_step();
-      while (!is_through_) step(false);
+      while (left_ > 0) step(false);
       last_step();
       ++block_;
       pipe_.tiles().wait_full(tile + 1);
@@ -112,19 +115,20 @@ class Consumer {
   // Goes on to a tile's scores.
   __device__ __forceinline__ void open(uint32_t tile) {
     tile_ = tile;
-    key_block_ = pipe_.tile(tile).end - 1;
+    left_ = pipe_.tile(tile).end - pipe_.tile(tile).begin;
+    lazy_left_ = 0;
     is_careful_ = !is_plain();
-    pipe_.q(consumer()).wait_full(tile);
+    pipe_.q(consumer_).wait_full(tile);
     if constexpr (Cfg::kTile.holds_q) {
-      tile::load_a<TileQ>(q_, pipe_.q_buffer(tile, consumer()), warp_row(), lane());
+      tile::load_a<TileQ>(q_, pipe_.q_buffer(tile, consumer_), warp_row(), lane());
+      release_q(true);
     }
   }
 
-  // Whether the maximum may be lazy in the next block.
-  __device__ bool is_lazy() const {
-    const Tile& t = pipe_.tile(tile_);
-    return !is_careful_ && key_block_ >= t.lazy_begin[consumer()] &&
-           key_block_ < t.lazy_end[consumer()];
+  // How many blocks, from this one down, may have a lazy maximum; below 1 there is none.
+  __device__ int lazy_run(const Tile& t, int key_block) const {
+    if (is_careful_ || key_block >= t.lazy_end[consumer_]) return 0;
+    return key_block + 1 - t.lazy_begin[consumer_];
   }
 
   // Scores go to softmax as they are: no softcap, no ALiBi, a positive scale.
@@ -144,10 +148,9 @@ class Consumer {
     release(pipe_.k(), block_);
     softmax_.clear();
     absorb(s);
-    is_through_ = key_block_ == pipe_.tile(tile_).begin;
     tile::pack<T>(p_, s);
     o_.clear();
-    --key_block_;
+    count_block();
   }
 
   // Scores of one block beside the product of the last one with V. `opens`: these are the first
@@ -158,8 +161,7 @@ class Consumer {
     pipe_.k().wait_full(next);
     if (Cfg::kTile.takes_turns) turns().take();
     start_scores(s, next);
-    const uint32_t tile_of_p = opens ? tile_ - 1 : tile_;
-    start_output(tile_of_p, opens ? pipe_.tile(tile_of_p).begin : key_block_ + 1);
+    start_output(opens ? tile_ - 1 : tile_);
     if (Cfg::kTile.takes_turns) turns().pass();
     ptx::wgmma_wait<1>();
     ptx::pin(s.c[0]);
@@ -169,9 +171,7 @@ class Consumer {
       finish_sums(tile_ - 1);
       softmax_.clear();
     }
-    // Read early: where the step ends, the next products are waited for.
-    is_through_ = key_block_ == pipe_.tile(tile_).begin;
-    if (!is_lazy() || !absorb_lazily(s)) absorb(s);
+    if (lazy_left_ <= 0 || !absorb_lazily(s)) absorb(s);
     ptx::wgmma_wait<0>();
     ptx::pin(o_.c[0]);
     ptx::pin(p_);
@@ -183,14 +183,14 @@ class Consumer {
     } else if (softmax_.is_moved) {
       softmax_.scale_rows(o_);
     }
-    --key_block_;
+    count_block();
     block_ = next;
   }
 
   // The last product with V of a tile behind which no other stands yet.
   __device__ __forceinline__ void last_step() {
     if (Cfg::kTile.takes_turns) turns().take();
-    start_output(tile_, key_block_ + 1);
+    start_output(tile_);
     if (Cfg::kTile.takes_turns) turns().pass();
     finish_sums(tile_);
     ptx::wgmma_wait<0>();
@@ -200,20 +200,26 @@ class Consumer {
     store_output(tile_);
   }
 
+  __device__ __forceinline__ void count_block() {
+    --left_;
+    --lazy_left_;
+    if (Cfg::kHasOBuffer && !Cfg::kTile.holds_q) release_q(left_ == 0);
+  }
+
   __device__ __forceinline__ void start_scores(AccS& s, uint32_t block) {
     const uint32_t k = pipe_.k_buffer(block);
     if constexpr (Cfg::kTile.holds_q) {
       tile::start_abt<T, TileK>(s, q_, k);
     } else {
-      tile::start_abt<T, kHeadDim, TileQ, TileK>(s, pipe_.q_buffer(tile_, consumer()), k);
+      tile::start_abt<T, kHeadDim, TileQ, TileK>(s, pipe_.q_buffer(tile_, consumer_), k);
     }
   }
 
-  // `key_block`: of the tile, whose P is due.
-  __device__ __forceinline__ void start_output(uint32_t tile, int key_block) {
-    const Tile& t = pipe_.tile(tile);
+  // `tile`: of P.
+  __device__ __forceinline__ void start_output(uint32_t tile) {
     pipe_.v().wait_full(block_);
-    if (t.tail < kBlockN && key_block == t.end - 1) clear_tail(t.tail);
+    if (is_cut_) clear_tail(pipe_.tile(tile).tail);
+    is_cut_ = false;
     tile::start_pb<T, TileK>(o_, p_, pipe_.v_buffer(block_));
   }
 
@@ -226,7 +232,7 @@ class Consumer {
       ptx::st_shared_128(v + TileK::offset(at / kChunks, at % kChunks), make_uint4(0, 0, 0, 0));
     }
     ptx::fence_async_proxy();
-    ptx::named_barrier_sync(1 + consumer(), 128);
+    ptx::named_barrier_sync(1 + consumer_, 128);
   }
 
   // The ordinary way: for blocks of which some row does not see all, or whose scores must be
@@ -234,99 +240,119 @@ class Consumer {
   __device__ __forceinline__ void absorb(AccS& s) {
     const Tile& t = pipe_.tile(tile_);
     const attn::Mask mask(params_.scores, t.sq, t.sk);
-    const int row0 = t.row0 + 64 * consumer();
-    const int col0 = key_block_ * kBlockN;
+    const int row0 = t.row0 + 64 * consumer_;
+    const int key_block = t.begin + left_ - 1;
+    const int col0 = key_block * kBlockN;
     const int row = row0 + warp_row() + lane() / 4;
     const int col = col0 + lane() % 4 * 2;
-    float scale = params_.scores.softmax_scale;
+    float scale = scale_log2_;
     if (!is_plain()) {
       transform(s, attn::ScoreRule(params_.scores, t.sequence, t.head), row + mask.diagonal - col);
-      scale = 1.0f;
+      scale = attn::kLog2e;
     }
     if (mask.lowest(row0 + 63) > col0 || mask.highest(row0) < col0 + kBlockN) {
       attn::hide(s, mask, row, col);
     }
-    softmax_.absorb(s, scale * attn::kLog2e);
+    softmax_.absorb(s, scale);
+    // One more: this block will be counted too.
+    lazy_left_ = lazy_run(t, key_block - 1) + 1;
+    is_cut_ = key_block == t.end - 1 && t.tail < kBlockN;
   }
 
   // False: the scores stand as they were, for the ordinary way.
   __device__ __forceinline__ bool absorb_lazily(AccS& s) {
-    const float scale = params_.scores.softmax_scale * attn::kLog2e;
-    if (softmax_.template absorb_lazily<T>(s, scale)) return true;
-    recompute<Cfg>(s, params_, pipe_.tile(tile_), pipe_.q_buffer(tile_, consumer()), warp_row(),
-                   key_block_ * kBlockN, lane());
+    if (softmax_.template absorb_lazily<T>(s, scale_log2_)) return true;
+    const uint32_t q = Cfg::kTile.holds_q ? put_q_back() : pipe_.q_buffer(tile_, consumer_);
+    recompute<Cfg>(s, params_, pipe_.tile(tile_), q, warp_row(),
+                   (pipe_.tile(tile_).begin + left_ - 1) * kBlockN, lane());
     is_careful_ = true;  // such scores are likely to grow again
     return false;
   }
 
-  // Where a thread keeps what it must not keep in registers: among its warp's rows of Q, which no
-  // one reads any more.
-  __device__ uint32_t kept(uint32_t tile) const {
-    return pipe_.q_buffer(tile, consumer()) + warp_row() * 128 + lane() * 8;
+  // Q of the tile in shared memory once more: this warp's rows, where its rows of O will be.
+  __device__ uint32_t put_q_back() {
+    const uint32_t smem = pipe_.o_buffer(consumer_);
+    pipe_.o(consumer_).wait_empty(tile_);
+    tile::store_a<TileQ>(smem, q_, warp_row(), lane());
+    __syncwarp();
+    return smem;
   }
 
-  // Stores the log-sum-exp of a tile, and keeps what normalises its O. A row without keys gets O 0.
+  // Where a thread keeps what it must not keep in registers: among its warp's rows of O, which are
+  // not there yet.
+  __device__ uint32_t kept() const {
+    return pipe_.o_buffer(consumer_) + warp_row() * 128 + lane() * 8;
+  }
+
+  // Writes the log-sum-exp of a tile for those who store it, and keeps what normalises its O. A row
+  // without keys gets O 0.
   __device__ __forceinline__ void finish_sums(uint32_t tile) const {
-    const Tile& t = pipe_.tile(tile);
-    const int row = t.row0 + 64 * consumer() + warp_row() + lane() / 4;
-    float* lse =
-        params_.lse + t.batch_q * params_.lse_batch + t.head * params_.lse_head + t.first_q + row;
+    const uint32_t lse = pipe_.lse_buffer(consumer_) + (warp_row() + lane() / 4) * 4;
+    pipe_.o(consumer_).wait_empty(tile);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const float sum = softmax_.row_sum(h);
       const bool is_empty = sum == 0.0f;
-      const float factor = is_empty ? 0.0f : __fdividef(1.0f, sum);
-      ptx::st_shared_32(kept(tile) + 4 * h, __float_as_uint(factor));
-      if (lane() % 4 == 0 && row + 8 * h < t.sq) {
-        lse[8 * h] = is_empty ? attn::infinity() : (softmax_.shift[h] + ptx::lg2(sum)) * attn::kLn2;
-      }
+      const float factor = is_empty ? 0.0f : ptx::rcp(sum);
+      const float lse_of_row = (softmax_.shift[h] + ptx::lg2(sum)) * attn::kLn2;
+      ptx::st_shared_32(kept() + 4 * h, __float_as_uint(factor));
+      // The same from all four lanes of a row.
+      ptx::st_shared_32(lse + 32 * h, __float_as_uint(is_empty ? attn::infinity() : lse_of_row));
     }
   }
 
-  // Normalises and stores O, by way of the tile's buffer of Q.
+  // Normalises and stores O, by way of its buffer.
   __device__ __forceinline__ void store_output(uint32_t tile) const {
     const Tile& t = pipe_.tile(tile);
-    const uint32_t smem = pipe_.q_buffer(tile, consumer());
-    const float factor[2] = {ptx::ld_shared_f32(kept(tile)), ptx::ld_shared_f32(kept(tile) + 4)};
-    ptx::named_barrier_sync(1 + consumer(), 128);  // everyone is done with Q
+    const uint32_t smem = pipe_.o_buffer(consumer_);
+    const float factor[2] = {ptx::ld_shared_f32(kept()), ptx::ld_shared_f32(kept() + 4)};
+    __syncwarp();
     tile::store_matrix<T, TileQ>(smem, o_, factor, warp_row(), lane());
-    if (!is_stored_whole(params_, t, consumer())) {
+    if (!is_stored_whole(params_, t, consumer_)) {
       __syncwarp();
-      const int row = t.row0 + 64 * consumer() + warp_row();
+      const int row = t.row0 + 64 * consumer_ + warp_row();
       uint16_t* to = static_cast<uint16_t*>(params_.o.ptr) + t.head * params_.o.head +
                      (int64_t{t.first_q} + row) * params_.o.row;
       tile::copy_out_rows<TileQ, 16>(to, params_.o.row, smem, warp_row(), t.sq - row, params_.dv,
                                      lane());
     }
     ptx::fence_async_proxy();
-    pipe_.o(consumer()).arrive_full(tile);
+    pipe_.o(consumer_).arrive_full(tile);
+  }
+
+  // `is_last`: this warp has read the tile's Q for the last time.
+  __device__ __forceinline__ void release_q(bool is_last) const {
+    __syncwarp();
+    pipe_.q(consumer_).arrive_empty_if(is_last && lane() == 0, tile_);
   }
 
   // By one lane: products are over for the whole warpgroup at once.
   template <class Ring>
   __device__ void release(const Ring& ring, uint32_t block) const {
-    if (thread() == 0) ring.arrive_empty(block);
+    ring.arrive_empty_if(thread() == 0, block);
   }
 
   // Opaque, so that nothing that is seldom needed is computed ahead and kept.
   __device__ static int index() { return ptx::opaque(static_cast<int>(threadIdx.x)); }
   __device__ static int thread() { return index() % 128; }
-  __device__ static int consumer() { return index() / 128 - 1; }
-  __device__ static Turns<Cfg::kConsumers> turns() { return {consumer()}; }
+  __device__ Turns<Cfg::kConsumers> turns() const { return {consumer_}; }
   __device__ static int lane() { return index() % 32; }
   __device__ static int warp_row() { return thread() / 32 * 16; }
 
   const ForwardParams& params_;
+  const float scale_log2_;
   const Pipeline<Cfg>& pipe_;
+  const int consumer_;
   typename Cfg::AccO o_;
   uint32_t p_[kBlockN / 16][4];
   uint32_t q_[kHeadDim / 16][4];  // where the tile's Q is held
   Softmax softmax_;
   uint32_t tile_ = 0;   // of the scores, counted from the start
   uint32_t block_ = 0;  // of P, counted likewise: its product with V is due
-  int key_block_;       // whose scores are due next
-  bool is_through_;     // all scores of the tile have been computed
+  int left_;            // blocks of the tile whose scores are due, descending
+  int lazy_left_;       // of these, how many may have a lazy maximum from now on
   bool is_careful_;     // no lazy maximum in this tile
+  bool is_cut_;         // in the block of P, V has rows behind the sequence
 };
 
 }  // namespace flash::sm90

@@ -27,13 +27,13 @@ __device__ inline void forward(const TmaForwardParams& params) {
   if (threadIdx.x < 128) {
     ptx::give_registers<Cfg::kTile.registers_of_others()>();
     const int warp = threadIdx.x / 32;
-    if (threadIdx.x % 32 != 0) return;
-    if (warp == 0) load_tiles<Cfg>(params, pipe);
-    if (warp == 1) plan_tiles<Cfg>(params.call, pipe);
-    if (warp >= 2) store_tiles<Cfg>(params, pipe, warp - 2);
+    const int lane = threadIdx.x % 32;
+    if (warp == 0 && lane == 0) load_tiles<Cfg>(params, pipe);
+    if (warp == 1 && lane == 0) plan_tiles<Cfg>(params, pipe);
+    if (warp >= 2) store_tiles<Cfg>(params, pipe, warp - 2, lane);
   } else {
     ptx::take_registers<Cfg::kTile.registers_of_consumer()>();
-    Consumer<Cfg>(params.call, pipe).run();
+    Consumer<Cfg>(params, pipe).run();
   }
 }
 

@@ -19,6 +19,7 @@ struct ForwardConfig {
   static constexpr int kThreads = kTile.threads();
   static constexpr int kStages = kTile.stages;
   static constexpr int kQBuffers = kTile.q_buffers;
+  static constexpr bool kHasOBuffer = kTile.has_o_buffer();
   using TileQ = tile::SmemTile<64, kTile.columns()>;  // of one consumer
   using TileK = tile::SmemTile<kBlockN, kTile.columns()>;
   using AccS = tile::Accumulators<1, kBlockN / 8>;
@@ -66,26 +67,34 @@ struct Ring {
   }
   __device__ void arrive_full(uint32_t i) const { ptx::mbarrier_arrive(full(i)); }
   __device__ void arrive_empty(uint32_t i) const { ptx::mbarrier_arrive(empty(i)); }
+  __device__ void arrive_empty_if(bool is_due, uint32_t i) const {
+    ptx::mbarrier_arrive_if(is_due, empty(i));
+  }
 };
 
-// Q and O share buffers, so a tile's Q is followed by its O before the next Q comes:
-//
-//   q:     full: TMA has brought Q           empty: TMA has taken O from there
-//   o:     full: the consumer has written O  (it is empty when Q has been used: nobody waits)
+//   q:     full: TMA has brought Q           empty: its consumer has read it for the last time; or,
+//                                            where O shares its buffer, TMA has taken O from there
+//   o:     full: its consumer has written    empty: TMA has taken O from there, and the
+//          O and the log-sum-exp                    log-sum-exp has been read
 //   k, v:  full: TMA has brought the block   empty: both consumers are done with it
 //   tiles: full: the planner has written     empty: all of its O is there, and it has been loaded
+//   begun: full: its loads have begun        (nobody waits until it is empty)
 template <class Cfg>
 struct Pipeline {
   static constexpr int kTiles = 4;
   static constexpr int kConsumers = Cfg::kConsumers;
-  static constexpr int kQBytes = Cfg::kQBuffers * kConsumers * Cfg::TileQ::kBytes;
+  static constexpr int kOBuffer = Cfg::kHasOBuffer ? Cfg::kQBuffers * kConsumers : 0;
+  static constexpr int kQBytes =
+      (Cfg::kQBuffers + Cfg::kHasOBuffer) * kConsumers * Cfg::TileQ::kBytes;
   static constexpr int kKBytes = Cfg::kStages * Cfg::TileK::kBytes;
-  static constexpr int kBarriers = kQBytes + 2 * kKBytes;
+  static constexpr int kLses = kQBytes + 2 * kKBytes;
+  static constexpr int kBarriers = kLses + Cfg::kBlockM * 4;
   using QRing = Ring<Cfg::kQBuffers>;
+  using ORing = Ring<1>;
   using KRing = Ring<Cfg::kStages>;
   using TileRing = Ring<kTiles>;
   static constexpr int kTileRecords =
-      2 * kConsumers * QRing::kBytes + 2 * KRing::kBytes + TileRing::kBytes;
+      kConsumers * (QRing::kBytes + ORing::kBytes) + 2 * KRing::kBytes + 2 * TileRing::kBytes;
   static_assert(kTileRecords + kTiles * sizeof(Tile) <= 1024, "room behind the buffers");
 
   unsigned char* storage;
@@ -97,16 +106,25 @@ struct Pipeline {
   __device__ uint32_t q_buffer(uint32_t tile, int consumer) const {
     return smem + (tile % Cfg::kQBuffers * kConsumers + consumer) * Cfg::TileQ::kBytes;
   }
+  __device__ uint32_t o_buffer(int consumer) const {
+    return smem + (kOBuffer + consumer) * Cfg::TileQ::kBytes;
+  }
   __device__ uint32_t k_buffer(uint32_t block) const {
     return smem + kQBytes + block % Cfg::kStages * Cfg::TileK::kBytes;
   }
   __device__ uint32_t v_buffer(uint32_t block) const { return k_buffer(block) + kKBytes; }
 
+  // Of the 64 rows of a consumer.
+  __device__ uint32_t lse_buffer(int consumer) const { return smem + kLses + consumer * 256; }
+
   __device__ QRing q(int consumer) const { return {smem + kBarriers + consumer * QRing::kBytes}; }
-  __device__ QRing o(int consumer) const { return q(kConsumers + consumer); }
-  __device__ KRing k() const { return {q(2 * kConsumers).barriers}; }
+  __device__ ORing o(int consumer) const {
+    return {q(kConsumers).barriers + consumer * ORing::kBytes};
+  }
+  __device__ KRing k() const { return {o(kConsumers).barriers}; }
   __device__ KRing v() const { return {k().barriers + KRing::kBytes}; }
   __device__ TileRing tiles() const { return {v().barriers + KRing::kBytes}; }
+  __device__ TileRing begun() const { return {tiles().barriers + TileRing::kBytes}; }
   __device__ Tile& tile(uint32_t i) const {
     return reinterpret_cast<Tile*>(storage + kBarriers + kTileRecords)[i % kTiles];
   }
@@ -115,12 +133,13 @@ struct Pipeline {
   __device__ void init() const {
     if (threadIdx.x == 0) {
       for (int consumer = 0; consumer < kConsumers; ++consumer) {
-        q(consumer).init(1, 1);
+        q(consumer).init(1, Cfg::kHasOBuffer ? 4 : 1);  // its warps, or who stores O
         o(consumer).init(128, 1);
       }
       k().init(1, kConsumers);
       v().init(1, kConsumers);
       tiles().init(1, kConsumers + 1);
+      begun().init(1, 1);
       ptx::mbarrier_init_fence();
     }
     __syncthreads();

@@ -1,7 +1,8 @@
-// The warpgroup that computes nothing. One lane of each warp has a role: to plan tiles, to load
-// them, or to store a consumer's rows of O.
+// The warpgroup that computes nothing. Each warp has a role: to plan tiles, to load them, or to
+// store what the consumers have computed.
 #pragma once
 
+#include "attn/counter.cuh"
 #include "attn/mask.cuh"
 #include "attn/schedule.cuh"
 #include "attn/sequence.cuh"
@@ -10,60 +11,43 @@
 
 namespace flash::sm90 {
 
-// Tiles that this CTA works on, so that all CTAs get equal shares of short and long ones.
-//
-// Heads come in sections small enough for L2. Under a causal mask later rows are longer: within a
-// section all heads of one block of rows follow those of the last, and from section to section the
-// rows rise and fall in turn, so that tiles next to each other are of about one length. The last
-// section falls: short tiles fill the gaps at the end. Tiles are dealt out round by round, back and
-// forth: who gets the longest of one round gets the shortest of the next.
+// Tiles that this CTA works on: the first is its own, each later one the next that no CTA has. The
+// long ones come first (attn/schedule.cuh), so that short ones fill the gaps at the end.
 template <class Cfg>
 struct Schedule {
   const ForwardParams& params;
-  const uint32_t num_blocks, num_heads, section;
-  uint32_t round = 0;
+  const uint32_t num_blocks, num_tiles, last_section;
+  uint32_t index = blockIdx.x;
 
-  __device__ explicit Schedule(const ForwardParams& params)
-      : params(params),
+  __device__ explicit Schedule(const TmaForwardParams& of_call)
+      : params(of_call.call),
         num_blocks((params.seqs.sq + Cfg::kBlockM - 1) / Cfg::kBlockM),
-        num_heads(params.hq * params.seqs.b),
-        section(min(static_cast<uint32_t>(params.heads_per_section), num_heads)) {}
+        num_tiles(num_blocks * params.hq * params.seqs.b),
+        last_section(of_call.last_section) {
+    if (params.next_tile) attn::Counter{params.next_tile}.open(of_call.call_number);
+  }
 
+  // Fills in the next tile that has rows, or one with `end` 0 if there is none.
   __device__ void next(Tile& tile) {
-    for (;;) {
-      const uint32_t place = round % 2 == 0 ? blockIdx.x : gridDim.x - 1 - blockIdx.x;
-      const uint32_t index = round * gridDim.x + place;
-      ++round;
-      tile.end = 0;
-      if (index >= num_blocks * num_heads) return;
-      const Place at = place_of(index);
+    tile.end = 0;
+    for (; index < num_tiles && tile.end == 0; advance()) {
+      const attn::TileIndex at(index, num_blocks, params.hq, params.seqs.b,
+                               params.heads_per_section, last_section);
       const attn::Sequence seq(params.seqs, at.sequence);
-      if (at.block_m * Cfg::kBlockM < seq.sq) {
-        describe(at, seq, tile);
-        return;
-      }
+      if (at.block_m * Cfg::kBlockM < seq.sq) describe(at, seq, tile);
     }
   }
 
  private:
-  struct Place {
-    int block_m, head, sequence;
-  };
-
-  __device__ Place place_of(uint32_t index) const {
-    const uint32_t at = index / (num_blocks * section);
-    const uint32_t first = at * section;
-    const uint32_t size = min(section, num_heads - first);
-    index -= first * num_blocks;
-    const uint32_t row = index / size;
-    const uint32_t head = first + index - row * size;
-    const uint32_t sections_behind = (num_heads - first - 1) / section;
-    const uint32_t sequence = head / params.hq;
-    return {static_cast<int>(sections_behind % 2 == 0 ? num_blocks - 1 - row : row),
-            static_cast<int>(head - sequence * params.hq), static_cast<int>(sequence)};
+  // In the end every CTA takes a number that is no tile's; who takes the last closes the counter.
+  __device__ void advance() {
+    const attn::Counter counter = {params.next_tile};
+    const uint32_t taken = counter.word ? counter.count() : num_tiles;
+    if (taken == num_tiles - 1) counter.close();
+    index = gridDim.x + taken;
   }
 
-  __device__ void describe(const Place& at, const attn::Sequence& seq, Tile& tile) const {
+  __device__ void describe(const attn::TileIndex& at, const attn::Sequence& seq, Tile& tile) const {
     const Sequences& seqs = params.seqs;
     const int row0 = at.block_m * Cfg::kBlockM;
     tile.sequence = at.sequence;
@@ -112,16 +96,21 @@ __device__ inline void load_tile(uint32_t smem, const TensorMap& map, uint32_t f
   }
 }
 
-// One lane's work: what the CTA does next.
+// One lane's work: what the CTA does next. No tile is taken while a long one waits: another CTA may
+// be free sooner.
 template <class Cfg>
-__device__ inline void plan_tiles(const ForwardParams& params, const Pipeline<Cfg>& pipe) {
+__device__ inline void plan_tiles(const TmaForwardParams& params, const Pipeline<Cfg>& pipe) {
+  constexpr int kShort = 4;  // blocks: planning takes as long as two
   Schedule<Cfg> schedule(params);
   for (uint32_t i = 0;; ++i) {
     pipe.tiles().wait_empty(i);
-    schedule.next(pipe.tile(i));
-    const bool is_last = pipe.tile(i).end == 0;
+    Tile& tile = pipe.tile(i);
+    schedule.next(tile);
+    const bool is_last = tile.end == 0;
+    const bool is_long = tile.end - tile.begin > kShort;
     pipe.tiles().arrive_full(i);
     if (is_last) return;
+    if (is_long) pipe.begun().wait_full(i);
   }
 }
 
@@ -152,14 +141,15 @@ __device__ inline void load_tiles(const TmaForwardParams& params, const Pipeline
     pipe.tiles().wait_full(i);
     const Tile& tile = pipe.tile(i);
     if (tile.end == 0) break;
+    pipe.begun().arrive_full(i);
     for (int j = tile.end - 1; j >= tile.begin; --j) {
       const int row = tile.first_k + j * Cfg::kBlockN;
       pipe.k().wait_empty(block);
       load_tile<TileK>(pipe.k_buffer(block), params.k, pipe.k().full(block), kPanels, row,
                        tile.head_k, tile.batch_k);
       const bool is_first = j == tile.end - 1;
-      // With one buffer of Q, the last V must come before Q: it is what frees that buffer.
-      if (!is_first || Cfg::kQBuffers == 1) load_last_v();
+      // Where O leaves through Q's buffer, the last V must come before Q: O waits for it.
+      if (!is_first || !Cfg::kHasOBuffer) load_last_v();
       if (is_first) {
 #pragma unroll 1
         for (int consumer = 0; consumer < Cfg::kConsumers; ++consumer) {
@@ -167,7 +157,7 @@ __device__ inline void load_tiles(const TmaForwardParams& params, const Pipeline
           load_tile<TileQ>(pipe.q_buffer(i, consumer), params.q, pipe.q(consumer).full(i), kPanels,
                            tile.first_q + tile.row0 + 64 * consumer, tile.head, tile.batch_q);
         }
-        if (Cfg::kQBuffers > 1) load_last_v();
+        if (Cfg::kHasOBuffer) load_last_v();
       }
       row_v = row;
       head_v = tile.head_k;
@@ -186,35 +176,57 @@ __device__ inline bool is_stored_whole(const ForwardParams& params, const Tile& 
   return !params.seqs.cu_seqlens_q || tile.row0 + 64 * (consumer + 1) <= tile.sq;
 }
 
-// One lane's work: every second consumer's rows of O, from `first` on, and room for the next Q.
+// One lane's work: a consumer's rows of O.
+template <class Cfg>
+__device__ inline void store_output(const TmaForwardParams& params, const Tile& tile, uint32_t smem,
+                                    int consumer) {
+  using TileQ = typename Cfg::TileQ;
+#pragma unroll
+  for (int panel = 0; panel < TileQ::kCols / 64; ++panel) {
+    if (panel * 64 < params.call.dv) {
+      ptx::tma_store(params.o, smem + panel * TileQ::kPanelBytes, panel * 64,
+                     tile.first_q + tile.row0 + 64 * consumer, tile.head, tile.batch_q);
+    }
+  }
+  ptx::tma_store_commit();
+  ptx::tma_store_wait_read();
+}
+
+// A warp's work: log-sum-exps of a consumer's rows.
+__device__ inline void store_lse(const ForwardParams& params, const Tile& tile, uint32_t smem,
+                                 int consumer, int lane) {
+  const int row0 = tile.row0 + 64 * consumer;
+  float* lse =
+      params.lse + tile.batch_q * params.lse_batch + tile.head * params.lse_head + tile.first_q;
+#pragma unroll
+  for (int row = lane; row < 64; row += 32) {
+    if (row0 + row < tile.sq) lse[row0 + row] = ptx::ld_shared_f32(smem + 4 * row);
+  }
+}
+
+// A warp's work: results of every second consumer, from `first` on, and room for the next Q.
 template <class Cfg>
 __device__ inline void store_tiles(const TmaForwardParams& params, const Pipeline<Cfg>& pipe,
-                                   int first) {
-  using TileQ = typename Cfg::TileQ;
-  ptx::tma_prefetch(params.o);
+                                   int first, int lane) {
+  if (lane == 0) ptx::tma_prefetch(params.o);
   for (uint32_t i = 0;; ++i) {
     pipe.tiles().wait_full(i);
-    const Tile tile = pipe.tile(i);
+    const Tile& tile = pipe.tile(i);
     if (tile.end == 0) break;
     for (int consumer = first; consumer < Cfg::kConsumers; consumer += 2) {
       pipe.o(consumer).wait_full(i);
-      pipe.tiles().arrive_empty(i);
+      store_lse(params.call, tile, pipe.lse_buffer(consumer), consumer, lane);
+      __syncwarp();
+      if (lane != 0) continue;
       if (is_stored_whole(params.call, tile, consumer)) {
-#pragma unroll
-        for (int panel = 0; panel < TileQ::kCols / 64; ++panel) {
-          if (panel * 64 < params.call.dv) {
-            ptx::tma_store(params.o, pipe.q_buffer(i, consumer) + panel * TileQ::kPanelBytes,
-                           panel * 64, tile.first_q + tile.row0 + 64 * consumer, tile.head,
-                           tile.batch_q);
-          }
-        }
-        ptx::tma_store_commit();
-        ptx::tma_store_wait_read();
+        store_output<Cfg>(params, tile, pipe.o_buffer(consumer), consumer);
       }
-      pipe.q(consumer).arrive_empty(i);
+      pipe.o(consumer).arrive_empty(i);
+      if (!Cfg::kHasOBuffer) pipe.q(consumer).arrive_empty(i);
+      pipe.tiles().arrive_empty(i);
     }
   }
-  ptx::tma_store_wait();
+  if (lane == 0) ptx::tma_store_wait();
 }
 
 }  // namespace flash::sm90

@@ -75,6 +75,15 @@ __device__ __forceinline__ void load_a(uint32_t (&a)[kSteps][4], uint32_t smem, 
   for (int k = 0; k < kSteps; ++k) ptx::ldmatrix_x4(a[k], walk<Tile>(at, 0, 2 * k));
 }
 
+// The other way round.
+template <class Tile, int kSteps>
+__device__ __forceinline__ void store_a(uint32_t smem, const uint32_t (&a)[kSteps][4], int row,
+                                        int lane) {
+  const uint32_t at = smem + Tile::offset(row + lane % 16, lane / 16);
+#pragma unroll
+  for (int k = 0; k < kSteps; ++k) ptx::stmatrix_x4(walk<Tile>(at, 0, 2 * k), a[k]);
+}
+
 // o += P B: P packed to 16 bits, the first 8 kN columns of B.
 template <class T, class TileB, int kN>
 __device__ __forceinline__ void start_pb(Accumulators<1, kN>& o,

@@ -13,6 +13,7 @@ template <>
 inline constexpr bool kIsBf16<Bfloat16> = true;
 
 inline float ex2(float x) { return exp2f(x); }
+inline float rcp(float x) { return 1.0f / x; }
 inline float lg2(float x) { return log2f(x); }
 
 template <class T>

@@ -11,5 +11,8 @@ inline void mbarrier_arrive_expect(uint32_t barrier, int bytes) {
   emulator::mbarrier_arrive(barrier, bytes);
 }
 inline void mbarrier_arrive(uint32_t barrier) { emulator::mbarrier_arrive(barrier, 0); }
+inline void mbarrier_arrive_if(bool is_due, uint32_t barrier) {
+  if (is_due) mbarrier_arrive(barrier);
+}
 
 }  // namespace flash::ptx

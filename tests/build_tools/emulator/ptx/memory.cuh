@@ -50,6 +50,22 @@ inline float ld_shared_f32(uint32_t smem) {
 
 inline void st_global_128(void* gmem, uint4 x) { memcpy(gmem, &x, 16); }
 
+inline uint64_t ld_global_64(const uint64_t* gmem) { return *gmem; }
+
+inline void st_global_64(uint64_t* gmem, uint64_t x) { *gmem = x; }
+
+inline uint64_t atomic_add(uint64_t* gmem, uint64_t x) {
+  const uint64_t before = *gmem;
+  *gmem += x;
+  return before;
+}
+
+inline uint64_t atomic_compare_exchange(uint64_t* gmem, uint64_t expected, uint64_t x) {
+  const uint64_t before = *gmem;
+  if (before == expected) *gmem = x;
+  return before;
+}
+
 inline void red_add_f32(float* gmem, float x) { *gmem += x; }
 
 }  // namespace flash::ptx

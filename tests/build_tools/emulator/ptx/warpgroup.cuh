@@ -16,6 +16,8 @@ inline void named_barrier_arrive(int barrier, int threads) {
   emulator::barrier_arrive(barrier, threads);
 }
 
+inline int uniform(int x) { return x; }
+
 inline void stmatrix_x4(uint32_t smem, const uint32_t (&r)[4]) {
   const emulator::Slots& rows = emulator::exchange({smem});
   const int lane = threadIdx.x % 32;

@@ -1,0 +1,32 @@
+// A counter that CTAs of one launch share, in memory that nobody clears beforehand.
+#pragma once
+
+#include "ptx/memory.cuh"
+
+namespace flash::attn {
+
+// The high bits hold the call's number, the low ones how often it was counted. Whatever the memory
+// held before, it was not this number; and the last to count takes it away again, so that a
+// captured call can run another time.
+struct Counter {
+  uint64_t* word;
+
+  // By every CTA before it counts: the first one makes it a counter.
+  __device__ void open(uint64_t call_number) const {
+    const uint64_t fresh = call_number << kCounterBits;
+    uint64_t found = ptx::ld_global_64(word);
+    while (found >> kCounterBits != call_number) {
+      const uint64_t before = ptx::atomic_compare_exchange(word, found, fresh);
+      found = before == found ? fresh : before;
+    }
+  }
+
+  // How often it was called before.
+  __device__ uint32_t count() const {
+    return static_cast<uint32_t>(ptx::atomic_add(word, 1)) & ((1u << kCounterBits) - 1);
+  }
+
+  __device__ void close() const { ptx::st_global_64(word, 0); }
+};
+
+}  // namespace flash::attn
