@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from flash_attn._triton.dropout import kept
-from flash_attn._triton.numbers import LOG2_E, dot, product, wide
+from flash_attn._triton.numbers import LOG2_E, dot, narrow, product, wide
 from flash_attn._triton.scores import scored
 from flash_attn._triton.sequences import block_bounds, key_bounds, query_bounds, span, stretch
 from flash_attn._triton.tiles import load_rows, offsets, store_rows
@@ -46,11 +46,17 @@ def delta_kernel(
         return
     dout += wide(b) * do_b + wide(head) * do_h + wide(start) * do_s
     out += wide(b) * out_b + wide(head) * out_h + wide(start) * out_s
-    grads = load_rows(dout, row, offsets(do_s, do_d, ROWS, BLOCK_DV), do_s, sq, ROWS, BLOCK_DV, DV, True)
-    outs = load_rows(out, row, offsets(out_s, out_d, ROWS, BLOCK_DV), out_s, sq, ROWS, BLOCK_DV, DV, True)
+    grads = load_rows(
+        dout, row, offsets(do_s, do_d, ROWS, BLOCK_DV), do_s, sq, ROWS, BLOCK_DV, DV, True
+    )
+    outs = load_rows(
+        out, row, offsets(out_s, out_d, ROWS, BLOCK_DV), out_s, sq, ROWS, BLOCK_DV, DV, True
+    )
     total = tl.sum(grads.to(tl.float32) * outs.to(tl.float32), 1)
     i = row + tl.arange(0, ROWS)
-    delta += wide(b) * delta_b + wide(head) * delta_h + _delta_start(start, b, cu_seqlens_q is not None)
+    delta += (
+        wide(b) * delta_b + wide(head) * delta_h + _delta_start(start, b, cu_seqlens_q is not None)
+    )
     tl.store(delta + i, total, mask=i < sq)
 
 
@@ -89,11 +95,11 @@ def _walk_queries(
             is_kept = tl.trans(kept(rng_state, threshold, stream, row, column, ROWS, COLUMNS))
             dropped = tl.where(is_kept, p, 0.0)
             dp = tl.where(is_kept, dp * p_scale, 0.0)
-        dv = dot(dropped.to(grads.dtype), grads, dv)
+        dv = dot(narrow(dropped, grads.dtype), grads, dv)
         ds = p * (dp - row_delta[None, :])
         if HAS_SOFTCAP:
             ds *= 1.0 - cap * cap
-        dk = dot(ds.to(queries.dtype), queries, dk)
+        dk = dot(narrow(ds, queries.dtype), queries, dk)
     return dk, dv
 
 
@@ -125,8 +131,12 @@ def keys_kernel(
 
     k += wide(b) * k_b + wide(head_k) * k_h + wide(start_k) * k_s
     v += wide(b) * v_b + wide(head_k) * v_h + wide(start_k) * v_s
-    keys = load_rows(k, column, offsets(k_s, k_d, COLUMNS, BLOCK_D), k_s, sk, COLUMNS, BLOCK_D, D, True)
-    values = load_rows(v, column, offsets(v_s, v_d, COLUMNS, BLOCK_DV), v_s, sk, COLUMNS, BLOCK_DV, DV, True)
+    keys = load_rows(
+        k, column, offsets(k_s, k_d, COLUMNS, BLOCK_D), k_s, sk, COLUMNS, BLOCK_D, D, True
+    )
+    values = load_rows(
+        v, column, offsets(v_s, v_d, COLUMNS, BLOCK_DV), v_s, sk, COLUMNS, BLOCK_DV, DV, True
+    )
     q_tile, do_tile = offsets(q_s, q_d, ROWS, BLOCK_D), offsets(do_s, do_d, ROWS, BLOCK_DV)
     q += wide(b) * q_b + wide(start_q) * q_s
     dout += wide(b) * do_b + wide(start_q) * do_s
@@ -183,7 +193,7 @@ def _walk_keys(
         ds = p * (dp - row_delta[:, None])
         if HAS_SOFTCAP:
             ds *= 1.0 - cap * cap
-        dq = dot(ds.to(keys.dtype), keys, dq)
+        dq = dot(narrow(ds, keys.dtype), keys, dq)
     return dq
 
 
@@ -217,10 +227,16 @@ def queries_kernel(
     q += wide(b) * q_b + wide(head) * q_h + wide(start_q) * q_s
     dout += wide(b) * do_b + wide(head) * do_h + wide(start_q) * do_s
     queries = load_rows(q, row, offsets(q_s, q_d, ROWS, BLOCK_D), q_s, sq, ROWS, BLOCK_D, D, True)
-    grads = load_rows(dout, row, offsets(do_s, do_d, ROWS, BLOCK_DV), do_s, sq, ROWS, BLOCK_DV, DV, True)
+    grads = load_rows(
+        dout, row, offsets(do_s, do_d, ROWS, BLOCK_DV), do_s, sq, ROWS, BLOCK_DV, DV, True
+    )
     lse += wide(b) * lse_b + wide(head) * lse_h + start_q
     row_lse = tl.load(lse + i, mask=i < sq, other=float("inf")) * LOG2_E
-    delta += wide(b) * delta_b + wide(head) * delta_h + _delta_start(start_q, b, cu_seqlens_q is not None)
+    delta += (
+        wide(b) * delta_b
+        + wide(head) * delta_h
+        + _delta_start(start_q, b, cu_seqlens_q is not None)
+    )
     row_delta = tl.load(delta + i, mask=i < sq, other=0.0)
     head_k = head // heads_per_key
     k += wide(b) * k_b + wide(head_k) * k_h + wide(start_k) * k_s

@@ -24,7 +24,11 @@ def kept(rng_state, threshold, head, row, column, ROWS: tl.constexpr, COLUMNS: t
     lane = tl.reshape(tl.arange(0, 32), [1, 8, 1, 4])
     zero = tl.zeros(SHAPE, tl.int32)
     w0, w1, w2, w3 = tl.philox(
-        seed, tile_column * 32 + lane + zero, tile_row + zero, head + zero, offset.to(tl.int32) + zero
+        seed,
+        tile_column * 32 + lane + zero,
+        tile_row + zero,
+        head + zero,
+        offset.to(tl.int32) + zero,
     )
     # Words 0 and 1 are the upper 8 rows, 2 and 3 the lower; each word holds 2 x 8 columns' pairs.
     words = tl.join(tl.join(w0, w1), tl.join(w2, w3))

@@ -12,10 +12,17 @@ import triton
 import triton.language as tl
 
 from flash_attn._triton.dropout import kept
-from flash_attn._triton.numbers import LN_2, LOG2_E, dot, product, wide
+from flash_attn._triton.numbers import LN_2, LOG2_E, dot, narrow, product, wide
 from flash_attn._triton.scores import scored
-from flash_attn._triton.sequences import block_bounds, cache_row, key_bounds, key_span, span, stretch
-from flash_attn._triton.tiles import load_paged_rows, load_rows, offsets
+from flash_attn._triton.sequences import (
+    block_bounds,
+    cache_row,
+    key_bounds,
+    key_span,
+    span,
+    stretch,
+)
+from flash_attn._triton.tiles import load_keys, offsets
 
 
 @triton.jit
@@ -26,19 +33,16 @@ def _attend(
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, IS_PLAIN: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
     IS_MASKED: tl.constexpr,
-):
+):  # fmt: skip
     """acc, m and l after the keys from n_from to n_to."""
     factor = scale * LOG2_E if IS_PLAIN else 1.0
     for n in range(n_from, n_to, COLUMNS):
         n = tl.multiple_of(n, COLUMNS)
         j = n + tl.arange(0, COLUMNS)
-        if table is None:
-            keys = load_rows(k, n, k_tile, k_s, sk, COLUMNS, BLOCK_D, D, IS_MASKED)
-        else:
-            keys = load_paged_rows(
-                k, n, k_b, k_s, k_d, start_k, sk, table, page_size, num_pages, room_k,
-                COLUMNS, BLOCK_D, D,
-            )  # fmt: skip
+        keys = load_keys(
+            k, n, k_tile, k_b, k_s, k_d, start_k, sk, table, page_size, num_pages, room_k,
+            COLUMNS, BLOCK_D, D, IS_MASKED,
+        )  # fmt: skip
         s = product(q, tl.trans(keys))
         distance = diagonal[:, None] - j[None, :]
         s, _ = scored(s, distance, slopes, scale, softcap, IS_PLAIN, HAS_SOFTCAP)
@@ -55,14 +59,11 @@ def _attend(
         acc = acc * correction[:, None]
         if rng_state is not None:
             p = tl.where(kept(rng_state, threshold, stream, row, n, ROWS, COLUMNS), p, 0.0)
-        if table is None:
-            values = load_rows(v, n, v_tile, v_s, sk, COLUMNS, BLOCK_DV, DV, IS_MASKED)
-        else:
-            values = load_paged_rows(
-                v, n, v_b, v_s, v_d, start_k, sk, table, page_size, num_pages, room_k,
-                COLUMNS, BLOCK_DV, DV,
-            )  # fmt: skip
-        acc = dot(p.to(values.dtype), values, acc)
+        values = load_keys(
+            v, n, v_tile, v_b, v_s, v_d, start_k, sk, table, page_size, num_pages, room_k,
+            COLUMNS, BLOCK_DV, DV, IS_MASKED,
+        )  # fmt: skip
+        acc = dot(narrow(p, values.dtype), values, acc)
         m = new_m
     return acc, m, l
 
@@ -142,6 +143,6 @@ def forward_kernel(
     row_lse = tl.where(is_empty, float("inf"), (m + tl.log2(l)) * LN_2)
     out_rows = out + wide(split) * out_split + batch * out_b + position * out_s + h * out_h
     is_out = is_row & (dims_v < DV)[None, :]
-    tl.store(out_rows[:, None] + dims_v * out_d, acc.to(out.dtype.element_ty), mask=is_out)
+    tl.store(out_rows[:, None] + dims_v * out_d, narrow(acc, out.dtype.element_ty), mask=is_out)
     lse_rows = lse + wide(split) * lse_split + batch * lse_b + wide(h) * lse_h + position
     tl.store(lse_rows, row_lse, mask=r < sq * GROUP)

@@ -26,10 +26,14 @@ class Config(NamedTuple):
 # Best first, by kernel and padded head dim; a device takes the first one that fits it. Small tiles
 # for the interpreter, so that small tests have many.
 _INTERPRETED = (Config(64, 32, 4, 1),)
+_INTERPRETED_DECODE = (Config(16, 32, 4, 1),)
 _CONFIGS: dict[tuple[str, int], tuple[Config, ...]] = {
     ("forward", 64): (Config(128, 128, 8, 3), Config(128, 64, 4, 3)),
     ("forward", 128): (Config(128, 128, 8, 3), Config(128, 64, 8, 3)),
     ("forward", 256): (Config(128, 64, 8, 2),),
+    ("decode", 64): (Config(16, 128, 4, 3),),
+    ("decode", 128): (Config(16, 128, 4, 3), Config(16, 64, 4, 3)),
+    ("decode", 256): (Config(16, 64, 4, 2),),
     ("keys", 64): (Config(64, 128, 8, 3),),
     ("keys", 128): (Config(64, 128, 8, 2),),
     ("keys", 256): (Config(32, 64, 8, 1),),
@@ -41,8 +45,11 @@ _LAST_RESORT = (Config(64, 32, 4, 2), Config(32, 32, 4, 1), Config(16, 32, 4, 1)
 
 
 def configs(kind: str, d: int, dv: int) -> tuple[Config, ...]:
+    """Tile sizes to try for a kernel: "forward", "decode" (the same for few rows), "keys" or
+    "queries".
+    """
     if IS_INTERPRETED:
-        return _INTERPRETED
+        return _INTERPRETED_DECODE if kind == "decode" else _INTERPRETED
     width = max(64, padded(d), padded(dv))
     return _CONFIGS[kind, width] + _LAST_RESORT
 
@@ -111,6 +118,12 @@ def strides(name: str, x: Tensor) -> dict[str, int]:
 def row_strides(name: str, x: Tensor) -> dict[str, int]:
     """The same of a number for each row: (b, h, s), or packed (h, total)."""
     return {f"{name}_b": x.stride(0) if x.dim() == 3 else 0, f"{name}_h": x.stride(-2)}
+
+
+def lse_strides(name: str, x: Tensor) -> dict[str, int]:
+    """The same of (b, s, h), or packed (total, h)."""
+    batch = x.stride(0) if x.dim() == 3 else 0
+    return {f"{name}_b": batch, f"{name}_h": x.stride(-1), f"{name}_s": x.stride(-2)}
 
 
 @lru_cache

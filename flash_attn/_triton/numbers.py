@@ -46,3 +46,13 @@ def tanh(x):
 def wide(x):
     """x in 64 bits, be it a tensor, a constant or a number of the interpreter's loops."""
     return tl.cast(x, tl.int64)
+
+
+@triton.jit
+def narrow(x, dtype: tl.constexpr):
+    """float32 x in another dtype, rounded to nearest; the interpreter cuts bfloat16 off."""
+    if _WIDENS:
+        if dtype == tl.bfloat16:
+            bits = x.to(tl.int32, bitcast=True)
+            x = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+    return x.to(dtype)

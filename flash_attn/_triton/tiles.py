@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from flash_attn._triton.numbers import wide
+from flash_attn._triton.numbers import narrow, wide
 from flash_attn._triton.sequences import pages_at
 
 
@@ -53,8 +53,26 @@ def load_paged_rows(
 
 
 @triton.jit
-def store_rows(x, value, rows, stride_s, stride_d, SIZE: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr):
+def load_keys(
+    x, n, tile, stride_b, stride_s, stride_d, start, rows, table, page_size, num_pages, room,
+    SIZE: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr, IS_MASKED: tl.constexpr,
+):  # fmt: skip
+    """Rows n, n + 1, ... of a sequence, in pages or not."""
+    if table is None:
+        return load_rows(x, n, tile, stride_s, rows, SIZE, WIDTH, DIM, IS_MASKED)
+    else:
+        return load_paged_rows(
+            x, n, stride_b, stride_s, stride_d, start, rows, table, page_size, num_pages, room,
+            SIZE, WIDTH, DIM,
+        )  # fmt: skip
+
+
+@triton.jit
+def store_rows(
+    x, value, rows, stride_s, stride_d,
+    SIZE: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr,
+):  # fmt: skip
     """The first `rows` rows of a tile (SIZE, WIDTH) at x."""
     is_there = (tl.arange(0, SIZE) < rows)[:, None] & (tl.arange(0, WIDTH) < DIM)[None, :]
     pointers = x + offsets(stride_s, stride_d, SIZE, WIDTH)
-    tl.store(pointers, value.to(x.dtype.element_ty), mask=is_there)
+    tl.store(pointers, narrow(value, x.dtype.element_ty), mask=is_there)
