@@ -80,8 +80,7 @@ class BackendSupport:
     note: str
 
 
-# Best first: `backends.choose` takes the first row that fits. A backend without features is a
-# place that a later release fills; its reasons tell the user so.
+# Best first: `backends.choose` takes the first row that fits.
 BACKENDS: tuple[BackendSupport, ...] = (
     BackendSupport(
         "cuda",
@@ -92,7 +91,12 @@ BACKENDS: tuple[BackendSupport, ...] = (
         "from source",
     ),
     BackendSupport(
-        "triton", ("cuda", "xpu"), HALF_DTYPES, frozenset(), "Triton kernels: not in this release"
+        "triton",
+        ("cuda", "xpu"),
+        HALF_DTYPES,
+        FEATURE_NAMES - {"qv", "fp8"},
+        "Triton kernels, compiled when first called, for every GPU that the installed Triton "
+        "serves, head dims up to 256",
     ),
     BackendSupport(
         "cpu",
@@ -139,8 +143,8 @@ class KernelFamily:
 _SINCE_SM80 = ("80", "86", "89", "90", "100", "120", "80+ptx")
 
 # Best first. sm80's code runs on every later architecture too, compiled for it: what sm90 does not
-# do (dropout, pages, split calls) stays with it on cc 9.0. sm90_wide is sm90's code with wider tiles,
-# for calls without masks.
+# do (dropout, pages, split calls) stays with it on cc 9.0. sm90_wide is sm90's code with wider
+# tiles, for calls without masks.
 KERNEL_FAMILIES: tuple[KernelFamily, ...] = (
     KernelFamily("sm90_wide", ("forward",), (64,), HALF_DTYPES, ("90a",)),
     KernelFamily("sm90", ("forward",), (64, 96, 128, 192, 256), HALF_DTYPES, ("90a",)),

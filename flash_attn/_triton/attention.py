@@ -32,7 +32,7 @@ _S_DMASK_TILES = (Config(32, 32, 4, 1),)
 
 
 @torch.no_grad()
-def forward(call: Forward, name: str) -> tuple[Tensor, Tensor, Tensor]:
+def forward(call: Forward) -> tuple[Tensor, Tensor, Tensor]:
     """(out, softmax_lse, s_dmask); an append has been written to the cache before."""
     if call.append is not None:
         call = append_to_cache(call)
@@ -77,7 +77,7 @@ def _run_forward(call: Forward, plan: Plan, outs: Tensor, lses: Tensor) -> None:
 
 
 def combine(out_partial: Tensor, lse_partial: Tensor) -> tuple[Tensor, Tensor]:
-    """(out, lse) of attention over parts of the keys, (splits, b, s, h, d) and (splits, b, s, h)."""
+    """(out, lse) of parts over the keys, (splits, b, s, h, d) and (splits, b, s, h)."""
     out, lse = torch.empty_like(out_partial[0]), torch.empty_like(lse_partial[0])
     b, s = out.shape[:2]
     _combine(out, lse, out_partial, lse_partial, Sequences(), b, s)
@@ -138,7 +138,7 @@ def _s_dmask(call: Forward) -> Tensor:
 
 
 @torch.no_grad()
-def backward(call: Backward, name: str) -> Tensor:
+def backward(call: Backward) -> Tensor:
     """softmax_d; the call's dq, dk and dv are written in place."""
     q, k, v, seqs = call.q, call.k, call.v, call.sequences
     b, hq, hk, d, dv = batch_size(q, seqs), q.shape[-2], k.shape[-2], q.shape[-1], v.shape[-1]

@@ -1,4 +1,4 @@
-"""The backward kernels, from the log-sum-exp of the forward pass (FlashAttention-2, arXiv:2307.08691).
+"""The backward kernels, from the forward pass's log-sum-exp (FlashAttention-2, arXiv:2307.08691).
 
     P = exp(S - L),  D = rowsum(dO * O),  dS = P * (dO V^T - D)
     dV = P^T dO,  dK = scale * dS^T Q,  dQ = scale * dS K

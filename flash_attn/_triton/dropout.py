@@ -1,7 +1,7 @@
 """The dropout stream in a kernel: the same bits as `flash_attn/_cpu/philox.py`, whose layout it is.
 
 A Philox call yields the 16 bytes of rows i, i + 8 and columns j, j + 1, j + 8, j + 9, ... of a tile
-of 16 x 32. A block of scores draws its calls as one small tensor, and spreads the bytes by reshaping.
+of 16 x 32. A block of scores draws its calls as one small tensor and reshapes the bytes into place.
 """
 
 from __future__ import annotations

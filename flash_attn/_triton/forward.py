@@ -1,9 +1,9 @@
 """The forward kernel: online softmax over blocks of keys (FlashAttention-2, arXiv:2307.08691).
 
-A program holds a block of queries of one head, or of the heads that share a key head (GROUP > 1: row
-r is query r // GROUP of head r % GROUP), and walks over the keys that any of its queries sees. Blocks
-that all of them see whole run without masks. A program of a split call takes its part of the blocks
-and leaves a partial result for `combine`.
+A program holds a block of queries of one head, or of the heads that share a key head (GROUP > 1:
+row r is query r // GROUP of head r % GROUP), and walks over the keys that any of its queries sees.
+Blocks that all of them see whole run without masks. A program of a split call takes its part of the
+blocks and leaves a partial result for `combine`.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from flash_attn._triton.tiles import load_keys, offsets
 
 @triton.jit
 def _attend(
-    acc, m, l, q, k, v, n_from, n_to,
+    acc, m, total, q, k, v, n_from, n_to,
     k_tile, v_tile, k_b, k_s, k_d, v_b, v_s, v_d, start_k, sk, table, page_size, num_pages, room_k,
     i, first, last, diagonal, slopes, scale, softcap, rng_state, threshold, stream, row,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, IS_PLAIN: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
     IS_MASKED: tl.constexpr,
 ):  # fmt: skip
-    """acc, m and l after the keys from n_from to n_to."""
+    """acc, m and total after the keys from n_from to n_to."""
     factor = scale * LOG2_E if IS_PLAIN else 1.0
     for n in range(n_from, n_to, COLUMNS):
         n = tl.multiple_of(n, COLUMNS)
@@ -55,7 +55,7 @@ def _attend(
             shift = tl.where(new_m == -float("inf"), 0.0, new_m)
         p = tl.exp2(s * factor - shift[:, None])
         correction = tl.exp2(m - shift)
-        l = l * correction + tl.sum(p, 1)
+        total = total * correction + tl.sum(p, 1)
         acc = acc * correction[:, None]
         if rng_state is not None:
             p = tl.where(kept(rng_state, threshold, stream, row, n, ROWS, COLUMNS), p, 0.0)
@@ -65,7 +65,7 @@ def _attend(
         )  # fmt: skip
         acc = dot(narrow(p, values.dtype), values, acc)
         m = new_m
-    return acc, m, l
+    return acc, m, total
 
 
 @triton.jit
@@ -125,22 +125,22 @@ def forward_kernel(
     stream = b * hq + head
 
     m = tl.full([ROWS], -float("inf"), tl.float32)
-    l = tl.zeros([ROWS], tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, BLOCK_DV], tl.float32)
     for part in tl.static_range(0 if IS_LOCAL else 1, 3):
         n_from, n_to = stretch(part, start, full_from, full_to, stop)
-        acc, m, l = _attend(
-            acc, m, l, queries, k, v, n_from, n_to,
+        acc, m, total = _attend(
+            acc, m, total, queries, k, v, n_from, n_to,
             k_tile, v_tile, k_b, k_s, k_d, v_b, v_s, v_d, start_k, sk,
             table, page_size, num_pages, room_k,
             i, first, last, diagonal, slopes, scale, softcap, rng_state, threshold, stream, row,
             D, DV, BLOCK_D, BLOCK_DV, ROWS, COLUMNS, IS_PLAIN, HAS_SOFTCAP, part != 1,
         )  # fmt: skip
 
-    is_empty = l == 0.0
-    l = tl.where(is_empty, 1.0, l)
-    acc = acc * (p_scale / l)[:, None]
-    row_lse = tl.where(is_empty, float("inf"), (m + tl.log2(l)) * LN_2)
+    is_empty = total == 0.0
+    total = tl.where(is_empty, 1.0, total)
+    acc = acc * (p_scale / total)[:, None]
+    row_lse = tl.where(is_empty, float("inf"), (m + tl.log2(total)) * LN_2)
     out_rows = out + wide(split) * out_split + batch * out_b + position * out_s + h * out_h
     is_out = is_row & (dims_v < DV)[None, :]
     tl.store(out_rows[:, None] + dims_v * out_d, narrow(acc, out.dtype.element_ty), mask=is_out)

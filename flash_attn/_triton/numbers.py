@@ -51,8 +51,7 @@ def wide(x):
 @triton.jit
 def narrow(x, dtype: tl.constexpr):
     """float32 x in another dtype, rounded to nearest; the interpreter cuts bfloat16 off."""
-    if _WIDENS:
-        if dtype == tl.bfloat16:
-            bits = x.to(tl.int32, bitcast=True)
-            x = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+    if _WIDENS and dtype == tl.bfloat16:
+        bits = x.to(tl.int32, bitcast=True)
+        x = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
     return x.to(dtype)
