@@ -6,20 +6,19 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from flash_attn._problem import Append, Forward
 from flash_attn._triton.launch import Config, launch, padded, strides
-from flash_attn._triton.numbers import wide
+from flash_attn._triton.numbers import kernel, wide
 from flash_attn._triton.rotary import rotate_into
 from flash_attn._triton.sequences import pages_at, span
 
 _TILES = (Config(16, 16, 4, 1),)
 
 
-@triton.jit
+@kernel
 def append_kernel(
     cache, new, cache_b, cache_s, cache_h, cache_d, new_b, new_s, new_h, new_d,
     cu_seqlens, room_new, lengths, batch_idx, rows_of_cache,

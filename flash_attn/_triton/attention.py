@@ -27,7 +27,8 @@ from flash_attn._triton.plan import Plan, batch_size, longest, plan_forward
 from flash_attn._triton.s_dmask import s_dmask_kernel
 
 _UNBOUNDED = 1 << 30  # added to a position, it still fits in 32 bits
-_ROW_TILES = (Config(64, 16, 4, 1), Config(16, 16, 4, 1))
+_DELTA_TILES = (Config(64, 16, 4, 1), Config(16, 16, 4, 1))
+_COMBINE_TILES = (Config(16, 16, 4, 1),)
 _S_DMASK_TILES = (Config(32, 32, 4, 1),)
 
 
@@ -102,7 +103,7 @@ def _combine(
         "DV": dv,
         "BLOCK_DV": padded(dv),
     }  # fmt: skip
-    launch(combine_kernel, _ROW_TILES, "rows", rows, hq * b, out.device, args)
+    launch(combine_kernel, _COMBINE_TILES, "rows", rows, hq * b, out.device, args)
 
 
 def _by_row(lse: Tensor) -> Tensor:
@@ -162,7 +163,7 @@ def backward(call: Backward) -> Tensor:
         "DV": dv,
         "BLOCK_DV": padded(dv),
     }  # fmt: skip
-    launch(delta_kernel, _ROW_TILES, "rows", rows_q, hq * b, q.device, of_delta)
+    launch(delta_kernel, _DELTA_TILES, "rows", rows_q, hq * b, q.device, of_delta)
     shared = {
         "q": q, "k": k, "v": v, "dout": call.dout, "lse": call.softmax_lse, "delta": delta,
         **strides("q", q), **strides("k", k), **strides("v", v), **strides("do", call.dout),

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from flash_attn._triton.dropout import kept
-from flash_attn._triton.numbers import LOG2_E, dot, narrow, product, wide
+from flash_attn._triton.numbers import LOG2_E, dot, kernel, narrow, product, wide
 from flash_attn._triton.scores import scored
 from flash_attn._triton.sequences import block_bounds, key_bounds, query_bounds, span, stretch
 from flash_attn._triton.tiles import load_rows, offsets, store_rows
@@ -30,7 +30,7 @@ def _delta_start(start, b, IS_PACKED: tl.constexpr):
         return 0
 
 
-@triton.jit
+@kernel
 def delta_kernel(
     dout, out, delta,
     do_b, do_s, do_h, do_d, out_b, out_s, out_h, out_d, delta_b, delta_h,
@@ -103,7 +103,7 @@ def _walk_queries(
     return dk, dv
 
 
-@triton.jit
+@kernel
 def keys_kernel(
     q, k, v, dout, lse, delta, dk, dv,
     q_b, q_s, q_h, q_d, k_b, k_s, k_h, k_d, v_b, v_s, v_h, v_d, do_b, do_s, do_h, do_d,
@@ -197,7 +197,7 @@ def _walk_keys(
     return dq
 
 
-@triton.jit
+@kernel
 def queries_kernel(
     q, k, v, dout, lse, delta, dq,
     q_b, q_s, q_h, q_d, k_b, k_s, k_h, k_d, v_b, v_s, v_h, v_d, do_b, do_s, do_h, do_d,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from flash_attn._triton.numbers import LN_2, LOG2_E, narrow, wide
+from flash_attn._triton.numbers import LN_2, LOG2_E, kernel, narrow, wide
 from flash_attn._triton.sequences import span
 
 
@@ -16,7 +16,7 @@ def _part_lse(lses, split, lses_split, is_row):
     return tl.where(lse == float("inf"), -float("inf"), lse * LOG2_E)
 
 
-@triton.jit
+@kernel
 def combine_kernel(
     out, lse, outs, lses,
     out_b, out_s, out_h, out_d, lse_b, lse_h, lse_s,

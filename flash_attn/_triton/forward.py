@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from flash_attn._triton.dropout import kept
-from flash_attn._triton.numbers import LN_2, LOG2_E, dot, narrow, product, wide
+from flash_attn._triton.numbers import LN_2, LOG2_E, dot, kernel, narrow, product, wide
 from flash_attn._triton.scores import scored
 from flash_attn._triton.sequences import (
     block_bounds,
@@ -68,7 +68,7 @@ def _attend(
     return acc, m, total
 
 
-@triton.jit
+@kernel
 def forward_kernel(
     q, k, v, out, lse,
     q_b, q_s, q_h, q_d, k_b, k_s, k_h, k_d, v_b, v_s, v_h, v_d,

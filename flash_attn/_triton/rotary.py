@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from typing import Optional, Union
 
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from flash_attn._triton.launch import Config, launch, padded, strides
-from flash_attn._triton.numbers import narrow, wide
+from flash_attn._triton.numbers import kernel, narrow, wide
 from flash_attn._triton.sequences import span
 
 _TILES = (Config(32, 16, 4, 1), Config(8, 16, 4, 1))
 
 
-@triton.jit
+@kernel
 def rotary_kernel(
     out, x, cos, sin,
     out_b, out_s, out_h, out_d, x_b, x_s, x_h, x_d, cos_s, cos_d, sin_s, sin_d,

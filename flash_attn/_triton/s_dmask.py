@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 
 from flash_attn._triton.dropout import kept
-from flash_attn._triton.numbers import LOG2_E, narrow, product, wide
+from flash_attn._triton.numbers import LOG2_E, kernel, narrow, product, wide
 from flash_attn._triton.scores import scored
 from flash_attn._triton.sequences import block_bounds, cache_row, key_bounds, key_span, span
 from flash_attn._triton.tiles import load_keys, load_rows, offsets
 
 
-@triton.jit
+@kernel
 def s_dmask_kernel(
     q, k, s_dmask,
     q_b, q_s, q_h, q_d, k_b, k_s, k_h, k_d, s_b, s_h, s_s,
@@ -35,7 +34,7 @@ def s_dmask_kernel(
     start_k, sk = key_span(cu_seqlens_k, seqused_k, leftpad_k, table, room_k, b)
     i = row + tl.arange(0, ROWS)
     first, last = key_bounds(i, sq, sk, left, right, chunk, IS_LOCAL)
-    start, _, _, stop = block_bounds(first, last, COLUMNS)
+    start, _from, _to, stop = block_bounds(first, last, COLUMNS)
     q += wide(b) * q_b + wide(head) * q_h + wide(start_q) * q_s
     queries = load_rows(q, row, offsets(q_s, q_d, ROWS, BLOCK_D), q_s, sq, ROWS, BLOCK_D, D, True)
     row_k = cache_row(batch_idx, b, rows_of_cache)
