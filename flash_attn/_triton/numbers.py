@@ -9,8 +9,8 @@ import triton.language as tl
 
 # Numbers of a call that make no kernel faster: they don't ask for one of their own.
 _CHANGING = (
-    "num_blocks", "num_splits", "room", "room_q", "room_k", "room_new", "rows_of_cache", "num_pages",
-    "table_b", "slopes_b", "left", "right", "chunk", "offset", "step", "rows_of_table",
+    "num_blocks", "num_splits", "room", "room_q", "room_k", "room_new", "rows_of_cache",
+    "num_pages", "table_b", "slopes_b", "left", "right", "chunk", "offset", "step", "rows_of_table",
     "out_split", "lse_split", "lse_b", "lse_h", "delta_b", "delta_h",
     "outs_split", "outs_b", "lses_split", "lses_b", "lses_h", "lses_s", "s_b", "s_h",
 )  # fmt: skip
