@@ -115,20 +115,26 @@ KINDS = {
     )
 }
 
+
 # Kinds that a family makes its own way. A CTA of Hopper's has an SM to itself, as the compiler must
 # know for the registers that its warps hand over.
-_WIDE = "flash::sm90::ForwardConfig<flash::ptx::{dtype}, {head_dim}, flash::sm90::kWide>"
-KINDS_OF_FAMILIES = {
-    ("sm90", "forward"): dataclasses.replace(
-        KINDS["forward"], threads=f"{_FORWARD}::kThreads, 1", params="TmaForwardParams"
-    ),
-    ("sm90_wide", "forward"): dataclasses.replace(
+def _hopper_forward(serves: str) -> Kind:
+    config = (
+        f"flash::sm90::ForwardConfig<flash::ptx::{{dtype}}, {{head_dim}}, flash::sm90::{serves}>"
+    )
+    return dataclasses.replace(
         KINDS["forward"],
         headers=("sm90/forward.cuh",),
-        call=f"flash::sm90::forward<{_WIDE}>",
-        threads=f"{_WIDE}::kThreads, 1",
+        call=f"flash::sm90::forward<{config}>",
+        threads=f"{config}::kThreads, 1",
         params="TmaForwardParams",
-    ),
+    )
+
+
+KINDS_OF_FAMILIES = {
+    ("sm90_wide", "forward"): _hopper_forward("kFull"),
+    ("sm90", "forward"): _hopper_forward("kPlain"),
+    ("sm90_scored", "forward"): _hopper_forward("kAll"),
 }
 
 UNIT = Template("""\

@@ -26,19 +26,27 @@ int64_t num_tiles(const ForwardParams& params, const Shape& shape) {
   return ceil_div(params.seqs.sq, shape.block_m) * params.hq * params.seqs.b;
 }
 
-// Every query sees every key, and scores go to softmax as they are.
-bool is_plain(const ForwardParams& params) {
-  const Scores& scores = params.scores;
-  return scores.window_left < 0 && scores.window_right < 0 && scores.attention_chunk == 0 &&
-         scores.softcap == 0.0f && scores.alibi_slopes == nullptr && scores.softmax_scale > 0.0f;
+bool has_mask(const Scores& scores) {
+  return scores.window_left >= 0 || scores.window_right >= 0 || scores.attention_chunk != 0;
 }
+
+// Scores go to softmax as they are.
+bool is_plain(const Scores& scores) {
+  return scores.softcap == 0.0f && scores.alibi_slopes == nullptr && scores.softmax_scale > 0.0f;
+}
+
+bool is_hopper(int family) { return family >= kSm90Wide && family <= kSm90Scored; }
+
+// Whether later rows see more keys. Else tiles of one head run side by side, as no long ones must be
+// kept from the end.
+bool grows(const Scores& scores) { return scores.window_right >= 0 && scores.window_left < 0; }
 
 }  // namespace
 
 Shape shape_of(int family, int kind, int head_dim, int arch) {
-  if (family == kSm90 || family == kSm90Wide) {
-    const sm90::Width width = family == kSm90 ? sm90::kNarrow : sm90::kWide;
-    const sm90::ForwardTile tile = sm90::forward_tile(width, head_dim);
+  if (is_hopper(family)) {
+    const sm90::Serves serves = family == kSm90Wide ? sm90::kFull : sm90::kAll;
+    const sm90::ForwardTile tile = sm90::forward_tile(serves, head_dim);
     return {tile.block_m(), tile.block_n, tile.threads(), tile.smem_bytes(), sm90::kBoxM};
   }
   switch (kind) {
@@ -66,10 +74,11 @@ Shape shape_of(int family, int kind, int head_dim, int arch) {
 }
 
 bool takes(int family, const ForwardParams& params) {
-  if (family != kSm90 && family != kSm90Wide) return true;
+  if (!is_hopper(family)) return true;
   const Sequences& seqs = params.seqs;
+  if (family != kSm90Scored && !is_plain(params.scores)) return false;
   // Below two narrow tiles of rows a wide one has more that are empty.
-  if (family == kSm90Wide && (!is_plain(params) || seqs.sq < 256)) return false;
+  if (family == kSm90Wide && (has_mask(params.scores) || seqs.sq < 256)) return false;
   // Tensors without rows have no tensor maps.
   const bool has_rows = seqs.sk > 0 && (seqs.cu_seqlens_q == nullptr || seqs.total_q > 0) &&
                         (seqs.cu_seqlens_k == nullptr || seqs.total_k > 0);
@@ -126,9 +135,7 @@ int choose_section(const ForwardParams& params, const Shape& shape, const Device
   const int64_t bytes = int64_t{2} * params.seqs.sk * (params.d + params.dv);
   const int64_t heads = int64_t{params.hk} * params.seqs.b;
   if (shape.box_m > 0) {
-    // Tiles of a head run side by side, unless that would leave long ones for the end.
-    const Scores& scores = params.scores;
-    if (scores.window_right < 0 || scores.window_left >= 0) return group;
+    if (!grows(params.scores)) return group;
     return section(heads, bytes == 0 ? 1 : device.l2_bytes / 3 / bytes) * group;
   }
   // Tiles of the same head run side by side, and share K and V anyway, where heads are few.
@@ -139,10 +146,13 @@ int choose_section(const ForwardParams& params, const Shape& shape, const Device
 }
 
 uint32_t last_section(const ForwardParams& params, const Shape& shape, const Device& device) {
+  if (!grows(params.scores)) return UINT32_MAX;
   const int64_t heads = int64_t{params.hq} * params.seqs.b;
   const int64_t blocks = ceil_div(params.seqs.sq, shape.block_m);
-  // A CTA has two tiles of average length, or the longest.
-  const int64_t few = blocks == 0 ? heads : ceil_div(2 * device.num_sms, blocks);
+  // A CTA's share is as long as the longest tile, or twice as long where that costs no L2: heads of
+  // so many rows fill the device, so few are read at once.
+  const int64_t tiles = (2 * blocks > device.num_sms ? 4 : 2) * int64_t{device.num_sms};
+  const int64_t few = blocks == 0 ? heads : ceil_div(tiles, blocks);
   return heads <= few ? 0 : static_cast<uint32_t>((heads - few) / params.heads_per_section);
 }
 

@@ -7,7 +7,7 @@
 namespace flash::host {
 
 // Designs of kernels, as flash_attn/_support.py names them.
-enum Family : int { kSm80, kSm90, kSm90Wide, kCommon, kNumFamilies };
+enum Family : int { kSm80, kSm90Wide, kSm90, kSm90Scored, kCommon, kNumFamilies };
 
 // Tile and CTA of a kernel.
 struct Shape {
@@ -35,7 +35,7 @@ int limit_splits(int wanted, const ForwardParams& params, const Shape& shape);
 // Query heads that run together, so that their keys and values stay in L2.
 int choose_section(const ForwardParams& params, const Shape& shape, const Device& device);
 
-// The section that has all heads behind it too: enough that CTAs end at about the same time.
+// The section that has all heads behind it too: enough of them that CTAs end at about the same time.
 uint32_t last_section(const ForwardParams& params, const Shape& shape, const Device& device);
 
 // Whether CTAs take tile after tile from a counter.

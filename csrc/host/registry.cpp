@@ -15,7 +15,7 @@ constexpr int kMaxKernels = 1024;
 const char* const kKindNames[] = {"forward",  "combine", "append",  "delta",
                                   "backward", "convert", "s_dmask", "fill"};
 const char* const kDtypeNames[] = {"fp16", "bf16"};
-const char* const kFamilyNames[] = {"sm80", "sm90", "sm90_wide", "common"};
+const char* const kFamilyNames[] = {"sm80", "sm90_wide", "sm90", "sm90_scored", "common"};
 
 Kernel* g_kernels;  // the table is opened once and stays
 int g_num_kernels;

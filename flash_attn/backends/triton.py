@@ -9,7 +9,9 @@ import importlib.util
 from functools import lru_cache
 from types import ModuleType
 
+import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from flash_attn import _env, _support
 from flash_attn._problem import Backward, Forward, Problem
@@ -30,6 +32,27 @@ def takes(device_type: str) -> bool:
     if device_type == "cpu":
         return _env.FLASH_ATTN_BACKEND.get() == "triton" and _env.TRITON_INTERPRET.get()
     return device_type in _support.backend_support("triton").device_types
+
+
+def serves(x: Tensor) -> bool:
+    """Whether an operation of `flash_attn.ops.triton` runs its own kernel on x. Torch computes it
+    otherwise: on the CPU, in float64, without Triton, and for compilers and modes, which make
+    kernels of what they see.
+    """
+    return (
+        takes(x.device.type)
+        and is_installed()
+        and type(x) in (Tensor, Parameter)
+        and x.dtype != torch.float64
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+    )
+
+
+def require(name: str) -> None:
+    """ImportError unless Triton is installed; `name` is what needs it."""
+    if not is_installed():
+        raise ImportError(f"{name}: {NOT_INSTALLED}\nhint: {REMEDY}")
 
 
 def why_not(problem: Problem) -> list[str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from native_tools import ROOT, codegen, needs
 
 HERE = Path(__file__).parent
-FAMILIES = ("sm90", "sm90_wide")
+FAMILIES = ("sm90", "sm90_wide", "sm90_scored")
 
 
 def kernel_source(units: list[codegen.Unit]) -> str:

@@ -152,6 +152,7 @@ def told(machine: Stub, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[
             results[d, name] = error
     launched = {line.split()[1] for line in log.read_text("utf-8").splitlines() if "launch" in line}
     forward = {f"flash_fwd_sm90_d{d}_bf16" for d in HEAD_DIMS}
+    forward |= {f"flash_fwd_sm90_scored_d{d}_bf16" for d in HEAD_DIMS}
     assert launched == forward | {"flash_fwd_sm90_wide_d64_bf16", "flash_fill_bf16"}
     return results
 

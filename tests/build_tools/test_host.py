@@ -316,7 +316,7 @@ def test_hopper_runs_its_own_kernel_on_all_multiprocessors(
     assert few.kernel == many.kernel == "flash_fwd_sm90_d128_bf16"
     # 2 sequences of 4 heads have 3 tiles of 128 rows each, or 24; there are 132 multiprocessors.
     assert (few.grid, many.grid, few.block) == (2 * 4 * 3, 132, 3 * 128)
-    # Q twice, K and V twice each, in 128 columns of 2 bytes; two log-sum-exps a row, and barriers.
+    # Q and O, K and V twice each, in 128 columns of 2 bytes; two floats a row, and barriers.
     assert few.smem == (2 * 128 + 2 * 2 * 128) * 128 * 2 + 2 * 128 * 4 + 1024
 
 
@@ -332,10 +332,10 @@ say(plan_and_run(0, d=72))
     wide, *narrow = run_with(hopper, stub, tmp_path / "log", offsets, text)
     assert (wide.kernel, wide.block) == ("flash_fwd_sm90_wide_d64_bf16", 4 * 128)
     assert wide.grid == 2 * 4 * 2  # 300 rows in tiles of 192
-    assert wide.smem == (2 * 192 + 2 * 4 * 128) * 64 * 2 + 2 * 192 * 4 + 1024
+    assert wide.smem == (3 * 192 + 2 * 4 * 128) * 64 * 2 + 2 * 192 * 4 + 1024
     assert [x.kernel for x in narrow] == [
         "flash_fwd_sm90_d64_bf16",
-        "flash_fwd_sm90_d64_bf16",
+        "flash_fwd_sm90_scored_d64_bf16",
         "flash_fwd_sm90_d96_bf16",
     ]
 
@@ -393,8 +393,8 @@ def test_a_driver_that_refuses_hoppers_kernel_gets_another_and_is_asked_once(
     (folder / "90a.cubin").write_text("wrong-arch", "utf-8")
     found = run_with(folder, stub, log, offsets, "say(plan_and_run(0)); say(plan_and_run(0))")
     assert [x.kernel for x in found] == ["flash_fwd_sm80_d64_bf16"] * 2
-    # Any of five widths would serve, and wide tiles; none is tried twice.
-    assert (len(lines_of(log, "load")), len(lines_of(log, "unload"))) == (6 + 1, 6)
+    # Any of five widths would serve, of two families, and wide tiles; none is tried twice.
+    assert (len(lines_of(log, "load")), len(lines_of(log, "unload"))) == (11 + 1, 11)
 
 
 @pytest.mark.parametrize("cxx", ["g++", "clang++"])

@@ -27,16 +27,18 @@ STORE = (r"STG\.E(\.\w+)*\.128", r"st\.global(\.\w+)*\.v4")
 HOPPER = (
     (r"HGMMA\.64x\d+x16\.F32", ""),
     (r"UTMALDG\.4D", ""),
-    (r"UTMASTG\.4D", ""),
     (r"SYNCS\.ARRIVE\.TRANS64", ""),
     (r"SYNCS\.PHASECHK\.TRANS64\.TRYWAIT", ""),
     (r"USETMAXREG\.DEALLOC", ""),
     (r"USETMAXREG\.TRY_ALLOC", ""),
-    (r"STSM\.16\.M\w*88\.4", ""),
+    PRODUCT,
+    FRAGMENT,
+    STORE,
 )
+# How O leaves; at head dim 256, from registers.
+O_BUFFER = ((r"UTMASTG\.4D", ""), (r"STSM\.16\.M\w*88\.4", ""))
 MUST_HAVE = {
-    "sm90 forward": (*HOPPER, PRODUCT, FRAGMENT, STORE),
-    "sm90_wide forward": (*HOPPER, PRODUCT, FRAGMENT, STORE),
+    **{f"{family} forward": HOPPER for family in ("sm90", "sm90_wide", "sm90_scored")},
     "forward": (PRODUCT, COPY, FRAGMENT, STORE),
     "backward": (PRODUCT, COPY, FRAGMENT, STORE),
     "delta": (LOAD,),
@@ -106,7 +108,10 @@ def faults(unit: codegen.Unit, arch: Arch, code: bytes, log: str) -> Iterator[st
     """What is wrong with an image, in words."""
     found = (machine_code.ptx if arch.is_ptx else machine_code.sass)(code)
     form = 1 if arch.is_ptx else 0
-    for wanted in MUST_HAVE.get(f"{unit.family} {unit.kind}", MUST_HAVE[unit.kind]):
+    must_have = MUST_HAVE.get(f"{unit.family} {unit.kind}", MUST_HAVE[unit.kind])
+    if must_have is HOPPER and unit.head_dim < 256:
+        must_have = HOPPER + O_BUFFER
+    for wanted in must_have:
         if not machine_code.count(found, wanted[form]):
             yield f"no {wanted[form]}"
     products = machine_code.count(found, PRODUCT[form])

@@ -6,12 +6,13 @@ namespace flash::sm90 {
 
 constexpr int kBoxM = 64;  // rows of a consumer
 
-// Narrow tiles serve every call. Wide ones have more rows to each block of keys, and registers for
-// plain scores only.
-enum Width { kNarrow, kWide };
+// Calls that a kernel serves: all; those whose scores go to softmax as they are (no softcap, no
+// ALiBi, a positive scale); of these, those without masks. What a kernel need not do makes it smaller,
+// and short calls faster.
+enum Serves { kAll, kPlain, kFull };
 
 struct ForwardTile {
-  Width width;
+  bool is_wide;  // more rows to each block of keys
   int head_dim;
   int consumers;  // warpgroups that compute; one more loads and stores
   int block_n;
@@ -27,28 +28,29 @@ struct ForwardTile {
   constexpr int registers_of_others() const { return consumers == 2 ? 40 : 32; }
   // In shared memory: whole panels of 64.
   constexpr int columns() const { return (head_dim + 63) / 64 * 64; }
-  // Where the next Q can be there before O has left: then the next tile's scores are computed beside
-  // the end of this one. Else O leaves through Q's buffer.
+  // Where Q leaves its buffer early, the next tile's scores are computed beside the end of this one,
+  // and O has a buffer to leave by. Else it leaves from registers.
   constexpr bool has_o_buffer() const { return holds_q || q_buffers > 1; }
-  // Q, O, K and V in stages; log-sum-exps; barriers and tiles.
+  // Q, O, K and V in stages; two floats a row; barriers and tiles.
   constexpr int smem_bytes() const {
     return ((q_buffers + has_o_buffer()) * block_m() + 2 * stages * block_n) * columns() * 2 +
-           block_m() * 4 + 1024;
+           block_m() * 8 + 1024;
   }
 };
 
 constexpr ForwardTile kForwardTiles[] = {
-    {kNarrow, 64, 2, 128, 4, 1, true, true},    //
-    {kNarrow, 96, 2, 128, 2, 1, true, false},   //
-    {kNarrow, 128, 2, 128, 2, 1, true, false},  //
-    {kNarrow, 192, 2, 64, 2, 1, true, false},   //
-    {kNarrow, 256, 2, 64, 2, 1, false, false},  //
-    {kWide, 64, 3, 128, 4, 2, false, true},     //
+    {false, 64, 2, 128, 4, 1, true, true},    //
+    {false, 96, 2, 128, 2, 1, true, false},   //
+    {false, 128, 2, 128, 2, 1, true, false},  //
+    {false, 192, 2, 64, 2, 1, true, false},   //
+    {false, 256, 2, 64, 2, 1, false, false},  //
+    {true, 64, 3, 128, 4, 2, false, true},    //
 };
 
-constexpr ForwardTile forward_tile(Width width, int head_dim) {
+// Masks waste more of a wide tile.
+constexpr ForwardTile forward_tile(Serves serves, int head_dim) {
   for (const ForwardTile& tile : kForwardTiles) {
-    if (tile.width == width && tile.head_dim == head_dim) return tile;
+    if (tile.is_wide == (serves == kFull) && tile.head_dim == head_dim) return tile;
   }
   return {};
 }

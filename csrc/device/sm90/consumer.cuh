@@ -203,7 +203,7 @@ class Consumer {
   __device__ __forceinline__ void count_block() {
     --left_;
     --lazy_left_;
-    if (Cfg::kHasOBuffer && !Cfg::kTile.holds_q) release_q(left_ == 0);
+    if (!Cfg::kTile.holds_q) release_q(left_ == 0);
   }
 
   __device__ __forceinline__ void start_scores(AccS& s, uint32_t block) {
@@ -262,32 +262,28 @@ class Consumer {
   // False: the scores stand as they were, for the ordinary way.
   __device__ __forceinline__ bool absorb_lazily(AccS& s) {
     if (softmax_.template absorb_lazily<T>(s, scale_log2_)) return true;
-    const uint32_t q = Cfg::kTile.holds_q ? put_q_back() : pipe_.q_buffer(tile_, consumer_);
-    recompute<Cfg>(s, params_, pipe_.tile(tile_), q, warp_row(),
+    recompute<Cfg>(s, params_, pipe_.tile(tile_), q_in_memory(), warp_row(),
                    (pipe_.tile(tile_).begin + left_ - 1) * kBlockN, lane());
     is_careful_ = true;  // such scores are likely to grow again
     return false;
   }
 
-  // Q of the tile in shared memory once more: this warp's rows, where its rows of O will be.
-  __device__ uint32_t put_q_back() {
-    const uint32_t smem = pipe_.o_buffer(consumer_);
-    pipe_.o(consumer_).wait_empty(tile_);
-    tile::store_a<TileQ>(smem, q_, warp_row(), lane());
-    __syncwarp();
-    return smem;
-  }
-
-  // Where a thread keeps what it must not keep in registers: among its warp's rows of O, which are
-  // not there yet.
-  __device__ uint32_t kept() const {
-    return pipe_.o_buffer(consumer_) + warp_row() * 128 + lane() * 8;
+  // This warp's rows of Q in shared memory; if they have left it, once more, where O will be.
+  __device__ uint32_t q_in_memory() const {
+    if constexpr (Cfg::kTile.holds_q) {
+      pipe_.o(consumer_).wait_empty(tile_);
+      tile::store_a<TileQ>(pipe_.o_buffer(consumer_), q_, warp_row(), lane());
+      __syncwarp();
+      return pipe_.o_buffer(consumer_);
+    } else {
+      return pipe_.q_buffer(tile_, consumer_);
+    }
   }
 
   // Writes the log-sum-exp of a tile for those who store it, and keeps what normalises its O. A row
   // without keys gets O 0.
   __device__ __forceinline__ void finish_sums(uint32_t tile) const {
-    const uint32_t lse = pipe_.lse_buffer(consumer_) + (warp_row() + lane() / 4) * 4;
+    const uint32_t row = (warp_row() + lane() / 4) * 4;
     pipe_.o(consumer_).wait_empty(tile);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
@@ -295,28 +291,33 @@ class Consumer {
       const bool is_empty = sum == 0.0f;
       const float factor = is_empty ? 0.0f : ptx::rcp(sum);
       const float lse_of_row = (softmax_.shift[h] + ptx::lg2(sum)) * attn::kLn2;
-      ptx::st_shared_32(kept() + 4 * h, __float_as_uint(factor));
       // The same from all four lanes of a row.
-      ptx::st_shared_32(lse + 32 * h, __float_as_uint(is_empty ? attn::infinity() : lse_of_row));
+      ptx::st_shared_32(pipe_.factor_buffer(consumer_) + row + 32 * h, __float_as_uint(factor));
+      ptx::st_shared_32(pipe_.lse_buffer(consumer_) + row + 32 * h,
+                        __float_as_uint(is_empty ? attn::infinity() : lse_of_row));
     }
   }
 
-  // Normalises and stores O, by way of its buffer.
+  // Normalises and stores O.
   __device__ __forceinline__ void store_output(uint32_t tile) const {
     const Tile& t = pipe_.tile(tile);
-    const uint32_t smem = pipe_.o_buffer(consumer_);
-    const float factor[2] = {ptx::ld_shared_f32(kept()), ptx::ld_shared_f32(kept() + 4)};
-    __syncwarp();
-    tile::store_matrix<T, TileQ>(smem, o_, factor, warp_row(), lane());
-    if (!is_stored_whole(params_, t, consumer_)) {
-      __syncwarp();
-      const int row = t.row0 + 64 * consumer_ + warp_row();
-      uint16_t* to = static_cast<uint16_t*>(params_.o.ptr) + t.head * params_.o.head +
-                     (int64_t{t.first_q} + row) * params_.o.row;
-      tile::copy_out_rows<TileQ, 16>(to, params_.o.row, smem, warp_row(), t.sq - row, params_.dv,
-                                     lane());
+    const uint32_t factors = pipe_.factor_buffer(consumer_) + (warp_row() + lane() / 4) * 4;
+    const float factor[2] = {ptx::ld_shared_f32(factors), ptx::ld_shared_f32(factors + 32)};
+    const int row = t.row0 + 64 * consumer_ + warp_row();
+    uint16_t* to = static_cast<uint16_t*>(params_.o.ptr) + t.batch_q * params_.o.batch +
+                   t.head * params_.o.head + (int64_t{t.first_q} + row) * params_.o.row;
+    if constexpr (Cfg::kHasOBuffer) {
+      const uint32_t smem = pipe_.o_buffer(consumer_);
+      tile::store_matrix<T, TileQ>(smem, o_, factor, warp_row(), lane());
+      if (!is_stored_whole(params_, t, consumer_)) {
+        __syncwarp();
+        tile::copy_out_rows<TileQ, 16>(to, params_.o.row, smem, warp_row(), t.sq - row, params_.dv,
+                                       lane());
+      }
+      ptx::fence_async_proxy();
+    } else {
+      tile::store_rows<T>(to, params_.o.row, o_, factor, t.sq - row, params_.dv, lane());
     }
-    ptx::fence_async_proxy();
     pipe_.o(consumer_).arrive_full(tile);
   }
 

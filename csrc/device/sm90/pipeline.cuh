@@ -7,11 +7,11 @@
 
 namespace flash::sm90 {
 
-template <class T_, int kHeadDim_, Width kWidth = kNarrow>
+template <class T_, int kHeadDim_, Serves kServes>
 struct ForwardConfig {
   using T = T_;
-  static constexpr ForwardTile kTile = forward_tile(kWidth, kHeadDim_);
-  static constexpr bool kIsPlain = kWidth == kWide;
+  static constexpr ForwardTile kTile = forward_tile(kServes, kHeadDim_);
+  static constexpr bool kIsPlain = kServes != kAll;
   static constexpr int kConsumers = kTile.consumers;
   static constexpr int kBlockM = kTile.block_m();
   static constexpr int kHeadDim = kHeadDim_;
@@ -72,8 +72,7 @@ struct Ring {
   }
 };
 
-//   q:     full: TMA has brought Q           empty: its consumer has read it for the last time; or,
-//                                            where O shares its buffer, TMA has taken O from there
+//   q:     full: TMA has brought Q           empty: its consumer has read it for the last time
 //   o:     full: its consumer has written    empty: TMA has taken O from there, and the
 //          O and the log-sum-exp                    log-sum-exp has been read
 //   k, v:  full: TMA has brought the block   empty: both consumers are done with it
@@ -83,12 +82,11 @@ template <class Cfg>
 struct Pipeline {
   static constexpr int kTiles = 4;
   static constexpr int kConsumers = Cfg::kConsumers;
-  static constexpr int kOBuffer = Cfg::kHasOBuffer ? Cfg::kQBuffers * kConsumers : 0;
   static constexpr int kQBytes =
       (Cfg::kQBuffers + Cfg::kHasOBuffer) * kConsumers * Cfg::TileQ::kBytes;
   static constexpr int kKBytes = Cfg::kStages * Cfg::TileK::kBytes;
   static constexpr int kLses = kQBytes + 2 * kKBytes;
-  static constexpr int kBarriers = kLses + Cfg::kBlockM * 4;
+  static constexpr int kBarriers = kLses + Cfg::kBlockM * 8;
   using QRing = Ring<Cfg::kQBuffers>;
   using ORing = Ring<1>;
   using KRing = Ring<Cfg::kStages>;
@@ -107,15 +105,17 @@ struct Pipeline {
     return smem + (tile % Cfg::kQBuffers * kConsumers + consumer) * Cfg::TileQ::kBytes;
   }
   __device__ uint32_t o_buffer(int consumer) const {
-    return smem + (kOBuffer + consumer) * Cfg::TileQ::kBytes;
+    static_assert(Cfg::kHasOBuffer, "O leaves from registers");
+    return smem + (Cfg::kQBuffers * kConsumers + consumer) * Cfg::TileQ::kBytes;
   }
   __device__ uint32_t k_buffer(uint32_t block) const {
     return smem + kQBytes + block % Cfg::kStages * Cfg::TileK::kBytes;
   }
   __device__ uint32_t v_buffer(uint32_t block) const { return k_buffer(block) + kKBytes; }
 
-  // Of the 64 rows of a consumer.
-  __device__ uint32_t lse_buffer(int consumer) const { return smem + kLses + consumer * 256; }
+  // Of the 64 rows of a consumer: log-sum-exps, and what normalises O.
+  __device__ uint32_t lse_buffer(int consumer) const { return smem + kLses + consumer * 512; }
+  __device__ uint32_t factor_buffer(int consumer) const { return lse_buffer(consumer) + 256; }
 
   __device__ QRing q(int consumer) const { return {smem + kBarriers + consumer * QRing::kBytes}; }
   __device__ ORing o(int consumer) const {
@@ -133,7 +133,7 @@ struct Pipeline {
   __device__ void init() const {
     if (threadIdx.x == 0) {
       for (int consumer = 0; consumer < kConsumers; ++consumer) {
-        q(consumer).init(1, Cfg::kHasOBuffer ? 4 : 1);  // its warps, or who stores O
+        q(consumer).init(1, 4);  // its warps
         o(consumer).init(128, 1);
       }
       k().init(1, kConsumers);

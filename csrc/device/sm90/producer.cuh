@@ -15,24 +15,26 @@ namespace flash::sm90 {
 // long ones come first (attn/schedule.cuh), so that short ones fill the gaps at the end.
 template <class Cfg>
 struct Schedule {
+  const TmaForwardParams& with_maps;
   const ForwardParams& params;
-  const uint32_t num_blocks, num_tiles, last_section;
-  uint32_t index = blockIdx.x;
+  const uint32_t num_blocks, num_tiles;
+  uint32_t index;
+  bool is_first = true;
 
-  __device__ explicit Schedule(const TmaForwardParams& of_call)
-      : params(of_call.call),
+  __device__ explicit Schedule(const TmaForwardParams& with_maps)
+      : with_maps(with_maps),
+        params(with_maps.call),
         num_blocks((params.seqs.sq + Cfg::kBlockM - 1) / Cfg::kBlockM),
-        num_tiles(num_blocks * params.hq * params.seqs.b),
-        last_section(of_call.last_section) {
-    if (params.next_tile) attn::Counter{params.next_tile}.open(of_call.call_number);
-  }
+        num_tiles(num_blocks * params.hq * params.seqs.b) {}
 
   // Fills in the next tile that has rows, or one with `end` 0 if there is none.
   __device__ void next(Tile& tile) {
     tile.end = 0;
-    for (; index < num_tiles && tile.end == 0; advance()) {
+    while (tile.end == 0) {
+      advance();
+      if (index >= num_tiles) return;
       const attn::TileIndex at(index, num_blocks, params.hq, params.seqs.b,
-                               params.heads_per_section, last_section);
+                               params.heads_per_section, with_maps.last_section);
       const attn::Sequence seq(params.seqs, at.sequence);
       if (at.block_m * Cfg::kBlockM < seq.sq) describe(at, seq, tile);
     }
@@ -42,9 +44,17 @@ struct Schedule {
   // In the end every CTA takes a number that is no tile's; who takes the last closes the counter.
   __device__ void advance() {
     const attn::Counter counter = {params.next_tile};
-    const uint32_t taken = counter.word ? counter.count() : num_tiles;
-    if (taken == num_tiles - 1) counter.close();
-    index = gridDim.x + taken;
+    if (is_first) {
+      index = blockIdx.x;
+    } else if (!counter.word) {
+      index = num_tiles;
+    } else {
+      if (index == blockIdx.x) counter.open(with_maps.call_number);
+      const uint32_t taken = counter.count();
+      if (taken == num_tiles - 1) counter.close();
+      index = gridDim.x + taken;
+    }
+    is_first = false;
   }
 
   __device__ void describe(const attn::TileIndex& at, const attn::Sequence& seq, Tile& tile) const {
@@ -68,7 +78,7 @@ struct Schedule {
     // Rows that see no key take a block all the same, and hide it.
     tile.begin = begin < end ? begin : 0;
     tile.end = begin < end ? end : 1;
-#pragma unroll
+#pragma unroll 1
     for (int consumer = 0; consumer < Cfg::kConsumers; ++consumer) {
       const int first = row0 + 64 * consumer;
       tile.lazy_begin[consumer] = (mask.lowest(first + 63) + Cfg::kBlockN - 1) / Cfg::kBlockN;
@@ -148,7 +158,7 @@ __device__ inline void load_tiles(const TmaForwardParams& params, const Pipeline
       load_tile<TileK>(pipe.k_buffer(block), params.k, pipe.k().full(block), kPanels, row,
                        tile.head_k, tile.batch_k);
       const bool is_first = j == tile.end - 1;
-      // Where O leaves through Q's buffer, the last V must come before Q: O waits for it.
+      // Where the next Q waits for this tile's last scores, it must not hold up the last V.
       if (!is_first || !Cfg::kHasOBuffer) load_last_v();
       if (is_first) {
 #pragma unroll 1
@@ -218,11 +228,12 @@ __device__ inline void store_tiles(const TmaForwardParams& params, const Pipelin
       store_lse(params.call, tile, pipe.lse_buffer(consumer), consumer, lane);
       __syncwarp();
       if (lane != 0) continue;
-      if (is_stored_whole(params.call, tile, consumer)) {
-        store_output<Cfg>(params, tile, pipe.o_buffer(consumer), consumer);
+      if constexpr (Cfg::kHasOBuffer) {
+        if (is_stored_whole(params.call, tile, consumer)) {
+          store_output<Cfg>(params, tile, pipe.o_buffer(consumer), consumer);
+        }
       }
       pipe.o(consumer).arrive_empty(i);
-      if (!Cfg::kHasOBuffer) pipe.q(consumer).arrive_empty(i);
       pipe.tiles().arrive_empty(i);
     }
   }

@@ -32,6 +32,9 @@ extern Dim threadIdx, blockIdx, gridDim;
 struct float2 {
   float x, y;
 };
+struct uint2 {
+  uint32_t x, y;
+};
 struct uint4 {
   uint32_t x, y, z, w;
 };
@@ -115,16 +118,18 @@ inline float __int_as_float(int x) { return emulator::from_bits<float>(emulator:
 inline float __uint_as_float(uint32_t x) { return __int_as_float(static_cast<int>(x)); }
 inline uint32_t __float_as_uint(float x) { return static_cast<uint32_t>(__float_as_int(x)); }
 inline float2 make_float2(float x, float y) { return {x, y}; }
+inline uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
 inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
 inline int __ffs(uint32_t x) { return __builtin_ffs(static_cast<int>(x)); }
 
 inline void __syncthreads() { emulator::barrier_sync(0, 0); }
 inline void __syncwarp() { emulator::exchange({}); }
 
-inline float __shfl_xor_sync(uint32_t, float x, int mask) {
+template <class T>
+T __shfl_xor_sync(uint32_t, T x, int mask) {
   const int lane = threadIdx.x % 32;
-  const emulator::Slots& slots = emulator::exchange({emulator::bits_of<float>(x)});
-  return emulator::from_bits<float>(slots.of[lane ^ mask][0]);
+  const emulator::Slots& slots = emulator::exchange({emulator::bits_of<T>(x)});
+  return emulator::from_bits<T>(slots.of[lane ^ mask][0]);
 }
 
 inline uint32_t __ballot_sync(uint32_t, bool x) {
