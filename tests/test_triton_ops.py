@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,10 +17,13 @@ from torch import Tensor
 from flash_attn._rotary import batch_positions, rotate, varlen_positions
 from flash_attn.backends import triton
 from flash_attn.layers.rotary import apply_rotary_emb, apply_rotary_emb_qkv_
+from flash_attn.losses.cross_entropy import CrossEntropyLoss
+from flash_attn.ops.triton.cross_entropy import cross_entropy_loss
 from flash_attn.ops.triton.rotary import apply_rotary
 
 FP32, FP64, BF16, FP16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 HAS_GPU = torch.cuda.is_available()
+compiles = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 
 
 @pytest.fixture(params=["torch", "triton"])
@@ -40,7 +44,9 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 MODULES = (
     "flash_attn.ops.triton.rotary",
+    "flash_attn.ops.triton.cross_entropy",
     "flash_attn.layers.rotary",
+    "flash_attn.losses.cross_entropy",
 )
 
 
@@ -161,3 +167,149 @@ def test_rotary_refuses(changed: dict[str, Any], kind: type[Exception], told: st
     given = {"x": normal(2, 5, 3, 16), "cos": normal(5, 8), "sin": normal(5, 8), **changed}
     with pytest.raises(kind, match=f"^apply_rotary: .*{told}"):
         apply_rotary(**given)
+
+
+# --- Cross entropy ------------------------------------------------------------------------------
+
+
+def loss_oracle(
+    logits: Tensor,
+    labels: Tensor,
+    smoothing: float,
+    scale: float,
+    square: float,
+    ignore: int = -100,
+) -> tuple[Tensor, Tensor]:
+    """(losses, z_losses) by torch's own cross entropy."""
+    x = logits * scale
+    z = square * torch.logsumexp(x, 1).square()
+    z = torch.where(labels == ignore, 0.0, z)
+    losses = torch.nn.functional.cross_entropy(
+        x, labels, reduction="none", label_smoothing=smoothing, ignore_index=ignore
+    )
+    return losses + z, z
+
+
+LOSSES = [
+    (7, 1000, FP32, 0.0, 1.0, 0.0),
+    (7, 5003, BF16, 0.0, 1.0, 0.0),
+    (5, 64, FP16, 0.1, 0.7, 1e-3),
+    (3, 9001, BF16, 0.2, 1.3, 1e-4),
+    (1, 1, FP32, 0.0, 1.0, 0.1),
+]
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize(("n", "v", "dtype", "smoothing", "scale", "square"), LOSSES)
+def test_cross_entropy_and_its_gradient(
+    n: int,
+    v: int,
+    dtype: torch.dtype,
+    smoothing: float,
+    scale: float,
+    square: float,
+    inplace: bool,
+    way: str,
+) -> None:
+    logits, dlosses = (3 * normal(n, v)).to(dtype), normal(n, seed=1)
+    labels = torch.randint(v, (n,), generator=torch.Generator().manual_seed(2))
+    labels[n // 2] = -100 if n > 1 else labels[0]
+    runs = []
+    for wide in (FP64, dtype):
+        leaf = logits.to(wide).requires_grad_()
+        losses, z = loss_oracle(leaf, labels, smoothing, scale, square)
+        runs.append([losses, z, *torch.autograd.grad(losses, leaf, dlosses.to(losses.dtype))])
+    leaf = logits.clone().to(way).requires_grad_()
+    got = cross_entropy_loss(
+        leaf * 1 if inplace else leaf,
+        labels.to(way),
+        label_smoothing=smoothing,
+        logit_scale=scale,
+        lse_square_scale=square,
+        inplace_backward=inplace,
+    )
+    assert [x.dtype for x in got] == [FP32, FP32]
+    assert not got[1].requires_grad
+    grads = torch.autograd.grad(got[0], leaf, dlosses.to(way))
+    for name, x, exact, low in zip(("losses", "z_losses", "dlogits"), (*got, *grads), *runs):
+        check(name, x.detach(), exact.detach(), low.detach())
+
+
+def test_cross_entropy_takes_a_known_lse_and_ignores_rows_of_anything(way: str) -> None:
+    logits, labels = normal(4, 50), torch.tensor([3, 7, 7, 49])
+    lse = torch.logsumexp(logits, 1)
+    logits[1] = float("nan")
+    leaf = logits.clone().to(way).requires_grad_()
+    losses, _ = cross_entropy_loss(leaf, labels.to(way), (lse + 1).to(way), ignore_index=7)
+    expected = torch.nn.functional.cross_entropy(logits, labels, ignore_index=7, reduction="none")
+    rows = torch.tensor([0, 3])
+    torch.testing.assert_close(losses.detach().cpu()[rows], expected[rows] + 1)
+    assert losses.detach().cpu()[1:3].tolist() == [0.0, 0.0]
+    losses.sum().backward()
+    assert leaf.grad is not None
+    assert torch.equal(leaf.grad[1:3].cpu(), torch.zeros(2, 50))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_the_module_reduces_over_labels_that_count(reduction: str, way: str) -> None:
+    logits, labels = normal(6, 40), torch.tensor([0, 5, -100, 39, -100, 7])
+    module = CrossEntropyLoss(reduction=reduction, lse_square_scale=0.01, return_z_loss=True)
+    losses, z = loss_oracle(logits.double(), labels, 0.0, 1.0, 0.01)
+    got = module(logits.to(way), labels.to(way))
+    for x, rows in zip(got, (losses, z)):
+        reduced = {"mean": rows.sum() / 4, "sum": rows.sum(), "none": rows}[reduction]
+        torch.testing.assert_close(x.cpu().double(), reduced, rtol=1e-5, atol=1e-6)
+    with pytest.raises(NotImplementedError, match="reduction is 'max'"):
+        CrossEntropyLoss(reduction="max")
+
+
+@compiles
+def test_cross_entropy_compiles() -> None:
+    logits, labels = normal(6, 40).requires_grad_(), torch.tensor([0, 5, -100, 39, -100, 7])
+    compiled = torch.compile(CrossEntropyLoss(), fullgraph=True, backend="aot_eager")
+    results = []
+    for function in (CrossEntropyLoss(), compiled):
+        loss = function(logits, labels)
+        results.append((loss.detach(), *torch.autograd.grad(loss, logits)))
+    torch.testing.assert_close(results[0], results[1])
+
+
+def _losses_of_a_rank(rank: int, folder: str) -> None:
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2
+    )
+    logits, labels = normal(5, 20), torch.tensor([0, 19, 10, -100, 9])
+    leaf = logits[:, 10 * rank : 10 * rank + 10].clone().requires_grad_()
+    group = torch.distributed.group.WORLD
+    losses, _ = cross_entropy_loss(
+        leaf, labels, label_smoothing=0.1, lse_square_scale=0.01, process_group=group
+    )
+    losses.sum().backward()
+    torch.save((losses.detach(), leaf.grad), f"{folder}/{rank}")
+    torch.distributed.destroy_process_group()
+
+
+def test_classes_may_be_spread_over_ranks(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(_losses_of_a_rank, (str(tmp_path),), nprocs=2)
+    ranks = [torch.load(tmp_path / str(rank)) for rank in range(2)]
+    leaf, labels = normal(5, 20).double().requires_grad_(), torch.tensor([0, 19, 10, -100, 9])
+    losses, _ = loss_oracle(leaf, labels, 0.1, 1.0, 0.01)
+    losses.sum().backward()
+    for got, _ in ranks:
+        torch.testing.assert_close(got.double(), losses.detach(), rtol=1e-5, atol=1e-6)
+    grad = torch.cat([part for _, part in ranks], dim=1).double()
+    torch.testing.assert_close(grad, leaf.grad, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"labels": torch.zeros(3, dtype=torch.int64)}, r"must be \(n, v\) and \(n,\)"),
+        ({"logits": normal(2, 3, 4)}, r"must be \(n, v\)"),
+        ({"precomputed_lse": torch.zeros(1)}, "precomputed_lse has shape"),
+    ],
+)
+def test_cross_entropy_refuses(changed: dict[str, Any], told: str) -> None:
+    given = {"logits": normal(2, 4), "labels": torch.zeros(2, dtype=torch.int64), **changed}
+    with pytest.raises(ValueError, match=f"^cross_entropy_loss: .*{told}"):
+        cross_entropy_loss(**given)
