@@ -19,6 +19,7 @@ from flash_attn.backends import triton
 from flash_attn.layers.rotary import apply_rotary_emb, apply_rotary_emb_qkv_
 from flash_attn.losses.cross_entropy import CrossEntropyLoss
 from flash_attn.ops.triton.cross_entropy import cross_entropy_loss
+from flash_attn.ops.triton.layer_norm import RMSNorm, layer_norm_fn, rms_norm_fn
 from flash_attn.ops.triton.rotary import apply_rotary
 
 FP32, FP64, BF16, FP16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
@@ -45,6 +46,7 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 MODULES = (
     "flash_attn.ops.triton.rotary",
     "flash_attn.ops.triton.cross_entropy",
+    "flash_attn.ops.triton.layer_norm",
     "flash_attn.layers.rotary",
     "flash_attn.losses.cross_entropy",
 )
@@ -313,3 +315,147 @@ def test_cross_entropy_refuses(changed: dict[str, Any], told: str) -> None:
     given = {"logits": normal(2, 4), "labels": torch.zeros(2, dtype=torch.int64), **changed}
     with pytest.raises(ValueError, match=f"^cross_entropy_loss: .*{told}"):
         cross_entropy_loss(**given)
+
+
+# --- Layer norm and RMS norm --------------------------------------------------------------------
+
+
+def norm_oracle(
+    z: Tensor, weight: Any, bias: Any, eps: float, is_rms: bool, shift: float = 0.0
+) -> Tensor:
+    """The norm by torch's own functions."""
+    weight = None if weight is None else weight + shift
+    if not is_rms:
+        return torch.nn.functional.layer_norm(z, z.shape[-1:], weight, bias, eps)
+    y = torch.nn.functional.rms_norm(z, z.shape[-1:], weight, eps)
+    return y if bias is None else y + bias
+
+
+NORMS = [
+    # n, dtype, dtype of weights, residual, weight, bias, prenorm
+    (64, FP32, FP32, False, True, True, False),
+    (100, BF16, FP32, True, True, False, True),
+    (257, FP16, FP16, True, True, True, False),
+    (1000, BF16, BF16, False, False, False, True),
+    (1, FP32, FP32, True, True, True, True),
+]
+
+
+@pytest.mark.parametrize("is_rms", [False, True])
+@pytest.mark.parametrize(
+    ("n", "dtype", "wdtype", "has_residual", "has_w", "has_b", "prenorm"), NORMS
+)
+def test_norms_and_their_gradients(
+    n: int,
+    dtype: torch.dtype,
+    wdtype: torch.dtype,
+    has_residual: bool,
+    has_w: bool,
+    has_b: bool,
+    prenorm: bool,
+    is_rms: bool,
+    way: str,
+) -> None:
+    eps, shape = 1e-5, (3, 7, n)
+    given = {
+        "x": normal(*shape).to(dtype),
+        "residual": normal(*shape, seed=1).to(FP32) if has_residual else None,
+        "weight": normal(n, seed=2).to(wdtype) if has_w else None,
+        "bias": normal(n, seed=3).to(wdtype) if has_b else None,
+    }
+    leaves = {name: x for name, x in given.items() if x is not None}
+    douts = [normal(*shape, seed=4).to(dtype), normal(*shape, seed=5)][: 1 + prenorm]
+    runs = []
+    for wide in (FP64, dtype):
+        copies = {name: x.to(wide).requires_grad_() for name, x in leaves.items()}
+        z = copies["x"] + copies.get("residual", 0.0)
+        y = norm_oracle(z, copies.get("weight"), copies.get("bias"), eps, is_rms)
+        outs = [y, z][: 1 + prenorm]
+        grads = torch.autograd.grad(outs, [*copies.values()], [x.to(wide) for x in douts])
+        runs.append([*outs, *grads])
+    copies = {name: x.clone().to(way).requires_grad_() for name, x in leaves.items()}
+    function = rms_norm_fn if is_rms else layer_norm_fn
+    result = function(**{**given, **copies}, eps=eps, prenorm=prenorm)
+    outs = list(result) if prenorm else [result]
+    assert outs[0].dtype == dtype
+    if prenorm:
+        assert outs[1].dtype == (FP32 if has_residual else dtype)
+    douts = [dout.to(way, out.dtype) for dout, out in zip(douts, outs)]
+    grads = torch.autograd.grad(outs, [*copies.values()], douts)
+    assert [x.dtype for x in grads] == [x.dtype for x in leaves.values()]
+    for i, (got, exact, low) in enumerate(zip([*outs, *grads], *runs)):
+        check(f"{i}", got.detach(), exact.detach(), low.detach())
+
+
+def test_a_second_norm_reads_the_same_sum(way: str) -> None:
+    x, x1, residual = (normal(4, 48, seed=n).to(BF16) for n in range(3))
+    w, b, w1 = (normal(48, seed=n) for n in range(3, 6))
+    scale = torch.rand(4, generator=torch.Generator().manual_seed(6))
+    z = x.double() * scale.double()[:, None] + x1.double() + residual.double()
+    tensors = (x, w, b, residual, x1, w1)
+    y, y1, summed = layer_norm_fn(
+        *(t.to(way) for t in tensors),
+        eps=1e-5,
+        rowscale=scale.to(way),
+        prenorm=True,
+        zero_centered_weight=True,
+    )
+    expected = (
+        norm_oracle(z, w.double(), b.double(), 1e-5, False, shift=1.0),
+        norm_oracle(z, w1.double(), None, 1e-5, False, shift=1.0),
+        z,
+    )
+    for name, got, exact in zip(("y", "y1", "z"), (y, y1, summed), expected):
+        check(name, got, exact, exact.to(BF16))
+
+
+def test_dropout_before_a_norm_keeps_what_its_mask_says(way: str) -> None:
+    x = torch.ones(50, 64, device=way)
+    torch.manual_seed(0)
+    y, z, kept, kept1 = rms_norm_fn(
+        x, None, None, dropout_p=0.25, prenorm=True, return_dropout_mask=True
+    )
+    assert kept1 is None
+    assert 0.7 < kept.float().mean() < 0.8
+    torch.testing.assert_close(z, kept / 0.75)
+    torch.testing.assert_close(y, norm_oracle(z.cpu(), None, None, 1e-6, True).to(way))
+
+
+def test_norms_write_where_they_are_told_to(way: str) -> None:
+    x, residual = (normal(4, 48, seed=n).to(way) for n in range(2))
+    out, z = torch.empty_like(x), torch.empty_like(x)
+    assert layer_norm_fn(x, None, None, residual, out=out, residual_out=z) is out
+    torch.testing.assert_close(z, x + residual)
+    torch.testing.assert_close(out, norm_oracle(z, None, None, 1e-6, False))
+    y, z = layer_norm_fn(x.half(), None, None, prenorm=True, residual_in_fp32=True, out_dtype=BF16)
+    assert (y.dtype, z.dtype) == (BF16, FP32)
+
+
+def test_the_module_drops_in_training_only(way: str) -> None:
+    module = RMSNorm(32, dropout_p=0.5, zero_centered_weight=True, device=way)
+    assert not module.weight.any()
+    x = normal(3, 32).to(way)
+    expected = norm_oracle(x, None, None, 1e-5, True)
+    assert not torch.allclose(module(x), expected)
+    torch.testing.assert_close(module.eval()(x), expected)
+    _, z = module(x, residual=x, prenorm=True)
+    torch.testing.assert_close(z, 2 * x)
+
+
+@compiles
+def test_norms_compile() -> None:
+    x, w = normal(3, 32).requires_grad_(), normal(32, seed=1).requires_grad_()
+    compiled = torch.compile(rms_norm_fn, fullgraph=True, backend="aot_eager")
+    results = []
+    for function in (rms_norm_fn, compiled):
+        y, z = function(x, w, None, residual=x.detach(), prenorm=True)
+        results.append((y, z, *torch.autograd.grad(y.sum() + z.sum(), (x, w))))
+    torch.testing.assert_close(results[0], results[1])
+
+
+def test_norms_refuse_shapes_that_do_not_fit() -> None:
+    x = normal(2, 8)
+    for name, shape in (("weight", (4,)), ("residual", (8,)), ("rowscale", (8,))):
+        given = {"weight": None, "bias": None, name: torch.zeros(shape)}
+        with pytest.raises(ValueError, match=f"^layer_norm_fn: {name} has shape"):
+            layer_norm_fn(x, **given)

@@ -12,7 +12,7 @@ _CHANGING = (
     "num_blocks", "num_splits", "room", "room_q", "room_k", "room_new", "rows_of_cache",
     "num_pages", "table_b", "slopes_b", "left", "right", "chunk", "offset", "step", "rows_of_table",
     "out_split", "lse_split", "lse_b", "lse_h", "delta_b", "delta_h",
-    "num_columns", "first_class", "num_rows",
+    "first_class", "num_rows",
     "outs_split", "outs_b", "lses_split", "lses_b", "lses_h", "lses_s", "s_b", "s_h",
 )  # fmt: skip
 
