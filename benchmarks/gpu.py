@@ -265,17 +265,23 @@ def smi(field: str) -> str:
 
 def write(result: dict[str, Any], out: Path | None) -> Path:
     """The result as JSON, a row a line, numbers of four digits."""
-    name = re.sub(r"[^a-z0-9]+", "-", result["device"].lower()).strip("-")
-    path = out or RESULTS / f"{result['date']}-{name}.json"
+    path = out or RESULTS / f"{result['date']}-{slug(result['device'])}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     head = {key: value for key, value in result.items() if key not in ("cpu", "rows")}
     parts = [json.dumps(head, indent=1)[:-2]]
     for key in ("cpu", "rows"):
+        if key not in result:
+            continue
         lines = ",\n".join(f"  {json.dumps(rounded(row))}" for row in result[key])
         parts.append(f' "{key}": [\n{lines}\n ]')
     text = ",\n".join(parts) + "\n}\n"
     path.write_text(text, "utf-8")
     return path
+
+
+def slug(device: str) -> str:
+    """A device's name as part of a file's."""
+    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
 
 
 def rounded(value: Any) -> Any:

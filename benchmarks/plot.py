@@ -82,6 +82,46 @@ def plot_ratios(result: dict[str, Any], path: Path) -> None:
     finish(figure, panels, sorted({row["seqlen"] for row in rows}), title, path)
 
 
+def plot_peers(result: dict[str, Any], path: Path) -> None:
+    """A panel for each pass: TFLOP/s over those of the best other method, dense calls.
+
+    `result` is what peers.py writes.
+    """
+    rows = [row for row in result["rows"] if row["kind"] == "dense"]
+    lengths = sorted({row["seqlen"] for row in rows})
+    passes = list(dict.fromkeys(row["passes"] for row in rows))
+    width = 5.2 * len(passes)
+    figure, grid = plt.subplots(
+        1, len(passes), figsize=(width, 4.4), sharey=True, squeeze=False, layout="constrained"
+    )
+    panels = list(grid[0])
+    for panel, which in zip(panels, passes):
+        panel.set(title=which)
+        panel.axhline(1.0, color="black", linewidth=1)
+        for head_dim, causal in dict.fromkeys((row["head_dim"], row["causal"]) for row in rows):
+            points = [
+                row
+                for row in rows
+                if (row["passes"], row["head_dim"], row["causal"]) == (which, head_dim, causal)
+            ]
+            if len(points) < len(lengths):
+                continue
+            panel.plot(
+                [row["seqlen"] for row in points],
+                [row["ratio"] for row in points],
+                label=f"head dim {head_dim}, {'causal' if causal else 'full'}",
+                color=HEAD_DIM_COLORS.get(head_dim, "#555555"),
+                linestyle="-" if causal else "--",
+                marker="o",
+                markersize=4,
+            )
+    lines = panels[0].get_legend_handles_labels()
+    figure.legend(*lines, loc="outside lower center", ncols=3, frameon=False)
+    panels[0].set_ylabel("TFLOP/s over the best of FlashAttention-3 and cuDNN")
+    title = f"{result['device']}, torch {result['versions']['torch']}, {result['date']}"
+    finish(figure, panels, lengths, title, path)
+
+
 def finish(figure: Any, panels: Any, lengths: list[int], title: str, path: Path) -> None:
     """What all pictures share: an axis of sequence lengths, a title, the file."""
     for panel in panels:

@@ -44,8 +44,11 @@ def _show_report(report: dict[str, Any]) -> None:
     )
     _show_table(
         "What would run",
-        ("device", "problem", "backend"),
-        ((p["device"], p["title"], p["backend"] or _why(p["reasons"])) for p in report["plans"]),
+        ("device", "problem", "backend", "forward kernel"),
+        (
+            (p["device"], p["title"], p["backend"] or _why(p["reasons"]), p["kernel"] or "")
+            for p in report["plans"]
+        ),
     )
 
 

@@ -40,11 +40,15 @@ class Device:
 
 @dataclass(frozen=True)
 class Plan:
-    """What runs a typical problem on a device: a backend, or why none that takes it does."""
+    """What runs a typical problem on a device: a backend, or why none that takes it does.
+
+    `kernel` is that of the forward pass, where the backend has kernels and one is certain.
+    """
 
     device: str
     title: str
     backend: Optional[str]
+    kernel: Optional[str]
     reasons: dict[str, list[str]]
 
 
@@ -85,7 +89,8 @@ def plans() -> list[Plan]:
             chosen = next((name for name, reasons in rows if not reasons), None)
             takers = [row.name for row in _support.BACKENDS if device.type in row.device_types]
             reasons = {name: words for name, words in rows if name in takers}
-            made.append(Plan(device.name, title, chosen, reasons))
+            kernel = cuda.forward_kernel(problem) if chosen == "cuda" else None
+            made.append(Plan(device.name, title, chosen, kernel, reasons))
     return made
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import math
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -143,6 +144,10 @@ def gpu_table() -> str:
     return sections("gpu", gpu_section)
 
 
+def peers_table() -> str:
+    return sections("peers", peers_section)
+
+
 def build_table() -> str:
     return sections("build", build_section)
 
@@ -198,6 +203,34 @@ def gpu_section(result: dict[str, Any]) -> str:
     for kind in dict.fromkeys((row["dtype"], row["passes"]) for row in result["rows"]):
         rows = [row for row in result["rows"] if (row["dtype"], row["passes"]) == kind]
         parts.append(f"**{kind[1]}, `{kind[0]}`**\n\n{ratio_table(rows)}")
+    return "\n".join(parts)
+
+
+def peers_section(result: dict[str, Any]) -> str:
+    """Heading, and a table for each pass: ratio to the best peer, TFLOP/s of all."""
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    told = f"Driver {result['driver']}, {result['power_limit']}."
+    parts = [f"### {result['device']}, {result['date']}\n\n{versions}. {told}\n"]
+    picture = Path(result["file"]).with_suffix(".png")
+    if (RESULTS / picture).exists():
+        parts.append(f"![Ratios to the best peer by sequence length](results/{picture})\n")
+    methods = list(result["rows"][0]["tflops"])
+    for passes in dict.fromkeys(row["passes"] for row in result["rows"]):
+        rows = [row for row in result["rows"] if row["passes"] == passes]
+        mean = math.exp(sum(math.log(row["ratio"]) for row in rows) / len(rows))
+        lines = [
+            (
+                row["kind"],
+                str(row["head_dim"]),
+                "causal" if row["causal"] else "full",
+                str(row["seqlen"]),
+                f"{row['ratio']:.3f}",
+                *(f"{row['tflops'][m]:.0f}" if m in row["tflops"] else "-" for m in methods),
+            )
+            for row in rows
+        ]
+        header = ("Call", "Head dim", "Mask", "Length", "Ratio", *methods)
+        parts.append(f"**{passes}**, geometric mean {mean:.3f}\n\n{table(header, lines)}")
     return "\n".join(parts)
 
 
@@ -303,6 +336,7 @@ RENDERERS = {
     "build_variables": build_variables_table,
     "bench": bench_table,
     "gpu": gpu_table,
+    "peers": peers_table,
     "build": build_table,
     "install": install_table,
     "environments": environments_table,

@@ -199,6 +199,27 @@ int flash_find(int kind, int head_dim, int dtype, int cc) {
   return find({kind, head_dim, dtype, cc}) != nullptr;
 }
 
+const char* flash_forward_kernel(int head_dim, int dtype, int cc, int features) {
+  constexpr int kRows = 4096;
+  alignas(16) static int64_t memory[2];  // looked at by nobody
+  ForwardParams params = {};
+  const int d = (head_dim + 7) / 8 * 8;
+  params.q = params.k = params.v = params.o = {memory, int64_t{kRows} * d, d, d};
+  params.seqs.b = params.seqs.cache_rows = params.hq = params.hk = 1;
+  params.seqs.sq = params.seqs.sk = kRows;
+  params.d = params.dv = d;
+  params.scores.softmax_scale = 1.0f;
+  params.scores.window_left = -1;
+  params.scores.window_right = (features & FLASH_MASK) != 0 ? 0 : -1;
+  params.scores.softcap = (features & FLASH_SCORED) != 0 ? 1.0f : 0.0f;
+  if ((features & FLASH_DROPOUT) != 0) params.scores.rng_state = memory;
+  if ((features & FLASH_PAGES) != 0) {
+    params.seqs.block_table = reinterpret_cast<const int32_t*>(memory);
+  }
+  const Kernel* found = find({FLASH_FORWARD, head_dim, dtype, cc, &params});
+  return found == nullptr ? nullptr : found->symbol;
+}
+
 int flash_compute_capability(int ordinal) {
   const Device* on = device(ordinal);
   return on == nullptr ? 0 : on->cc;

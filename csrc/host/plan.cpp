@@ -93,7 +93,7 @@ bool shares_tiles(const ForwardParams& params, const Shape& shape, const Device&
 }
 
 int64_t num_ctas(const ForwardParams& params, const Shape& shape, const Device& device) {
-  if (shares_tiles(params, shape, device)) return device.num_sms;
+  if (shape.box_m > 0 && params.next_tile != nullptr) return device.num_sms;
   return num_tiles(params, shape) * params.num_splits;
 }
 

@@ -31,6 +31,13 @@ _STABLE = "_shim_stable.so"
 # csrc/host/api.h numbers kinds and dtypes in this order.
 _KINDS = ("forward", "combine", "append", "delta", "backward", "convert", "s_dmask", "fill")
 _DTYPES = _support.HALF_DTYPES
+# Bits of csrc/host/api.h and the features that they stand for.
+_FEATURE_BITS = (
+    (1, {"causal", "window", "attention_chunk"}),
+    (2, {"softcap", "alibi"}),
+    (4, {"dropout"}),
+    (8, {"paged_kv"}),
+)
 # What a feature needs beyond the kernels of every forward or backward call.
 _KINDS_OF_FEATURES = (("kv_append", "append"), ("varlen", "fill"), ("seqused", "fill"))
 
@@ -111,6 +118,7 @@ def _load() -> tuple[Optional[ctypes.CDLL], str, str]:
         # By its path and first: the shim then takes this one, whatever LD_LIBRARY_PATH has.
         host = _open(_HOST_LIBRARY, system)
         host.flash_last_error.restype = ctypes.c_char_p
+        host.flash_forward_kernel.restype = ctypes.c_char_p
         serve = _open(shim, f"{system}, another build of torch than {version}").flash_attn_serve
         serve.restype = ctypes.c_char_p
         error = serve(str(_KERNELS).encode(), int(_serves_directly()))
@@ -143,6 +151,20 @@ def why_not(problem: Problem) -> list[str]:
         if not _HOST.flash_find(*wanted):
             reasons.append(_HOST.flash_last_error().decode())
     return reasons
+
+
+def forward_kernel(problem: Problem) -> Optional[str]:
+    """The kernel that runs a problem's forward pass on a CUDA device; None where that depends on
+    its sizes (a cache is read in parts where the batch is small).
+    """
+    if _HOST is None or problem.capability is None or "kv_append" in problem.features:
+        return None
+    asked = sum(bit for bit, names in _FEATURE_BITS if names & problem.features)
+    head_dim = max(problem.head_dim, problem.head_dim_v)
+    major, minor = problem.capability
+    dtype = _DTYPES.index(problem.dtype)
+    name: Optional[bytes] = _HOST.flash_forward_kernel(head_dim, dtype, 10 * major + minor, asked)
+    return None if name is None else name.decode()
 
 
 def forward(call: Forward, name: str) -> tuple[Tensor, Tensor, Tensor]:

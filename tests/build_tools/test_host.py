@@ -112,6 +112,8 @@ def plan_and_run(device, d=64, stream=77, splits=1, b=2, sq=300, sk=300, given=(
         setattr(call.head, name, value)
     workspace = (ctypes.c_int64 * 4)()
     ok = host.flash_plan_forward(device, BF16, splits, ctypes.byref(call), workspace)
+    if workspace[3]:
+        ctypes.c_uint64.from_buffer(call, OFFSETS["next_tile"]).value = 4096
     return ok and host.flash_forward(device, ctypes.c_void_p(stream), BF16, ctypes.byref(call))
 """
 
@@ -126,7 +128,7 @@ def offsets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
     fields["window_left"] = "scores.window_left"
     fields["window_right"] = "scores.window_right"
     fields["softmax_scale"] = "scores.softmax_scale"
-    fields.update({name: name for name in ("hq", "hk", "d", "dv")})
+    fields.update({name: name for name in ("hq", "hk", "d", "dv", "next_tile")})
     rows = "".join(
         f'printf("{name} %d\\n", int(offsetof(flash::ForwardParams, {field})));'
         for name, field in fields.items()
@@ -320,6 +322,15 @@ def test_hopper_runs_its_own_kernel_on_all_multiprocessors(
     assert few.smem == (2 * 128 + 2 * 2 * 128) * 128 * 2 + 2 * 128 * 4 + 1024
 
 
+def test_a_call_that_is_not_split_after_all_has_a_cta_for_each_tile(
+    stub: Stub, hopper: Path, tmp_path: Path, offsets: dict[str, int]
+) -> None:
+    # Parts are asked for, so the plan sees another family; one block of keys cannot be split.
+    text = "say(plan_and_run(0, d=128, splits=4, b=40, sk=60))"
+    (found,) = run_with(hopper, stub, tmp_path / "log", offsets, text)
+    assert (found.kernel, found.grid) == ("flash_fwd_sm90_d128_bf16", 40 * 4 * 3)
+
+
 def test_wide_tiles_are_for_long_calls_without_masks(
     stub: Stub, hopper: Path, tmp_path: Path, offsets: dict[str, int]
 ) -> None:
@@ -383,6 +394,32 @@ def test_what_hoppers_kernel_does_not_do_stays_with_the_others(
     text = f"from native_tools import Rows\nsay(plan_and_run(0, {options}))"
     first, *_ = run_with(hopper, stub, tmp_path / "log", offsets, text, STUB_CC=cc)
     assert first.kernel == "flash_fwd_sm80_d64_bf16"
+
+
+def test_the_kernel_of_a_call_is_known_without_a_device(
+    stub: Stub, hopper: Path, tmp_path: Path
+) -> None:
+    # Masks 1, scores that are changed 2, dropout 4, pages 8, as csrc/host/api.h has them.
+    text = f"""
+host.flash_open({str(hopper)!r}.encode())
+host.flash_forward_kernel.restype = ctypes.c_char_p
+for head_dim, cc, features in (
+    (64, 90, 0), (64, 90, 1), (64, 90, 2), (64, 90, 4), (64, 90, 8), (100, 90, 3), (64, 80, 0),
+):
+    print(host.flash_forward_kernel(head_dim, 1, cc, features).decode())
+print(host.flash_forward_kernel(512, 1, 90, 0))
+"""
+    child = stub.run(program(stub, text), tmp_path / "log")
+    assert child.stdout.split() == [
+        "flash_fwd_sm90_wide_d64_bf16",
+        "flash_fwd_sm90_d64_bf16",
+        "flash_fwd_sm90_scored_d64_bf16",
+        "flash_fwd_sm80_d64_bf16",
+        "flash_fwd_sm80_d64_bf16",
+        "flash_fwd_sm90_scored_d128_bf16",
+        "flash_fwd_sm80_d64_bf16",
+        "None",
+    ]
 
 
 def test_a_driver_that_refuses_hoppers_kernel_gets_another_and_is_asked_once(
