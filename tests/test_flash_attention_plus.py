@@ -20,6 +20,7 @@ from running import (
     published_results,
 )
 from torch import Tensor
+from triton_here import DEVICE, needs_triton, old_numbers
 
 import flash_attn
 from flash_attn import backends
@@ -27,10 +28,8 @@ from flash_attn._problem import Problem as Call
 from flash_attn.modules.flash import FlashAttention
 from flash_attn.modules.mha import FlashMHA
 
-pytest.importorskip("triton", reason="Triton is not installed")
+pytestmark = [needs_triton, old_numbers]
 
-HAS_GPU = torch.cuda.is_available()
-DEVICE = "cuda" if HAS_GPU else "cpu"
 HEAD_DIMS = (32, 40, 64, 80, 96, 128, 160, 192, 224, 256)
 
 
@@ -38,7 +37,7 @@ HEAD_DIMS = (32, 40, 64, 80, 96, 128, 160, 192, 224, 256)
 def _asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """The switch is about GPU tensors; the interpreter takes CPU tensors when it is forced."""
     monkeypatch.setenv("FLASH_ATTENTION_USE_FLAGGEMS", "TRUE")
-    if HAS_GPU:
+    if DEVICE == "cuda":
         monkeypatch.delenv("FLASH_ATTN_BACKEND", raising=False)
     else:
         monkeypatch.setenv("FLASH_ATTN_BACKEND", "triton")

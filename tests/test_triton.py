@@ -25,15 +25,15 @@ from running import (
     published_results,
 )
 from torch import Tensor
+from triton_here import DEVICE, needs_triton, old_numbers
 
 import flash_attn
 import flash_attn_interface as fa3
 from flash_attn import _support
 from flash_attn.flash_attn_interface import _flash_attn_forward
 
-pytest.importorskip("triton", reason="Triton is not installed")
+pytestmark = [needs_triton, old_numbers]
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 _ON_TRITON = {FP32: FP16, FP64: BF16}
 AnyProblem = Union[Problem, CacheProblem]
 

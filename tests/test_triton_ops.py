@@ -13,6 +13,7 @@ import pytest
 import torch
 from compare import check
 from torch import Tensor
+from triton_here import DEVICE, old_numbers, why_not
 
 from flash_attn._rotary import batch_positions, rotate, varlen_positions
 from flash_attn.backends import triton
@@ -23,7 +24,7 @@ from flash_attn.ops.triton.layer_norm import RMSNorm, layer_norm_fn, rms_norm_fn
 from flash_attn.ops.triton.rotary import apply_rotary
 
 FP32, FP64, BF16, FP16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
-HAS_GPU = torch.cuda.is_available()
+pytestmark = old_numbers
 compiles = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 
 
@@ -32,11 +33,11 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """The device whose tensors go the way that the parameter names."""
     if request.param == "torch":
         return "cpu"
-    pytest.importorskip("triton", reason="Triton is not installed")
+    if why_not():
+        pytest.skip(why_not())
     monkeypatch.setenv("FLASH_ATTN_BACKEND", "triton")
-    device = "cuda" if HAS_GPU else "cpu"
-    assert triton.serves(torch.zeros(1, device=device))
-    return device
+    assert triton.serves(torch.zeros(1, device=DEVICE))
+    return DEVICE
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:

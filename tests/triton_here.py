@@ -1,0 +1,41 @@
+"""Whether Triton kernels run here: compiled where torch sees a GPU, else by the interpreter."""
+
+from __future__ import annotations
+
+import warnings
+from functools import cache
+from importlib.metadata import version
+
+import pytest
+import torch
+
+from flash_attn._problem import Forward, Mask, Scores
+from flash_attn.backends import triton
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# Triton before 3.9 reads numbers out of arrays of one element, which numpy 2.4 refuses.
+_NUMPY_SAYS = "0-dimensional arrays can be converted"
+
+
+@cache
+def why_not() -> str:
+    """Why no Triton kernel runs here; empty if they do."""
+    if not triton.is_installed():
+        return triton.NOT_INSTALLED
+    from flash_attn._triton.attention import forward
+
+    x = torch.zeros(1, 40, 1, 16, dtype=torch.float16, device=DEVICE)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        try:
+            forward(Forward(x, x, x, Scores(1.0, Mask())))
+        except Exception as error:
+            if _NUMPY_SAYS not in str(error):
+                raise
+            versions = f"Triton {version('triton')} does not work with numpy {version('numpy')}"
+            return f"the interpreter of {versions}"
+    return ""
+
+
+needs_triton = pytest.mark.skipif(bool(why_not()), reason=why_not() or "it runs")
+old_numbers = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
