@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from functools import cache
-from importlib.metadata import version
+from importlib import import_module
 
 import pytest
 import torch
@@ -32,8 +32,8 @@ def why_not() -> str:
         except Exception as error:
             if _NUMPY_SAYS not in str(error):
                 raise
-            versions = f"Triton {version('triton')} does not work with numpy {version('numpy')}"
-            return f"the interpreter of {versions}"
+            installed = [import_module(name).__version__ for name in ("triton", "numpy")]
+            return "the interpreter of Triton {} does not work with numpy {}".format(*installed)
     return ""
 
 
