@@ -10,9 +10,9 @@ from typing import Optional
 from build_tools.paths import env
 
 
-@dataclass(frozen=True, order=True)
+@dataclass(frozen=True)
 class Arch:
-    """One thing to compile for."""
+    """One thing to compile for; PTX comes after all code."""
 
     number: int
     suffix: str = ""
@@ -36,6 +36,9 @@ class Arch:
     @property
     def form(self) -> str:
         return "ptx" if self.is_ptx else "cubin"
+
+    def __lt__(self, other: Arch) -> bool:
+        return (self.is_ptx, self.number, self.suffix) < (other.is_ptx, other.number, other.suffix)
 
     def __str__(self) -> str:
         return f"{self.number}{self.suffix}{'+ptx' if self.is_ptx else ''}"

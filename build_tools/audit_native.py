@@ -9,10 +9,9 @@ import re
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
 
-from build_tools import codegen, elf, native
+from build_tools import codegen, elf, kernel_index, native
 from build_tools.audit_wheel import AuditedWheel, Broken, Context, Skipped
 from build_tools.fetch import TorchLibraries
-from build_tools.kernel_index import Row
 from build_tools.matrix_facts import numbers
 from build_tools.wheel_parts import shims
 
@@ -98,7 +97,7 @@ def architectures(wheel: AuditedWheel, context: Context) -> str:
         raise Broken(f"{odd[0]} is in the table or in the wheel, not in both")
     for row in wheel.index:
         _check_image(row, images[row.file].data)
-    archs = list(dict.fromkeys(row.arch for row in wheel.index))
+    archs = kernel_index.archs(wheel.index)
     for arch in archs:
         wanted = {unit.symbol for unit in codegen.units() if str(arch) in unit.archs}
         found = {row.symbol for row in wheel.index if row.arch == arch}
@@ -110,7 +109,7 @@ def architectures(wheel: AuditedWheel, context: Context) -> str:
     return f"{', '.join(map(str, archs))}: {len(images)} images, as compiled"
 
 
-def _check_image(row: Row, data: bytes) -> None:
+def _check_image(row: kernel_index.Row, data: bytes) -> None:
     if row.arch.is_ptx:
         text = data.rstrip(b"\0").decode()
         found = re.search(r"^\.target (\w+)", text, re.MULTILINE)

@@ -118,6 +118,9 @@ KINDS = {
 
 # Kinds that a family makes its own way. A CTA of Hopper's has an SM to itself, as the compiler must
 # know for the registers that its warps hand over.
+_CONVERT = "flash::sm90::ConvertConfig<flash::ptx::{dtype}, {head_dim}>"
+
+
 def _hopper_forward(serves: str) -> Kind:
     config = (
         f"flash::sm90::ForwardConfig<flash::ptx::{{dtype}}, {{head_dim}}, flash::sm90::{serves}>"
@@ -135,6 +138,14 @@ KINDS_OF_FAMILIES = {
     ("sm90_wide", "forward"): _hopper_forward("kFull"),
     ("sm90", "forward"): _hopper_forward("kPlain"),
     ("sm90_scored", "forward"): _hopper_forward("kAll"),
+    ("sm90", "backward"): dataclasses.replace(
+        KINDS["backward"], threads=f"{_BACKWARD}::kThreads, 1", params="TmaBackwardParams"
+    ),
+    ("sm90", "convert"): dataclasses.replace(
+        KINDS["convert"],
+        call=f"flash::common::convert_dq<{_CONVERT}>",
+        threads=f"{_CONVERT}::kThreads",
+    ),
 }
 
 UNIT = Template("""\

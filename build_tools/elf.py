@@ -16,9 +16,12 @@ _SYMTAB, _DYNAMIC, _DYNSYM = 2, 6, 11
 _VERNEED, _VERSYM = 0x6FFFFFFE, 0x6FFFFFFF
 _NEEDED, _SONAME, _RPATH, _RUNPATH = 1, 14, 15, 29
 _WEAK = 2
+# A cubin's notes on compatibility: attributes of 4 bytes, and after a sized one its bytes.
+_COMPAT, _SIZED, _FOR_ONE_ARCH = 0x70000086, 4, 9
 
 _SECTION = struct.Struct("<IIQQQQIIQQ")
 _SYMBOL = struct.Struct("<IBBHQQ")
+_ATTRIBUTE = struct.Struct("<BBH")
 
 
 class ElfError(ValueError):
@@ -45,7 +48,11 @@ class _Section:
 
 @dataclass(frozen=True)
 class Elf:
-    """What a file says of itself."""
+    """What a file says of itself.
+
+    Args:
+        is_for_one_arch: of a cubin from CUDA 13, whose flags no longer tell.
+    """
 
     machine: int
     os_abi: int
@@ -54,6 +61,7 @@ class Elf:
     soname: str
     run_path: str
     symbols: tuple[Symbol, ...]
+    is_for_one_arch: bool = False
 
     @property
     def defined(self) -> frozenset[str]:
@@ -81,7 +89,8 @@ class Elf:
         # 0x33: the layout of CUDA 12, which uses the other one for architectures from 10.0 on.
         is_old = self.os_abi == 0x33
         number = (self.flags if is_old else self.flags >> 8) & 0xFF
-        return Arch(number, "a" if self.flags & (0x800 if is_old else 0x8) else "")
+        is_flagged = self.flags & (0x800 if is_old else 0x8) != 0
+        return Arch(number, "a" if is_flagged or self.is_for_one_arch else "")
 
 
 def _is_within(version: str, limits: Mapping[str, str]) -> bool:
@@ -134,6 +143,7 @@ class _Reader:
             soname="".join(dynamic.get(_SONAME, [])),
             run_path="".join(dynamic.get(_RUNPATH, dynamic.get(_RPATH, []))),
             symbols=tuple(self._symbols(table)) if table else (),
+            is_for_one_arch=self._is_for_one_arch(),
         )
 
     def _number(self, form: str, offset: int) -> int:
@@ -177,6 +187,16 @@ class _Reader:
             text = _text(strings, name)
             if text and (info >> 4 or table.kind == _SYMTAB):
                 yield Symbol(text, section != 0, info >> 4 == _WEAK, version)
+
+    def _is_for_one_arch(self) -> bool:
+        section = self._first(_COMPAT)
+        at, end = (section.offset, section.offset + section.size) if section else (0, 0)
+        while at < end:
+            form, attribute, value = _ATTRIBUTE.unpack_from(self._data, at)
+            if attribute == _FOR_ONE_ARCH:
+                return value != 0
+            at += _ATTRIBUTE.size + (value if form == _SIZED else 0)
+        return False
 
     def _versions(self) -> dict[int, str]:
         """Names of versions by their index: those asked of other libraries."""

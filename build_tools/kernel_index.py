@@ -44,6 +44,11 @@ def parse(text: str) -> list[Row]:
     return rows
 
 
+def archs(rows: Iterable[Row]) -> list[Arch]:
+    """What the images are for, in order."""
+    return sorted({row.arch for row in rows})
+
+
 def render(rows: Iterable[Row]) -> str:
     return "\n".join([HEADER, *(" ".join(row) for row in rows)]) + "\n"
 
@@ -53,8 +58,8 @@ def merged(tables: Iterable[list[Row]]) -> list[Row]:
     order = {unit.symbol: (place, unit.archs) for place, unit in enumerate(units())}
 
     def key(row: Row) -> tuple[int, int]:
-        place, archs = order[row.symbol]
-        return place, archs.index(str(row.arch))
+        place, has = order[row.symbol]
+        return place, has.index(str(row.arch))
 
     rows = [row for table in tables for row in table]
     strange = [row.symbol for row in rows if row.symbol not in order]

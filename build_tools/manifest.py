@@ -194,8 +194,7 @@ def sha256(file: Path) -> str:
 
 def _archs(index: str) -> tuple[str, ...]:
     """Architectures in a table of kernels; none where there is no table."""
-    found = {row.arch for row in kernel_index.parse(index)} if index else set()
-    return tuple(map(str, sorted(found, key=lambda arch: (arch.is_ptx, arch.number))))
+    return tuple(map(str, kernel_index.archs(kernel_index.parse(index)))) if index else ()
 
 
 def _cuda(path: str, torch: Optional[str]) -> tuple[str, ...]:

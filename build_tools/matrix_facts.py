@@ -12,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from build_tools.arch import Arch
 from build_tools.paths import support
 from build_tools.toml_table import Table, TableError
 
@@ -110,8 +111,9 @@ def numbers(version: str) -> tuple[int, ...]:
 
 
 def kernel_archs() -> tuple[str, ...]:
-    """Every architecture of the kernel table."""
-    return tuple(dict.fromkeys(arch for row in support.KERNEL_FAMILIES for arch in row.archs))
+    """Every architecture of the kernel table, in order."""
+    archs = {Arch.parse(arch) for row in support.KERNEL_FAMILIES for arch in row.archs}
+    return tuple(map(str, sorted(archs)))
 
 
 @cache

@@ -49,7 +49,7 @@ def for_gpus(contents: Contents, asked: Sequence[arch.Arch]) -> Contents:
     for gpu in asked:
         images = {serving(gpu, archs) for archs in has.values()} - {None}
         if not images:
-            names = ", ".join(dict.fromkeys(str(row.arch) for row in contents.index))
+            names = ", ".join(map(str, kernel_index.archs(contents.index)))
             raise SlimError(f"none of its kernels runs on {gpu}: they are for {names}")
         kept |= images
     index = [row for row in contents.index if row.arch in kept]
@@ -78,7 +78,7 @@ def _with(
 
 def wheel_for(facts: Facts, name: WheelName, contents: Contents, torch: Optional[str]) -> Wheel:
     """The plain wheel of these contents, in an index root that says the rest."""
-    archs = tuple(dict.fromkeys(str(row.arch) for row in contents.index))
+    archs = tuple(map(str, kernel_index.archs(contents.index)))
     sets = {x.has: x.name for x in facts.archs.values()}
     slim = sets.get(archs, "sm" + "-".join(archs))
     torch = torch or (name.variant.torch if name.variant else None)

@@ -26,6 +26,16 @@ struct Call {
   bool prepare(int kind, Ready* ready, const ForwardParams* forward = nullptr) const {
     return flash::host::prepare({kind, head_dim, dtype, on.cc, forward}, on, ready);
   }
+  bool prepare_backward(Ready* ready, const BackwardParams& params) const {
+    return flash::host::prepare({FLASH_BACKWARD, head_dim, dtype, on.cc, nullptr, &params}, on,
+                                ready);
+  }
+  // Of the family that left the sums.
+  bool prepare_convert(Ready* ready, const Ready& main) const {
+    const int family = main.kernel->family;
+    return flash::host::prepare({FLASH_CONVERT, head_dim, dtype, on.cc, nullptr, nullptr, family},
+                                on, ready);
+  }
 
   bool run(const Ready& ready, int64_t num_ctas, const void* params) const {
     return launch(ready, on, stream, num_ctas, params);
@@ -148,18 +158,26 @@ bool forward(const Call& call, const ForwardParams& params) {
          (!has_unused_q(params.seqs) || fill(call, unused_rows_of(params)));
 }
 
+bool run_gradients(const Call& call, const Ready& main, const BackwardParams& params) {
+  const int64_t ctas = num_ctas(params, main.shape, call.on);
+  if (main.shape.box_m == 0) return call.run(main, ctas, &params);
+  TmaBackwardParams with_maps;
+  return make_tma_params(params, main.shape, call.dtype, &with_maps) &&
+         call.run(main, ctas, &with_maps);
+}
+
 bool backward(const Call& call, const BackwardParams& params) {
   Ready delta;
   Ready main;
   Ready convert;
   // All three are there before the first one runs.
-  if (!call.prepare(FLASH_DELTA, &delta) || !call.prepare(FLASH_BACKWARD, &main) ||
-      !call.prepare(FLASH_CONVERT, &convert)) {
+  if (!call.prepare(FLASH_DELTA, &delta) || !call.prepare_backward(&main, params) ||
+      !call.prepare_convert(&convert, main)) {
     return false;
   }
   const int64_t heads = int64_t{params.hq} * params.seqs.b;
   return call.run(delta, ceil_div(params.seqs.sq, delta.shape.block_m) * heads, &params) &&
-         call.run(main, num_ctas(params, main.shape), &params) &&
+         run_gradients(call, main, params) &&
          call.run(convert, ceil_div(params.seqs.sq, convert.shape.block_m) * heads, &params) &&
          (!has_unused_q(params.seqs) || fill(call, unused_queries_of(params))) &&
          (!has_unused_k(params.seqs) || fill(call, unused_keys_of(params)));
@@ -261,16 +279,29 @@ int flash_plan_backward(int ordinal, int dtype, BackwardParams* params, FlashWor
   const Device* on = device(ordinal);
   if (on == nullptr) return 0;
   Ready ready;
-  const Want want = {FLASH_BACKWARD, wider(params->d, params->dv), dtype, on->cc};
+  const Want want = {FLASH_BACKWARD, wider(params->d, params->dv), dtype, on->cc, nullptr, params};
   if (!prepare(want, *on, &ready)) return 0;
+  const bool takes_turns = ready.shape.box_m > 0;
   params->dq_cols = ready.kernel->head_dim;
-  params->dq_copies = params->deterministic ? choose_columns(*params, ready.shape, *on) : 1;
+  params->dq_copies =
+      params->deterministic && !takes_turns ? choose_columns(*params, ready.shape, *on) : 1;
   params->heads_per_section = choose_section(*params, ready.shape, *on);
   const int64_t heads = params->seqs.cu_seqlens_q == nullptr ? int64_t{params->hq} * params->seqs.b
                                                              : int64_t{params->hq};
   params->dq_accum_copy = heads * params->delta_head * params->dq_cols;
   *workspace = {};
   workspace->dq_accum = params->dq_accum_copy * params->dq_copies;
+  if (takes_turns) {
+    // A row's statistics are two floats, and those of a head begin at a multiple of 16 bytes.
+    params->statistics_head = ceil_div(params->delta_head, 4) * 4;
+    workspace->statistics = 2 * heads * params->statistics_head;
+    constexpr int kRowsOfTurns = 64;
+    if (params->deterministic) {
+      params->turn_rows = ready.shape.block_m;
+      params->turn_keys = ready.shape.block_n;
+      workspace->turns = 2 * (heads * params->delta_head / kRowsOfTurns + 1);
+    }
+  }
   return 1;
 }
 

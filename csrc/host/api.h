@@ -35,6 +35,8 @@ struct FlashWorkspace {
   int64_t o_partial;
   int64_t lse_partial;
   int64_t dq_accum;
+  int64_t statistics;
+  int64_t turns;      // of 4 bytes each
   int64_t next_tile;  // at a multiple of 8 bytes
 };
 
@@ -67,8 +69,9 @@ FLASH_API int flash_plan_forward(int device, int dtype, int num_splits,
 FLASH_API int flash_forward(int device, void* stream, int dtype,
                             const flash::ForwardParams* params);
 
-// Fills in the number of copies and columns of dq_accum, which must then be given, and the order of
-// tiles. delta_batch, delta_head and deterministic are read.
+// Fills in the number of copies and columns of dq_accum, which must then be given, as must what
+// else the workspace says, and the order of tiles. delta_batch, delta_head and deterministic are
+// read.
 FLASH_API int flash_plan_backward(int device, int dtype, flash::BackwardParams* params,
                                   FlashWorkspace* workspace);
 

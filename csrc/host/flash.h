@@ -94,7 +94,7 @@ struct ForwardParams {
   int32_t num_splits;
   // Order of tiles: heads that share K and V in L2 run together, long rows first.
   int32_t heads_per_section;
-  // CTAs take tile after tile by this counter (attn/counter.cuh); null: there is a CTA for each tile.
+  // CTAs take tile after tile by this counter (attn/counter.cuh); null: each tile has its CTA.
   uint64_t* next_tile;
 };
 
@@ -142,6 +142,23 @@ struct BackwardParams {
   // column c takes blocks c, c + dq_copies, ... and adds to copy c, so that sums have one order.
   int32_t deterministic;
   int32_t heads_per_section;  // of key-value heads, as in ForwardParams
+  // Where given, the delta kernel leaves what the main one needs of each row: tiles of 64 rows, as
+  // delta has them with statistics_head rows of one head, are 64 lse in base 2 (+inf for rows that
+  // are not there) and then 64 times -delta.
+  float* statistics;
+  int64_t statistics_head;
+  // A deterministic call adds in an order: two numbers for each 64 rows of dq_accum, which block of
+  // turn_keys keys is next to add. The delta kernel begins with the last one that the turn_rows
+  // queries about there see.
+  int32_t* turns;
+  int32_t turn_rows, turn_keys;
+};
+
+// A backward call whose operands come and go by the tensor memory accelerator.
+struct TmaBackwardParams {
+  TensorMap q, k, v, dout, dk, dv;
+  BackwardParams call;
+  float scale_log2;  // softmax_scale to logarithms of base 2
 };
 
 struct CombineParams {

@@ -35,20 +35,37 @@ bool is_plain(const Scores& scores) {
   return scores.softcap == 0.0f && scores.alibi_slopes == nullptr && scores.softmax_scale > 0.0f;
 }
 
+// Tensors without rows have no tensor maps.
+bool has_rows(const Sequences& seqs) {
+  return seqs.sq > 0 && seqs.sk > 0 && (seqs.cu_seqlens_q == nullptr || seqs.total_q > 0) &&
+         (seqs.cu_seqlens_k == nullptr || seqs.total_k > 0);
+}
+
+int64_t num_key_blocks(const BackwardParams& params, const Shape& shape) {
+  return ceil_div(params.seqs.sk, shape.block_n) * params.hk * params.seqs.b;
+}
+
 bool is_hopper(int family) { return family >= kSm90Wide && family <= kSm90Scored; }
 
-// Whether later rows see more keys. Else tiles of one head run side by side, as no long ones must be
-// kept from the end.
+Shape shape_of_hopper(int family, int kind, int head_dim) {
+  if (kind == FLASH_BACKWARD) {
+    const sm90::BackwardTile tile = sm90::backward_tile(head_dim);
+    return {tile.block_m, tile.block_n, tile.threads(), tile.smem_bytes(), sm90::kBoxM};
+  }
+  if (kind == FLASH_CONVERT) return {sm90::kSumRows, 0, sm90::kConvertThreads, 0, 0};
+  const sm90::Serves serves = family == kSm90Wide ? sm90::kFull : sm90::kAll;
+  const sm90::ForwardTile tile = sm90::forward_tile(serves, head_dim);
+  return {tile.block_m(), tile.block_n, tile.threads(), tile.smem_bytes(), sm90::kBoxM};
+}
+
+// Whether later rows see more keys. Else tiles of one head run side by side, as no long ones must
+// be kept from the end.
 bool grows(const Scores& scores) { return scores.window_right >= 0 && scores.window_left < 0; }
 
 }  // namespace
 
 Shape shape_of(int family, int kind, int head_dim, int arch) {
-  if (is_hopper(family)) {
-    const sm90::Serves serves = family == kSm90Wide ? sm90::kFull : sm90::kAll;
-    const sm90::ForwardTile tile = sm90::forward_tile(serves, head_dim);
-    return {tile.block_m(), tile.block_n, tile.threads(), tile.smem_bytes(), sm90::kBoxM};
-  }
+  if (is_hopper(family)) return shape_of_hopper(family, kind, head_dim);
   switch (kind) {
     case FLASH_FORWARD: {
       const sm80::ForwardTile tile = sm80::forward_tile(head_dim, arch);
@@ -79,11 +96,13 @@ bool takes(int family, const ForwardParams& params) {
   if (family != kSm90Scored && !is_plain(params.scores)) return false;
   // Below two narrow tiles of rows a wide one has more that are empty.
   if (family == kSm90Wide && (has_mask(params.scores) || seqs.sq < 256)) return false;
-  // Tensors without rows have no tensor maps.
-  const bool has_rows = seqs.sk > 0 && (seqs.cu_seqlens_q == nullptr || seqs.total_q > 0) &&
-                        (seqs.cu_seqlens_k == nullptr || seqs.total_k > 0);
-  return has_rows && seqs.block_table == nullptr && params.scores.rng_state == nullptr &&
+  return has_rows(seqs) && seqs.block_table == nullptr && params.scores.rng_state == nullptr &&
          params.num_splits <= 1 && have_tensor_maps(params);
+}
+
+bool takes(int family, const BackwardParams& params) {
+  if (family != kSm90) return true;
+  return has_rows(params.seqs) && params.scores.rng_state == nullptr && have_tensor_maps(params);
 }
 
 bool shares_tiles(const ForwardParams& params, const Shape& shape, const Device& device) {
@@ -97,10 +116,17 @@ int64_t num_ctas(const ForwardParams& params, const Shape& shape, const Device& 
   return num_tiles(params, shape) * params.num_splits;
 }
 
-int64_t num_ctas(const BackwardParams& params, const Shape& shape) {
-  const int64_t columns =
-      params.deterministic ? params.dq_copies : ceil_div(params.seqs.sk, shape.block_n);
-  return columns * params.hk * params.seqs.b;
+int64_t num_ctas(const BackwardParams& params, const Shape& shape, const Device& device) {
+  const int64_t blocks = num_key_blocks(params, shape);
+  if (shape.box_m > 0) {
+    // Blocks of one length are dealt out beforehand, where the next one's loads begin before the
+    // gradients of this one have left. Others go to whoever is free, and those that wait for one
+    // another start in their order.
+    const bool overlap = sm90::backward_tile(params.dq_cols).share == sm90::kByKeys;
+    const bool are_dealt = overlap && !has_mask(params.scores) && !params.deterministic;
+    return are_dealt && blocks > device.num_sms ? device.num_sms : blocks;
+  }
+  return params.deterministic ? int64_t{params.dq_copies} * params.hk * params.seqs.b : blocks;
 }
 
 int choose_splits(const ForwardParams& params, const Shape& shape, const Device& device) {
@@ -160,7 +186,7 @@ int choose_section(const BackwardParams& params, const Shape& shape, const Devic
   // All columns of a head run side by side, so that its queries are read from L2.
   const int64_t heads = int64_t{params.hk} * params.seqs.b;
   if (heads == 0 || params.seqs.sk == 0) return 1;
-  const int64_t most = clamp(device.num_sms * heads / num_ctas(params, shape), 1, heads);
+  const int64_t most = clamp(device.num_sms * heads / num_key_blocks(params, shape), 1, heads);
   int64_t best = most;
   for (int64_t size = most; 2 * size > most; --size) {
     const auto idle = [&](int64_t x) { return ceil_div(heads, x) * x - heads; };

@@ -15,14 +15,15 @@ struct Shape {
   int block_n;
   int threads;
   int smem_bytes;
-  int box_m;  // rows of Q in one copy by TMA; 0: the kernel uses no tensor maps
+  int box_m;  // rows in one copy of Q, forward, or of dK, by TMA; 0: there are no tensor maps
 };
 
 // The shape of a kernel built for head dim `head_dim` and architecture `arch` (80 for 8.0).
 Shape shape_of(int family, int kind, int head_dim, int arch);
 
-// Whether forward kernels of a family do what a call asks for.
+// Whether kernels of a family do what a call asks for.
 bool takes(int family, const ForwardParams& params);
+bool takes(int family, const BackwardParams& params);
 
 inline int64_t ceil_div(int64_t x, int64_t y) { return (x + y - 1) / y; }
 
@@ -35,7 +36,7 @@ int limit_splits(int wanted, const ForwardParams& params, const Shape& shape);
 // Query heads that run together, so that their keys and values stay in L2.
 int choose_section(const ForwardParams& params, const Shape& shape, const Device& device);
 
-// The section that has all heads behind it too: enough of them that CTAs end at about the same time.
+// The section that has all heads behind it too: enough of them that CTAs end at about one time.
 uint32_t last_section(const ForwardParams& params, const Shape& shape, const Device& device);
 
 // Whether CTAs take tile after tile from a counter.
@@ -48,6 +49,6 @@ int choose_section(const BackwardParams& params, const Shape& shape, const Devic
 int choose_columns(const BackwardParams& params, const Shape& shape, const Device& device);
 
 int64_t num_ctas(const ForwardParams& params, const Shape& shape, const Device& device);
-int64_t num_ctas(const BackwardParams& params, const Shape& shape);
+int64_t num_ctas(const BackwardParams& params, const Shape& shape, const Device& device);
 
 }  // namespace flash::host

@@ -101,7 +101,9 @@ bool parse(char* text) {
 bool serves(const Kernel& kernel, const Want& want) {
   return kernel.kind == want.kind && kernel.dtype == want.dtype &&
          (kernel.head_dim == 0 || kernel.head_dim >= want.head_dim) &&
-         (want.forward == nullptr || takes(kernel.family, *want.forward));
+         (want.family == kNumFamilies || kernel.family == want.family) &&
+         (want.forward == nullptr || takes(kernel.family, *want.forward)) &&
+         (want.backward == nullptr || takes(kernel.family, *want.backward));
 }
 
 bool runs(const Kernel& kernel, int cc) {

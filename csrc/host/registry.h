@@ -50,7 +50,10 @@ struct Want {
   int head_dim;
   int dtype;
   int cc;
-  const ForwardParams* forward = nullptr;  // the call, where not every family may take it
+  // The call, where not every family may take it.
+  const ForwardParams* forward = nullptr;
+  const BackwardParams* backward = nullptr;
+  int family = kNumFamilies;  // the only one, if it is one
 };
 
 // Reads the table. True at once if this folder's table has been read before.

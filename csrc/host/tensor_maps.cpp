@@ -11,6 +11,7 @@ enum : int { kFloat16 = 6, kBfloat16 = 9 };
 enum : int { kNotInterleaved = 0, kSwizzle128 = 3, kPromote256 = 3, kFillZeros = 0 };
 
 constexpr uint32_t kBoxCols = 64;  // 128 bytes, the width of the swizzle
+constexpr float kLog2e = 1.44269504f;
 
 struct Extent {
   int64_t cols, rows, heads, batch;
@@ -21,11 +22,12 @@ struct Extents {
 };
 
 // A packed operand is one long sequence: kernels add where theirs begins.
-Extents extents_of(const ForwardParams& params) {
+template <class Params>
+Extents extents_of(const Params& params, int64_t rows_of_cache) {
   const Sequences& seqs = params.seqs;
   Extent q = {params.d, seqs.sq, params.hq, seqs.b};
   if (seqs.cu_seqlens_q != nullptr) q = {params.d, seqs.total_q, params.hq, 1};
-  Extent k = {params.d, seqs.sk, params.hk, seqs.cache_rows};
+  Extent k = {params.d, seqs.sk, params.hk, rows_of_cache};
   if (seqs.cu_seqlens_k != nullptr) k = {params.d, seqs.total_k, params.hk, 1};
   Extents all = {q, k, k, q};
   all.v.cols = all.o.cols = params.dv;
@@ -64,21 +66,39 @@ bool make_map(const Rows& x, const Extent& extent, int box_rows, int dtype, Tens
 }  // namespace
 
 bool have_tensor_maps(const ForwardParams& params) {
-  const Extents all = extents_of(params);
+  const Extents all = extents_of(params, params.seqs.cache_rows);
   return has_map(params.q, all.q) && has_map(params.k, all.k) && has_map(params.v, all.v) &&
          has_map(params.o, all.o);
 }
 
+bool have_tensor_maps(const BackwardParams& params) {
+  const Extents all = extents_of(params, params.seqs.b);
+  return has_map(params.q, all.q) && has_map(params.k, all.k) && has_map(params.v, all.v) &&
+         has_map(params.dout, all.o) && has_map(params.dk, all.k) && has_map(params.dv_grad, all.v);
+}
+
 bool make_tma_params(const ForwardParams& params, const Shape& shape, int dtype,
                      TmaForwardParams* made) {
-  const Extents all = extents_of(params);
-  constexpr float kLog2e = 1.44269504f;
+  const Extents all = extents_of(params, params.seqs.cache_rows);
   made->call = params;
   made->scale_log2 = params.scores.softmax_scale * kLog2e;
   return make_map(params.q, all.q, shape.box_m, dtype, &made->q) &&
          make_map(params.k, all.k, shape.block_n, dtype, &made->k) &&
          make_map(params.v, all.v, shape.block_n, dtype, &made->v) &&
          make_map(params.o, all.o, shape.box_m, dtype, &made->o);
+}
+
+bool make_tma_params(const BackwardParams& params, const Shape& shape, int dtype,
+                     TmaBackwardParams* made) {
+  const Extents all = extents_of(params, params.seqs.b);
+  made->call = params;
+  made->scale_log2 = params.scores.softmax_scale * kLog2e;
+  return make_map(params.q, all.q, shape.block_m, dtype, &made->q) &&
+         make_map(params.k, all.k, shape.block_n, dtype, &made->k) &&
+         make_map(params.v, all.v, shape.block_n, dtype, &made->v) &&
+         make_map(params.dout, all.o, shape.block_m, dtype, &made->dout) &&
+         make_map(params.dk, all.k, shape.box_m, dtype, &made->dk) &&
+         make_map(params.dv_grad, all.v, shape.box_m, dtype, &made->dv);
 }
 
 }  // namespace flash::host

@@ -10,6 +10,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import emulated
 from native_tools import Stub, build_stub
 
 
@@ -17,6 +18,12 @@ from native_tools import Stub, build_stub
 def stub(tmp_path_factory: pytest.TempPathFactory) -> Stub:
     """The host library beside a driver that runs nothing."""
     return build_stub(tmp_path_factory.mktemp("stub"))
+
+
+@pytest.fixture(scope="session")
+def machine(tmp_path_factory: pytest.TempPathFactory) -> Stub:
+    """The package on a driver that runs Hopper's kernels."""
+    return emulated.build_machine(tmp_path_factory.mktemp("emulated"))
 
 
 @pytest.fixture(scope="session")

@@ -2,13 +2,43 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import subprocess
 from pathlib import Path
 
-from native_tools import ROOT, codegen, needs
+from native_tools import ROOT, Stub, codegen, lay_out_kernels, lines_of, native, needs
 
 HERE = Path(__file__).parent
 FAMILIES = ("sm90", "sm90_wide", "sm90_scored")
+# Forward: with turns, and wide; with Q in registers; with one buffer of Q. Backward: steps of 128
+# queries; of 64; consumers that share keys.
+HEAD_DIMS = (64, 128, 256)
+
+# What programs of cases begin and end with.
+HEAD = """
+import json, math, sys, torch
+sys.path.insert(0, {tests!r})
+from compare import check
+from oracle import attention
+from flash_attn.backends import cuda
+CUDA = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+DTYPE = torch.bfloat16
+
+def make(*shape):
+    return torch.randn(shape).to(DTYPE)
+"""
+TAIL = """
+torch.manual_seed(1)
+told = {}
+for name, run in CASES.items():
+    try:
+        run()
+        told[name] = ""
+    except Exception as error:
+        told[name] = f"{type(error).__name__}: {error}"
+print(json.dumps(told))
+"""
 
 
 def kernel_source(units: list[codegen.Unit]) -> str:
@@ -27,12 +57,14 @@ def kernel_source(units: list[codegen.Unit]) -> str:
 #include "emulator.h"
 #include "host/flash.h"
 namespace flash::sm90 {{
-__attribute__((aligned(1024))) unsigned char storage[emulator::kSmemBytes];
+__attribute__((aligned(1024))) __shared__ unsigned char storage[emulator::kSmemBytes];
 }}
 {"".join(unit.source for unit in units)}
 static void run_grid(unsigned grid, unsigned threads, const std::function<void()>& kernel) {{
-  emulator::g_smem = flash::sm90::storage;
-  for (unsigned i = 0; i < grid; ++i) emulator::run_cta(i, grid, threads, kernel);
+  for (unsigned i = 0; i < grid; ++i) {{
+    emulator::g_smem = flash::sm90::storage;
+    emulator::run_cta(i, grid, threads, kernel);
+  }}
 }}
 void run_kernel(const char* name, unsigned grid, unsigned threads, const void* given) {{
   const std::string called = name;
@@ -42,12 +74,12 @@ void run_kernel(const char* name, unsigned grid, unsigned threads, const void* g
 
 
 def build_driver(folder: Path, head_dims: tuple[int, ...], dtype: str = "bf16") -> Path:
-    """The stub driver with sm90's forward kernels, in `folder`."""
+    """The stub driver with sm90's kernels and what they need, in `folder`."""
     units = [
         unit
         for unit in codegen.units()
         if (unit.family in FAMILIES and unit.head_dim in head_dims and unit.dtype == dtype)
-        or (unit.kind == "fill" and unit.dtype == dtype)
+        or (unit.kind in ("fill", "delta") and unit.dtype == dtype)
     ]
     source = folder / "kernels.cpp"
     source.write_text(kernel_source(units), "utf-8")
@@ -58,6 +90,7 @@ def build_driver(folder: Path, head_dims: tuple[int, ...], dtype: str = "bf16") 
         "-O2",
         "-fPIC",
         "-shared",
+        "-fno-extern-tls-init",  # of shared memory
         "-Wno-attributes",
         "-Wno-unknown-pragmas",
         "-Wno-psabi",
@@ -67,3 +100,52 @@ def build_driver(folder: Path, head_dims: tuple[int, ...], dtype: str = "bf16") 
     command = [needs("g++"), *options, *includes, *map(str, files), "-o", str(library)]
     subprocess.run(command, check=True)
     return library
+
+
+def build_machine(folder: Path) -> Stub:
+    """The package on a driver that runs its kernels."""
+    package = folder / "flash_attn"
+    ignored = shutil.ignore_patterns("*.so", "kernels", "__pycache__")
+    shutil.copytree(ROOT / "flash_attn", package, ignore=ignored)
+    for module in ROOT.glob("flash_attn_*.py"):
+        shutil.copy(module, folder)
+    build_driver(folder, HEAD_DIMS)
+    lay_out_kernels(package / "kernels", ("80", "90", "90a", "80+ptx"))
+    host = native.host(package / native.HOST_LIBRARY, needs("g++"))
+    found = native.find_torch()
+    native.shim(package / native.shim_name(found), host, found, needs("g++"))
+    return Stub(folder)
+
+
+def run(package: Stub, driver: Stub, log: Path, program: str, **environment: str) -> str:
+    """What a program prints that finds the package of one folder and the driver of another."""
+    child = driver.run(
+        HEAD.format(tests=str(ROOT / "tests")) + program,
+        log,
+        LD_PRELOAD=str(driver.folder / "libcuda.so.1"),
+        PYTHONPATH=str(package.folder),
+        OMP_NUM_THREADS="1",
+        **environment,
+    )
+    assert child.returncode == 0, child.stderr
+    return child.stdout
+
+
+def answers(
+    machine: Stub, log: Path, program: str, cases: dict[str, str]
+) -> tuple[dict[tuple[int, str], str], set[str]]:
+    """What each case came to, "" or its error, and the kernels that ran.
+
+    All cases of a head dim share a process. The device has two multiprocessors, so that a CTA has
+    several rounds, and little L2 cache, so that heads come in sections.
+    """
+    results = {}
+    for d in HEAD_DIMS:
+        rows = "".join(
+            f"    {name!r}: lambda: {text.format(d=d)},\n" for name, text in cases.items()
+        )
+        text = f"{program}\nCASES = {{\n{rows}}}\n{TAIL}"
+        told = run(machine, machine, log, text, STUB_SMS="2", STUB_L2="100000")
+        for name, error in json.loads(told.splitlines()[-1]).items():
+            results[d, name] = error
+    return results, {line.split()[1] for line in lines_of(log, "launch")}

@@ -44,6 +44,7 @@ CUcontext context_of(CUdevice device) {
 size_t params_size(const char* kernel) {
   const auto is = [&](const char* kind) { return strstr(kernel, kind) != nullptr; };
   if (is("flash_fwd_sm90")) return sizeof(flash::TmaForwardParams);
+  if (is("flash_bwd_sm90")) return sizeof(flash::TmaBackwardParams);
   if (is("flash_fwd") || is("flash_s_dmask")) return sizeof(flash::ForwardParams);
   if (is("flash_combine")) return sizeof(flash::CombineParams);
   if (is("flash_append")) return sizeof(flash::AppendParams);

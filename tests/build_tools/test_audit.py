@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 import sys
 import zipfile
 from collections.abc import Iterator
@@ -275,19 +276,45 @@ def test_symbols_are_compared_with_each_torch(wheel: Path, factory: Factory, too
 
 
 @pytest.mark.parametrize(
-    ("os_abi", "flags", "arch"),
+    ("os_abi", "flags", "is_for_one_arch", "arch"),
     [
         # CUDA 12, which has two layouts, and CUDA 13; read from kernels of either.
-        (0x33, 0x500550, "80"),
-        (0x33, 0x5A055A, "90"),
-        (0x33, 0x5A0D5A, "90a"),
-        (0x41, 0x6006402, "100"),
-        (0x41, 0x6005004, "80"),
-        (0x41, 0x6007802, "120"),
+        (0x33, 0x500550, False, "80"),
+        (0x33, 0x5A055A, False, "90"),
+        (0x33, 0x5A0D5A, False, "90a"),
+        (0x41, 0x6006402, False, "100"),
+        (0x41, 0x600640A, False, "100a"),
+        (0x41, 0x6005004, False, "80"),
+        (0x41, 0x6005A04, False, "90"),
+        (0x41, 0x6005A04, True, "90a"),
+        (0x41, 0x6007802, False, "120"),
     ],
 )
-def test_the_architecture_of_a_cubin_is_read(os_abi: int, flags: int, arch: str) -> None:
-    assert elf.Elf(elf.CUDA, os_abi, flags, (), "", "", ()).arch == Arch.parse(arch)
+def test_the_architecture_of_a_cubin_is_read(
+    os_abi: int, flags: int, is_for_one_arch: bool, arch: str
+) -> None:
+    cubin = elf.Elf(elf.CUDA, os_abi, flags, (), "", "", (), is_for_one_arch)
+    assert cubin.arch == Arch.parse(arch)
+
+
+@pytest.mark.parametrize(
+    ("attributes", "arch"),
+    [
+        ("02090100 02020100", "90a"),
+        ("040b0800 02090000 02090000 02090100", "90a"),  # eight bytes that are no attributes
+        ("02090000 02020100", "90"),
+        ("", "90"),
+    ],
+)
+def test_cuda_13_says_in_a_section_what_is_for_one_architecture(attributes: str, arch: str) -> None:
+    data = bytes.fromhex(attributes)
+    header = bytearray(64)
+    header[:8] = b"\x7fELF\x02\x01\x01\x41"
+    struct.pack_into("<H", header, 18, elf.CUDA)
+    struct.pack_into("<QI", header, 40, len(header) + len(data), 0x6005A04)
+    struct.pack_into("<HH", header, 58, 64, 1)
+    section = struct.pack("<2I4Q2I2Q", 0, 0x70000086, 0, 0, len(header), len(data), 0, 0, 4, 0)
+    assert elf.read(bytes(header) + data + section).arch == Arch.parse(arch)
 
 
 def test_the_kernels_of_a_wheel_say_what_they_are(factory: Factory) -> None:

@@ -8,27 +8,12 @@ because its L2 cache is small.
 
 from __future__ import annotations
 
-import json
-import shutil
-from typing import Any
-
-import emulated
 import pytest
-from native_tools import ROOT, Stub, lay_out_kernels, native, needs
-
-HEAD_DIMS = (64, 128, 256)  # with turns, and wide; with Q in registers; with one buffer of Q
+from emulated import HEAD_DIMS, answers
+from native_tools import Stub
 
 PROGRAM = """
-import json, math, sys, torch
-sys.path.insert(0, {tests!r})
-from compare import check
-from oracle import attention, varlen_attention
-from flash_attn.backends import cuda
-CUDA = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
-DTYPE = torch.bfloat16
-
-def make(*shape):
-    return torch.randn(shape).to(DTYPE)
+from oracle import varlen_attention
 
 def call(q, k, v, cu=(None, None), used=(None, None), max_seqlens=(None, None), leftpad=None,
          scale=None, causal=False, window=(-1, -1), attention_chunk=0, softcap=0.0, slopes=None):
@@ -74,15 +59,6 @@ def packed(d, lens_q, lens_k, hq=2, hk=1, used_k=None, **options):
         return varlen_attention(q[rows], k, v, *cu, seqused_k=used, dtype=dtype, **options)[:2]
     judge((got[0][rows], got[1][:, rows]), oracle)
 
-torch.manual_seed(1)
-told = {{}}
-for name, run in CASES.items():
-    try:
-        run()
-        told[name] = ""
-    except Exception as error:
-        told[name] = f"{{type(error).__name__}}: {{error}}"
-print(json.dumps(told))
 """
 CASES = {
     "one_row": "dense({d}, 1, 1)",
@@ -111,46 +87,10 @@ CASES = {
 
 
 @pytest.fixture(scope="module")
-def machine(tmp_path_factory: pytest.TempPathFactory) -> Stub:
-    """The package on a driver that runs its kernels."""
-    folder = tmp_path_factory.mktemp("emulated")
-    package = folder / "flash_attn"
-    ignored = shutil.ignore_patterns("*.so", "kernels", "__pycache__")
-    shutil.copytree(ROOT / "flash_attn", package, ignore=ignored)
-    for module in ROOT.glob("flash_attn_*.py"):
-        shutil.copy(module, folder)
-    emulated.build_driver(folder, HEAD_DIMS)
-    lay_out_kernels(package / "kernels", ("90", "90a"))
-    host = native.host(package / native.HOST_LIBRARY, needs("g++"))
-    found = native.find_torch()
-    native.shim(package / native.shim_name(found), host, found, needs("g++"))
-    return Stub(folder)
-
-
-@pytest.fixture(scope="module")
-def told(machine: Stub, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, str], Any]:
-    """What each case came to; all cases of a head dim share a process."""
-    results = {}
+def told(machine: Stub, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, str], str]:
+    """What each case came to."""
     log = tmp_path_factory.mktemp("log") / "log"
-    for d in HEAD_DIMS:
-        rows = "".join(
-            f"    {name!r}: lambda: {text.format(d=d)},\n" for name, text in CASES.items()
-        )
-        program = PROGRAM.format(tests=str(ROOT / "tests"))
-        program = program.replace("told = {}\n", f"CASES = {{\n{rows}}}\ntold = {{}}\n")
-        child = machine.run(
-            program,
-            log,
-            LD_PRELOAD=str(machine.folder / "libcuda.so.1"),
-            PYTHONPATH=str(machine.folder),
-            OMP_NUM_THREADS="1",
-            STUB_SMS="2",
-            STUB_L2="100000",
-        )
-        assert child.returncode == 0, child.stderr
-        for name, error in json.loads(child.stdout.splitlines()[-1]).items():
-            results[d, name] = error
-    launched = {line.split()[1] for line in log.read_text("utf-8").splitlines() if "launch" in line}
+    results, launched = answers(machine, log, PROGRAM, CASES)
     forward = {f"flash_fwd_sm90_d{d}_bf16" for d in HEAD_DIMS}
     forward |= {f"flash_fwd_sm90_scored_d{d}_bf16" for d in HEAD_DIMS}
     assert launched == forward | {"flash_fwd_sm90_wide_d64_bf16", "flash_fill_bf16"}
@@ -160,6 +100,6 @@ def told(machine: Stub, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("d", HEAD_DIMS)
 def test_hoppers_kernels_compute_attention(
-    told: dict[tuple[int, str], Any], d: int, name: str
+    told: dict[tuple[int, str], str], d: int, name: str
 ) -> None:
     assert told[d, name] == ""

@@ -110,7 +110,7 @@ def plan_and_run(device, d=64, stream=77, splits=1, b=2, sq=300, sk=300, given=(
         ctypes.c_uint64.from_buffer(call, OFFSETS[name]).value = 4096
     for name, value in rows.items():
         setattr(call.head, name, value)
-    workspace = (ctypes.c_int64 * 4)()
+    workspace = (ctypes.c_int64 * 6)()
     ok = host.flash_plan_forward(device, BF16, splits, ctypes.byref(call), workspace)
     if workspace[3]:
         ctypes.c_uint64.from_buffer(call, OFFSETS["next_tile"]).value = 4096

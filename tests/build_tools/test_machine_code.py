@@ -31,14 +31,22 @@ HOPPER = (
     (r"SYNCS\.PHASECHK\.TRANS64\.TRYWAIT", ""),
     (r"USETMAXREG\.DEALLOC", ""),
     (r"USETMAXREG\.TRY_ALLOC", ""),
-    PRODUCT,
-    FRAGMENT,
-    STORE,
 )
-# How O leaves; at head dim 256, from registers.
+# How O leaves, but at head dim 256, and dK and dV.
 O_BUFFER = ((r"UTMASTG\.4D", ""), (r"STSM\.16\.M\w*88\.4", ""))
+HOPPERS_FORWARD = (*HOPPER, PRODUCT, FRAGMENT, STORE)
+# Statistics of a block's rows at once, sums of dQ 16 bytes a lane, dS stored transposed.
+HOPPERS_BACKWARD = (
+    *HOPPER,
+    *O_BUFFER,
+    STORE,
+    (r"UBLKCP\.S\.G", ""),
+    (r"REDG\.E\.ADD\.F32x4", ""),
+    (r"STSM\.16\.MT88\.4", ""),
+)
 MUST_HAVE = {
-    **{f"{family} forward": HOPPER for family in ("sm90", "sm90_wide", "sm90_scored")},
+    **{f"{family} forward": HOPPERS_FORWARD for family in ("sm90", "sm90_wide", "sm90_scored")},
+    "sm90 backward": HOPPERS_BACKWARD,
     "forward": (PRODUCT, COPY, FRAGMENT, STORE),
     "backward": (PRODUCT, COPY, FRAGMENT, STORE),
     "delta": (LOAD,),
@@ -109,8 +117,8 @@ def faults(unit: codegen.Unit, arch: Arch, code: bytes, log: str) -> Iterator[st
     found = (machine_code.ptx if arch.is_ptx else machine_code.sass)(code)
     form = 1 if arch.is_ptx else 0
     must_have = MUST_HAVE.get(f"{unit.family} {unit.kind}", MUST_HAVE[unit.kind])
-    if must_have is HOPPER and unit.head_dim < 256:
-        must_have = HOPPER + O_BUFFER
+    if must_have is HOPPERS_FORWARD and unit.head_dim < 256:
+        must_have += O_BUFFER
     for wanted in must_have:
         if not machine_code.count(found, wanted[form]):
             yield f"no {wanted[form]}"

@@ -57,12 +57,12 @@ def test_it_is_the_wheel_that_build_makes(
 @pytest.mark.parametrize(
     ("arch", "kept"),
     [
-        ("90", ["sm_90"]),
-        ("8.0 9.0", ["sm_80", "sm_90"]),
+        ("90", ["sm_90", "sm_90a"]),
+        ("8.0 9.0", ["sm_80", "sm_90", "sm_90a"]),
         ("103", ["sm_100"]),
         ("87", ["sm_86"]),
         ("110", ["compute_80"]),
-        ("9.0+PTX", ["sm_90", "compute_80"]),
+        ("9.0+PTX", ["sm_90", "sm_90a", "compute_80"]),
     ],
 )
 def test_a_gpu_keeps_what_it_runs_best(
@@ -87,7 +87,7 @@ def test_a_torch_keeps_its_shims(universal: Path, tmp_path: Path, torch: str) ->
 
 def test_what_was_cut_can_be_cut_again(universal: Path, tmp_path: Path) -> None:
     once = cut(universal, tmp_path / "once", "--arch", "80,90")
-    assert once.parts[-3] == "sm80-90"
+    assert once.parts[-3] == "sm80-90-90a"
     twice = cut(once, tmp_path / "twice", "--arch", "90")
     straight = cut(universal, tmp_path / "straight", "--arch", "90")
     assert twice.read_bytes() == straight.read_bytes()
@@ -105,7 +105,7 @@ def test_a_published_name_becomes_a_plain_wheel(factory: Factory, tmp_path: Path
     ("options", "words"),
     [
         ("", "say what to keep: --arch, --torch or both"),
-        ("--arch 75", "none of its kernels runs on 75: they are for 80, 86, 89, 90, 100, 120, 80+"),
+        ("--arch 75", "none of its kernels runs on 75: they are for 80, 86, 89, 90, 90a, 100"),
         ("--arch hopper", "'hopper' is no CUDA architecture"),
         ("--torch 2", "--torch is '2'; it takes a minor version such as 2.11"),
         ("--torch 2.11.0", "--torch is '2.11.0'; it takes a minor version such as 2.11"),

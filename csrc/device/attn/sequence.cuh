@@ -137,19 +137,23 @@ __device__ inline uint16_t* cache_slot(const Rows& x, const Sequences& all, int 
   return base + page * x.batch + slot % all.page_size * x.row;
 }
 
-// Rows of one sequence and head in the backward pass's padded scratch, delta and dq_accum.
+// Rows of one sequence and head in the backward pass's padded scratch: delta and dq_accum, or the
+// statistics, which have another number of rows a head.
 struct PaddedRows {
   int64_t first;
   int count;  // up to where the next sequence starts
 
-  __device__ PaddedRows(const BackwardParams& params, int sequence, int head) {
+  __device__ PaddedRows(const BackwardParams& params, int sequence, int head)
+      : PaddedRows(params, sequence, head, params.delta_head) {}
+
+  __device__ PaddedRows(const BackwardParams& params, int sequence, int head, int64_t head_rows) {
     const int32_t* starts = params.seqs.cu_seqlens_q;
     const int total = params.seqs.total_q;
     const int begin = starts ? start(starts, sequence, total) : 0;
     const int rows = static_cast<int>(params.delta_head);
     const bool is_last = !starts || sequence + 1 == params.seqs.b;
     count = (is_last ? rows : start(starts, sequence + 1, total)) - begin;
-    first = (starts ? begin : sequence * params.delta_batch) + head * params.delta_head;
+    first = (starts ? begin : sequence * params.delta_batch) + head * head_rows;
   }
 
   __device__ static int start(const int32_t* cu_seqlens_q, int sequence, int total) {

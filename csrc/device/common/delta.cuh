@@ -1,11 +1,14 @@
-// First step of the backward pass: delta = rowsum(dout * o), and zeroed sums for dQ.
+// First step of the backward pass: delta = rowsum(dout * o), and zeroed sums for dQ. Where the main
+// kernel wants them, statistics and turns too (host/flash.h).
 //
 // A CTA takes kDeltaRows rows of one head, 8 lanes a row with 16-byte loads; rows behind the
 // sequence, up to where the next one starts, get zero. Bound by memory: reads o and dout, writes
 // dq_accum.
 #pragma once
 
+#include "attn/mask.cuh"
 #include "attn/sequence.cuh"
+#include "attn/softmax.cuh"
 #include "common/config.h"
 #include "ptx/math.cuh"
 
@@ -26,6 +29,16 @@ __device__ inline float dot(uint4 a, uint4 b) {
   return sum;
 }
 
+// What the main kernel takes of a row: its log-sum-exp in base 2, such that P is 0 where there is
+// no row, or one without keys.
+__device__ inline float lse_of_row(const BackwardParams& params, const attn::Sequence& seq,
+                                   int head, int row) {
+  if (row >= seq.sq) return attn::infinity();
+  const int64_t batch = params.seqs.cu_seqlens_q ? 0 : seq.index * params.lse_batch;
+  const float lse = params.lse[batch + head * params.lse_head + seq.first_q + row];
+  return lse == -attn::infinity() ? attn::infinity() : lse * attn::kLog2e;
+}
+
 // Grid: CTAs of a head (as many as the longest head has tiles of rows), times hq, times b.
 template <class T>
 __device__ inline void delta(const BackwardParams& params) {
@@ -37,9 +50,15 @@ __device__ inline void delta(const BackwardParams& params) {
   const uint16_t* o = attn::rows_of_q(params.o, params.seqs, seq, head);
   const uint16_t* dout = attn::rows_of_q(params.dout, params.seqs, seq, head);
   const int lane = threadIdx.x % 8;
+  float* statistics = nullptr;
+  if (params.statistics) {
+    statistics = params.statistics +
+                 2 * attn::PaddedRows(params, seq.index, head, params.statistics_head).first;
+  }
 
   for (int first = block * kDeltaRows; first < padded.count; first += blocks * kDeltaRows) {
     const int end = min(first + kDeltaRows, padded.count);
+    const bool is_used = first < (seq.sq + 127) / 128 * 128;  // by the main kernel
     for (int row = first + threadIdx.x / 8; row < first + kDeltaRows; row += kDeltaThreads / 8) {
       float sum = 0.0f;
       if (row < seq.sq) {
@@ -51,6 +70,17 @@ __device__ inline void delta(const BackwardParams& params) {
 #pragma unroll
       for (int step = 1; step < 8; step *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
       if (lane == 0 && row < end) params.delta[padded.first + row] = sum;
+      if (lane == 0 && statistics && is_used) {
+        float* const tile = statistics + 2 * first + row % kDeltaRows;
+        tile[0] = lse_of_row(params, seq, head, row);
+        tile[kDeltaRows] = -sum;
+      }
+    }
+    if (params.turns && is_used && threadIdx.x < 2) {
+      const int last_row = (first / params.turn_rows + 1) * params.turn_rows - 1;
+      const attn::Mask mask(params.scores, seq.sq, seq.sk);
+      params.turns[(padded.first + first) / kDeltaRows * 2 + threadIdx.x] =
+          (mask.highest(last_row) - 1) / params.turn_keys;
     }
     for (int copy = 0; copy < params.dq_copies; ++copy) {
       float* sums =

@@ -85,6 +85,12 @@ __device__ inline float ld_shared_f32(uint32_t smem) {
   return x;
 }
 
+__device__ inline float2 ld_shared_v2_f32(uint32_t smem) {
+  float2 x;
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(x.x), "=f"(x.y) : "r"(smem) : "memory");
+  return x;
+}
+
 __device__ inline uint4 ld_shared_128(uint32_t smem) {
   uint4 x;
   asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
@@ -139,6 +145,26 @@ __device__ inline uint64_t atomic_compare_exchange(uint64_t* gmem, uint64_t expe
 // Adds to memory without a reply.
 __device__ inline void red_add_f32(float* gmem, float x) {
   asm volatile("red.global.add.f32 [%0], %1;" ::"l"(gmem), "f"(x) : "memory");
+}
+
+// The same for four neighbours at a multiple of 16 bytes; since cc 9.0.
+__device__ inline void red_add_v4_f32(float* gmem, const float (&x)[4]) {
+  asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(gmem), "f"(x[0]), "f"(x[1]),
+               "f"(x[2]), "f"(x[3])
+               : "memory");
+}
+
+// Waits until a counter is `x`; what its writers did before they added to it is seen from here on.
+__device__ inline void wait_until_equal(const int32_t* gmem, int x) {
+  int found;
+  do {
+    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(found) : "l"(gmem) : "memory");
+  } while (found != x);
+}
+
+// Adds to a counter, behind what this thread did before, and what it saw of others at a barrier.
+__device__ inline void red_release_add(int32_t* gmem, int x) {
+  asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(gmem), "r"(x) : "memory");
 }
 
 }  // namespace flash::ptx

@@ -16,6 +16,15 @@ __device__ inline void tma_load(uint32_t smem, const TensorMap& map, uint32_t ba
       : "memory");
 }
 
+// Copies contiguous bytes, a multiple of 16 at multiples of 16, which count at `barrier`.
+__device__ inline void bulk_load(uint32_t smem, const void* gmem, int bytes, uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+          "r"(smem),
+      "l"(gmem), "r"(bytes), "r"(barrier)
+      : "memory");
+}
+
 // Copies shared memory to the box at (col, row, head, batch), as far as it lies in the tensor.
 __device__ inline void tma_store(const TensorMap& map, uint32_t smem, int col, int row, int head,
                                  int batch) {

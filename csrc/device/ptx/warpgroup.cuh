@@ -25,13 +25,20 @@ __device__ inline void named_barrier_arrive(int barrier, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 
-// x, which is the same in all lanes, as a value that the compiler knows to be: branches on it do not
-// diverge, and addresses made from it stay in the warp's registers.
+// x, which is the same in all lanes, as a value that the compiler knows to be: branches on it do
+// not diverge, and addresses made from it stay in the warp's registers.
 __device__ inline int uniform(int x) { return __shfl_sync(0xffffffffu, x, 0); }
 
 // The counterpart of ldmatrix_x4.
 __device__ inline void stmatrix_x4(uint32_t smem, const uint32_t (&r)[4]) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(smem),
+               "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
+               : "memory");
+}
+
+// And of ldmatrix_x4_trans.
+__device__ inline void stmatrix_x4_trans(uint32_t smem, const uint32_t (&r)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(smem),
                "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
                : "memory");
 }

@@ -43,9 +43,10 @@ __device__ inline void pin(uint32_t (&a)[kN][4]) {
 }
 
 // c += A B, or c = A B where `adds` is 0.
-//   with_rows:    A and B by rows of shared memory along the depth: A B^T of two tiles
-//   with_rows(a): the same with A in registers
-//   with_columns: A in registers, B by columns: A B of a tile
+//   with_rows:       A and B by rows of shared memory along the depth: A B^T of two tiles
+//   with_rows(a):    the same with A in registers
+//   with_columns:    A by rows, B by columns: A B of two tiles
+//   with_columns(a): the same with A in registers, and always added
 template <class T, int kN>
 struct Wgmma;
 
@@ -95,6 +96,14 @@ struct Wgmma;
                                         ", adds, 1, 1, 0;}"                                    \
                    : FLASH_OPERANDS_##N                                                        \
                    : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(adds));           \
+    }                                                                                          \
+    __device__ static void with_columns(float (&c)[N / 8][4], uint64_t a, uint64_t b,          \
+                                        int adds) {                                            \
+      asm volatile("{.reg .pred adds; setp.ne.s32 adds, " X2                                   \
+                   ", 0; wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE        \
+                   " {" FLASH_NAMES_##N "}, " X0 ", " X1 ", adds, 1, 1, 0, 1;}"                \
+                   : FLASH_OPERANDS_##N                                                        \
+                   : "l"(a), "l"(b), "r"(adds));                                               \
     }                                                                                          \
     __device__ static void with_columns(float (&c)[N / 8][4], const uint32_t (&a)[4],          \
                                         uint64_t b) {                                          \

@@ -7,8 +7,8 @@ namespace flash::sm90 {
 constexpr int kBoxM = 64;  // rows of a consumer
 
 // Calls that a kernel serves: all; those whose scores go to softmax as they are (no softcap, no
-// ALiBi, a positive scale); of these, those without masks. What a kernel need not do makes it smaller,
-// and short calls faster.
+// ALiBi, a positive scale); of these, those without masks. What a kernel need not do makes it
+// smaller, and short calls faster.
 enum Serves { kAll, kPlain, kFull };
 
 struct ForwardTile {
@@ -16,7 +16,7 @@ struct ForwardTile {
   int head_dim;
   int consumers;  // warpgroups that compute; one more loads and stores
   int block_n;
-  int stages;        // buffers of K, and of V: a power of two
+  int stages;  // buffers of K, and of V: a power of two
   int q_buffers;
   bool holds_q;      // Q goes to registers, and leaves its buffer at once
   bool takes_turns;  // the consumers issue their products one after the other
@@ -28,8 +28,8 @@ struct ForwardTile {
   constexpr int registers_of_others() const { return consumers == 2 ? 40 : 32; }
   // In shared memory: whole panels of 64.
   constexpr int columns() const { return (head_dim + 63) / 64 * 64; }
-  // Where Q leaves its buffer early, the next tile's scores are computed beside the end of this one,
-  // and O has a buffer to leave by. Else it leaves from registers.
+  // Where Q leaves its buffer early, the next tile's scores are computed beside the end of this
+  // one, and O has a buffer to leave by. Else it leaves from registers.
   constexpr bool has_o_buffer() const { return holds_q || q_buffers > 1; }
   // Q, O, K and V in stages; two floats a row; barriers and tiles.
   constexpr int smem_bytes() const {
@@ -54,5 +54,55 @@ constexpr ForwardTile forward_tile(Serves serves, int head_dim) {
   }
   return {};
 }
+
+// How the two consumers of the backward kernel share out the work on a block of keys.
+enum Share {
+  kByKeys,       // 64 keys each: their dK and dV
+  kByGradients,  // all 64 keys: dV and dK
+};
+
+struct BackwardTile {
+  int head_dim;
+  Share share;
+  int block_m;  // queries of a step
+  int block_n;  // keys of a CTA
+  int stages;   // buffers of Q and dO: a power of two
+
+  constexpr int consumers() const { return 2; }
+  constexpr int threads() const { return 128 * (1 + consumers()); }
+  constexpr int registers_of_consumer() const { return 240; }
+  constexpr int registers_of_others() const { return 24; }
+  // In shared memory: whole panels of 64.
+  constexpr int columns() const { return (head_dim + 63) / 64 * 64; }
+  constexpr int p_bytes() const { return share == kByGradients ? block_m * block_n * 4 : 0; }
+  constexpr int ds_bytes() const { return block_m * block_n * 2; }
+  constexpr int statistics_bytes() const { return stages * block_m * 2 * 4; }
+  constexpr int bounds_bytes() const { return block_n * 2 * 4; }
+  // K and V; Q and dO in stages; two buffers of dS; P, where one consumer hands it to the other;
+  // lse and delta; which queries see a key; barriers and records.
+  constexpr int smem_bytes() const {
+    return 2 * (block_n + stages * block_m) * columns() * 2 + 2 * ds_bytes() + p_bytes() +
+           statistics_bytes() + bounds_bytes() + 512;
+  }
+};
+
+constexpr BackwardTile kBackwardTiles[] = {
+    {64, kByKeys, 128, 128, 2},      //
+    {96, kByKeys, 64, 128, 2},       //
+    {128, kByKeys, 64, 128, 2},      //
+    {192, kByGradients, 64, 64, 2},  //
+    {256, kByGradients, 64, 64, 2},  //
+};
+
+constexpr BackwardTile backward_tile(int head_dim) {
+  for (const BackwardTile& tile : kBackwardTiles) {
+    if (tile.head_dim == head_dim) return tile;
+  }
+  return {};
+}
+
+// Rows of a tile of dQ's sums; the conversion takes one a CTA.
+constexpr int kSumRows = 64;
+constexpr int kConvertThreads = 128;
 
 }  // namespace flash::sm90

@@ -93,11 +93,11 @@ struct Schedule {
   }
 };
 
-// Loads the first `num_panels` panels of a tile.
+// Loads the first `num_panels` panels of a tile; `more_bytes` will come by another copy.
 template <class SmemTile>
 __device__ inline void load_tile(uint32_t smem, const TensorMap& map, uint32_t full, int num_panels,
-                                 int row, int head, int batch) {
-  ptx::mbarrier_arrive_expect(full, num_panels * SmemTile::kPanelBytes);
+                                 int row, int head, int batch, int more_bytes = 0) {
+  ptx::mbarrier_arrive_expect(full, num_panels * SmemTile::kPanelBytes + more_bytes);
 #pragma unroll
   for (int panel = 0; panel < SmemTile::kCols / 64; ++panel) {
     if (panel < num_panels) {

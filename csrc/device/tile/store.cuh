@@ -99,4 +99,34 @@ struct RegisterOrder {
   }
 };
 
+// Sums of tiles of 64 rows in the order in which a warpgroup has them: all threads' four values of
+// the first eight columns, then of the next. A warp adds 512 contiguous bytes at once.
+struct WarpgroupOrder {
+  static constexpr int kEightColumns = 64 * 8;  // floats
+
+  template <int kN>
+  __device__ static void add(float* to, const Accumulators<1, kN>& acc, int num_columns,
+                             int thread) {
+    to += 4 * static_cast<uint32_t>(thread);
+#pragma unroll
+    for (int n = 0; n < kN; ++n) {
+      if (8 * n < num_columns) ptx::red_add_v4_f32(to + n * kEightColumns, acc.c[0][n]);
+    }
+  }
+
+  // acc += the sums.
+  template <int kN>
+  __device__ static void load_add(Accumulators<1, kN>& acc, const float* from, int thread) {
+    from += 4 * static_cast<uint32_t>(thread);
+#pragma unroll
+    for (int n = 0; n < kN; ++n) {
+      const float4 x = *reinterpret_cast<const float4*>(from + n * kEightColumns);
+      acc.c[0][n][0] += x.x;
+      acc.c[0][n][1] += x.y;
+      acc.c[0][n][2] += x.z;
+      acc.c[0][n][3] += x.w;
+    }
+  }
+};
+
 }  // namespace flash::tile

@@ -35,10 +35,10 @@ constexpr uint32_t step_along_rows(int k) {
 }
 constexpr uint32_t kStepDownColumns = 16 * 128 / 16;
 
-// s = A B^T over kDepth columns: A the 64 rows of a tile, B all rows of a tile.
-template <class T, int kDepth, class TileA, class TileB>
-__device__ __forceinline__ void start_abt(Accumulators<1, TileB::kRows / 8>& s, uint32_t a_smem,
-                                          uint32_t b_smem) {
+// s = A B^T, or s += A B^T, over kDepth columns: A 64 rows of a tile, B 8 kN rows of a tile.
+template <class T, int kDepth, class TileA, class TileB, int kN>
+__device__ __forceinline__ void start_abt(Accumulators<1, kN>& s, uint32_t a_smem, uint32_t b_smem,
+                                          bool adds = false) {
   // Of operands by rows a step reads one panel: the panel stride is unused.
   const Descriptor a(a_smem, 16);
   const Descriptor b(b_smem, 16);
@@ -46,23 +46,23 @@ __device__ __forceinline__ void start_abt(Accumulators<1, TileB::kRows / 8>& s, 
   ptx::wgmma_fence();
 #pragma unroll
   for (int k = 0; k < kDepth / 16; ++k) {
-    ptx::Wgmma<T, TileB::kRows>::with_rows(s.c[0], a.at(step_along_rows<TileA>(k)),
-                                           b.at(step_along_rows<TileB>(k)), k > 0);
+    ptx::Wgmma<T, 8 * kN>::with_rows(s.c[0], a.at(step_along_rows<TileA>(k)),
+                                     b.at(step_along_rows<TileB>(k)), adds || k > 0);
   }
   ptx::wgmma_commit();
 }
 
 // The same with A in registers, loaded by load_a().
-template <class T, class TileB, int kSteps>
-__device__ __forceinline__ void start_abt(Accumulators<1, TileB::kRows / 8>& s,
-                                          uint32_t (&a)[kSteps][4], uint32_t b_smem) {
+template <class T, class TileB, int kN, int kSteps>
+__device__ __forceinline__ void start_abt(Accumulators<1, kN>& s, uint32_t (&a)[kSteps][4],
+                                          uint32_t b_smem, bool adds = false) {
   const Descriptor b(b_smem, 16);
   ptx::pin(s.c[0]);
   ptx::pin(a);
   ptx::wgmma_fence();
 #pragma unroll
   for (int k = 0; k < kSteps; ++k) {
-    ptx::Wgmma<T, TileB::kRows>::with_rows(s.c[0], a[k], b.at(step_along_rows<TileB>(k)), k > 0);
+    ptx::Wgmma<T, 8 * kN>::with_rows(s.c[0], a[k], b.at(step_along_rows<TileB>(k)), adds || k > 0);
   }
   ptx::wgmma_commit();
 }
@@ -84,17 +84,33 @@ __device__ __forceinline__ void store_a(uint32_t smem, const uint32_t (&a)[kStep
   for (int k = 0; k < kSteps; ++k) ptx::stmatrix_x4(walk<Tile>(at, 0, 2 * k), a[k]);
 }
 
-// o += P B: P packed to 16 bits, the first 8 kN columns of B.
-template <class T, class TileB, int kN>
-__device__ __forceinline__ void start_pb(Accumulators<1, kN>& o,
-                                         uint32_t (&p)[TileB::kRows / 16][4], uint32_t b_smem) {
+// c = A B: A 64 rows of a tile, B the first 8 kN columns of a tile whose rows are the depth.
+template <class T, class TileA, class TileB, int kN>
+__device__ __forceinline__ void start_ab(Accumulators<1, kN>& c, uint32_t a_smem, uint32_t b_smem) {
+  static_assert(TileA::kCols == TileB::kRows, "shapes must agree");
+  const Descriptor a(a_smem, 16);
+  const Descriptor b(b_smem, TileB::kPanelBytes);
+  ptx::pin(c.c[0]);
+  ptx::wgmma_fence();
+#pragma unroll
+  for (int k = 0; k < TileB::kRows / 16; ++k) {
+    ptx::Wgmma<T, 8 * kN>::with_columns(c.c[0], a.at(step_along_rows<TileA>(k)),
+                                        b.at(k * kStepDownColumns), k > 0);
+  }
+  ptx::wgmma_commit();
+}
+
+// o += P B: P packed to 16 bits, the first 8 kN columns of as many rows of B.
+template <class T, class TileB, int kN, int kSteps>
+__device__ __forceinline__ void start_pb(Accumulators<1, kN>& o, uint32_t (&p)[kSteps][4],
+                                         uint32_t b_smem) {
   using Product = ptx::Wgmma<T, 8 * kN>;
   const Descriptor b(b_smem, TileB::kPanelBytes);
   ptx::pin(p);
   ptx::pin(o.c[0]);
   ptx::wgmma_fence();
 #pragma unroll
-  for (int k = 0; k < TileB::kRows / 16; ++k) {
+  for (int k = 0; k < kSteps; ++k) {
     Product::with_columns(o.c[0], p[k], b.at(k * kStepDownColumns));
   }
   ptx::wgmma_commit();
@@ -157,8 +173,8 @@ __device__ __forceinline__ void store_rows(uint16_t* to, int64_t row_stride,
       const uint32_t high = swap(is_odd ? r[2] : r[3], 1);
       const uint2 first = is_odd ? make_uint2(low, r[1]) : make_uint2(r[0], low);
       const uint2 second = is_odd ? make_uint2(high, r[3]) : make_uint2(r[2], high);
-      const uint2 other = make_uint2(swap(is_high ? first.x : second.x, 2),
-                                     swap(is_high ? first.y : second.y, 2));
+      const uint2 other =
+          make_uint2(swap(is_high ? first.x : second.x, 2), swap(is_high ? first.y : second.y, 2));
       const uint4 all = is_high ? make_uint4(other.x, other.y, second.x, second.y)
                                 : make_uint4(first.x, first.y, other.x, other.y);
       if (row < num_rows && 8 * n + lane % 4 * 8 < num_cols) {
@@ -166,6 +182,15 @@ __device__ __forceinline__ void store_rows(uint16_t* to, int64_t row_stride,
       }
     }
   }
+}
+
+// Stores the transpose of what pack() made of 16 rows: into columns [col, + 16) of a tile.
+template <class Tile, int kSteps>
+__device__ __forceinline__ void store_transposed(uint32_t smem, const uint32_t (&p)[kSteps][4],
+                                                 int col, int lane) {
+  const uint32_t at = smem + Tile::offset(lane % 8 + lane / 16 * 8, col / kChunk + lane / 8 % 2);
+#pragma unroll
+  for (int k = 0; k < kSteps; ++k) ptx::stmatrix_x4_trans(walk<Tile>(at, 16 * k, 0), p[k]);
 }
 
 }  // namespace flash::tile

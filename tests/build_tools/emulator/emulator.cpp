@@ -290,6 +290,18 @@ void mbarrier_wait(uint32_t address, uint32_t parity) {
   wait_until([&barrier, parity] { return (barrier.phase & 1) != parity; }, "a barrier");
 }
 
+void bulk_load(uint32_t smem, const void* gmem, int bytes, uint32_t address) {
+  if (smem % 16 != 0 || reinterpret_cast<uintptr_t>(gmem) % 16 != 0 || bytes % 16 != 0) {
+    stop("a copy of %d bytes to %u is not of whole 16 bytes", bytes, smem);
+  }
+  g_copies.push_back([=] {
+    memcpy(at(smem, static_cast<uint32_t>(bytes)), gmem, static_cast<size_t>(bytes));
+    MBarrier& barrier = mbarrier(address);
+    barrier.bytes -= bytes;
+    end_phase_if_due(barrier);
+  });
+}
+
 void tma_load(uint32_t smem, const flash::TensorMap& map, uint32_t address, const int (&place)[4]) {
   const Map read = read_map(map);
   const std::vector<int> where(place, place + 4);

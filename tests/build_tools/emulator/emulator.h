@@ -18,7 +18,7 @@
 
 #define __device__
 #define __global__
-#define __shared__
+#define __shared__ thread_local  // one for all fibers
 #define __forceinline__ inline
 #define __grid_constant__
 #define __launch_bounds__(...)
@@ -31,6 +31,9 @@ extern Dim threadIdx, blockIdx, gridDim;
 
 struct float2 {
   float x, y;
+};
+struct float4 {
+  float x, y, z, w;
 };
 struct uint2 {
   uint32_t x, y;
@@ -68,6 +71,7 @@ void mbarrier_init(uint32_t barrier, int count);
 void mbarrier_arrive(uint32_t barrier, int bytes);
 void mbarrier_wait(uint32_t barrier, uint32_t parity);
 
+void bulk_load(uint32_t smem, const void* gmem, int bytes, uint32_t barrier);
 void tma_load(uint32_t smem, const flash::TensorMap& map, uint32_t barrier, const int (&place)[4]);
 void tma_store(uint32_t smem, const flash::TensorMap& map, const int (&place)[4]);
 void tma_store_wait();
@@ -118,6 +122,7 @@ inline float __int_as_float(int x) { return emulator::from_bits<float>(emulator:
 inline float __uint_as_float(uint32_t x) { return __int_as_float(static_cast<int>(x)); }
 inline uint32_t __float_as_uint(float x) { return static_cast<uint32_t>(__float_as_int(x)); }
 inline float2 make_float2(float x, float y) { return {x, y}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 inline uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
 inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
 inline int __ffs(uint32_t x) { return __builtin_ffs(static_cast<int>(x)); }

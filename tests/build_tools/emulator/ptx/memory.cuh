@@ -6,6 +6,10 @@ namespace flash::ptx {
 
 inline uint32_t smem_address(const void* ptr) {
   const auto* byte = static_cast<const unsigned char*>(ptr);
+  // Where a kernel has an array of its own, that is its shared memory.
+  if (byte < emulator::g_smem || byte >= emulator::g_smem + emulator::kSmemBytes) {
+    emulator::g_smem = const_cast<unsigned char*>(byte);
+  }
   return static_cast<uint32_t>(byte - emulator::g_smem) + emulator::kSmemBase;
 }
 
@@ -42,6 +46,12 @@ inline void st_shared_128(uint32_t smem, uint4 x) { memcpy(emulator::at(smem, 16
 
 inline void st_shared_32(uint32_t smem, uint32_t x) { memcpy(emulator::at(smem, 4), &x, 4); }
 
+inline float2 ld_shared_v2_f32(uint32_t smem) {
+  float2 x;
+  memcpy(&x, emulator::at(smem, 8), 8);
+  return x;
+}
+
 inline float ld_shared_f32(uint32_t smem) {
   float x;
   memcpy(&x, emulator::at(smem, 4), 4);
@@ -67,5 +77,16 @@ inline uint64_t atomic_compare_exchange(uint64_t* gmem, uint64_t expected, uint6
 }
 
 inline void red_add_f32(float* gmem, float x) { *gmem += x; }
+
+inline void red_add_v4_f32(float* gmem, const float (&x)[4]) {
+  if (reinterpret_cast<uintptr_t>(gmem) % 16 != 0) emulator::stop("four floats are not aligned");
+  for (int i = 0; i < 4; ++i) gmem[i] += x[i];
+}
+
+inline void wait_until_equal(const int32_t* gmem, int x) {
+  emulator::wait_until([=] { return *gmem == x; }, "a counter in memory");
+}
+
+inline void red_release_add(int32_t* gmem, int x) { *gmem += x; }
 
 }  // namespace flash::ptx

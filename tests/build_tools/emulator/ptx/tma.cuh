@@ -8,6 +8,9 @@ inline void tma_load(uint32_t smem, const TensorMap& map, uint32_t barrier, int 
                      int head, int batch) {
   emulator::tma_load(smem, map, barrier, {col, row, head, batch});
 }
+inline void bulk_load(uint32_t smem, const void* gmem, int bytes, uint32_t barrier) {
+  emulator::bulk_load(smem, gmem, bytes, barrier);
+}
 inline void tma_store(const TensorMap& map, uint32_t smem, int col, int row, int head, int batch) {
   emulator::tma_store(smem, map, {col, row, head, batch});
 }

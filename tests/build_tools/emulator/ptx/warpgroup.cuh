@@ -27,4 +27,15 @@ inline void stmatrix_x4(uint32_t smem, const uint32_t (&r)[4]) {
   }
 }
 
+inline void stmatrix_x4_trans(uint32_t smem, const uint32_t (&r)[4]) {
+  const emulator::Slots& rows = emulator::exchange({smem});
+  const int lane = threadIdx.x % 32;
+  for (int i = 0; i < 4; ++i) {
+    for (int j = 0; j < 2; ++j) {
+      const uint32_t row = static_cast<uint32_t>(rows.of[8 * i + lane % 4 * 2 + j][0]);
+      memcpy(emulator::at(row + lane / 4 * 2, 2), reinterpret_cast<const char*>(&r[i]) + 2 * j, 2);
+    }
+  }
+}
+
 }  // namespace flash::ptx

@@ -1,0 +1,201 @@
+// Consumers that share 64 keys, where dK and dV of more do not fit the registers of one: the first
+// computes P and dV, the second dS and dK. P goes from one to the other as it is, in float; dS of
+// both halves of dQ's columns through shared memory, as always.
+#pragma once
+
+#include "sm90/backward_consumer.cuh"
+
+namespace flash::sm90 {
+
+// What both do.
+template <class Cfg>
+class SharingConsumer : public GradientConsumer<Cfg> {
+ protected:
+  using Base = GradientConsumer<Cfg>;
+  using T = typename Cfg::T;
+  using TileQ = typename Cfg::TileQ;
+  using TileK = typename Cfg::TileK;
+  using TileDs = typename Cfg::TileDs;
+  using AccS = typename Cfg::AccS;
+  using Packed = uint32_t[4][4];               // 64 keys by 64 queries
+  static constexpr int kColumnsOfFirst = 128;  // of dQ
+  static_assert(Cfg::kBlockM == 64 && Cfg::kHeadDim > kColumnsOfFirst, "one product a step");
+  static constexpr int kPIsThere = 4;  // a named barrier
+
+  __device__ __forceinline__ SharingConsumer(const TmaBackwardParams& params,
+                                             const BackwardPipeline<Cfg>& pipe)
+      : Base(params, pipe) {}
+
+  __device__ __forceinline__ void open_step() const {
+    this->pipe_.queries().wait_full(this->step_);
+    this->clean_queries();
+  }
+
+  // A consumer's columns of dQ.
+  template <int kN>
+  __device__ __forceinline__ void start_dq(tile::Accumulators<1, kN>& dq, int column) const {
+    tile::start_ab<T, TileDs, TileK>(dq, this->pipe_.ds_buffer(this->step_),
+                                     this->pipe_.k_buffer() + column / 64 * TileK::kPanelBytes);
+  }
+
+  // This thread's part of P, from consumer to consumer.
+  __device__ uint32_t p_of_thread() const { return this->pipe_.p_buffer() + this->thread() * 16; }
+
+  __device__ uint32_t q() const { return this->pipe_.q_buffer(this->step_); }
+  __device__ uint32_t dout() const { return this->pipe_.dout_buffer(this->step_); }
+};
+
+// P and dV.
+template <class Cfg>
+class ValuesConsumer : SharingConsumer<Cfg> {
+  using Base = SharingConsumer<Cfg>;
+  using typename Base::AccS;
+  using typename Base::Packed;
+  using typename Base::T;
+  using typename Base::TileK;
+  using typename Base::TileQ;
+  using AccQ = tile::Accumulators<1, Base::kColumnsOfFirst / 8>;
+
+ public:
+  __device__ __forceinline__ ValuesConsumer(const TmaBackwardParams& params,
+                                            const BackwardPipeline<Cfg>& pipe)
+      : Base(params, pipe) {}
+
+  __device__ __forceinline__ void run() {
+    while (this->has_block()) {
+      dv_.clear();
+      this->wait_for_keys();
+      if (this->has_steps()) {
+        this->clean_keys(0, Cfg::kBlockN);
+        this->find_bounds(0);
+        if (is_plain(this->params_.scores)) {
+          run_steps<true>();
+        } else {
+          run_steps<false>();
+        }
+      }
+      this->barrier_of_both();  // nobody needs V any more: dV leaves through it
+      this->store_dv(dv_, 0);
+      this->release_keys();
+      this->close_block();
+    }
+  }
+
+ private:
+  template <bool kPlain>
+  __device__ __forceinline__ void run_steps() {
+    do {
+      this->open_step();
+      step<kPlain>();
+    } while (this->close_step());
+  }
+
+  template <bool kPlain>
+  __device__ __forceinline__ void step() {
+    AccS s;
+    tile::start_abt<T, Cfg::kHeadDim, TileK, TileQ>(s, this->pipe_.k_buffer(), this->q());
+    const ColumnPairs lse = this->statistic(kLse, 0);
+    ptx::wgmma_wait<0>();
+    ptx::pin(s.c[0]);
+    Packed p;
+    this->template absorb<kPlain>(s, p, lse, this->warp_row(), 0);
+#pragma unroll
+    for (int n = 0; n < 8; ++n) {
+      const float(&x)[4] = s.c[0][n];
+      ptx::st_shared_128(this->p_of_thread() + n * 2048,
+                         make_uint4(__float_as_uint(x[0]), __float_as_uint(x[1]),
+                                    __float_as_uint(x[2]), __float_as_uint(x[3])));
+    }
+    ptx::named_barrier_arrive(Base::kPIsThere, Base::kBothConsumers);
+    this->pipe_.douts().wait_full(this->step_);
+    tile::start_pb<T, TileQ>(dv_, p, this->dout());
+    this->barrier_of_both();  // dS is there
+
+    AccQ dq;
+    this->start_dq(dq, 0);
+    ptx::wgmma_wait<0>();
+    ptx::pin(dv_.c[0]);
+    ptx::pin(p);
+    ptx::pin(dq.c[0]);
+    this->add_dq(dq, this->step_, this->sums_, 0);
+  }
+
+  typename Cfg::AccKV dv_;
+};
+
+// dS and dK.
+template <class Cfg>
+class KeyGradientsConsumer : SharingConsumer<Cfg> {
+  using Base = SharingConsumer<Cfg>;
+  using typename Base::AccS;
+  using typename Base::Packed;
+  using typename Base::T;
+  using typename Base::TileDs;
+  using typename Base::TileK;
+  using typename Base::TileQ;
+  using AccQ = tile::Accumulators<1, (Cfg::kHeadDim - Base::kColumnsOfFirst) / 8>;
+
+ public:
+  __device__ __forceinline__ KeyGradientsConsumer(const TmaBackwardParams& params,
+                                                  const BackwardPipeline<Cfg>& pipe)
+      : Base(params, pipe) {}
+
+  __device__ __forceinline__ void run() {
+    while (this->has_block()) {
+      dk_.clear();
+      this->wait_for_keys();
+      if (this->has_steps()) {
+        this->clean_keys(0, Cfg::kBlockN);
+        do {
+          this->open_step();
+          step();
+        } while (this->close_step());
+      }
+      this->barrier_of_both();  // nobody needs K any more: dK leaves through it
+      this->store_dk(dk_, 0);
+      this->release_keys();
+      this->close_block();
+    }
+  }
+
+ private:
+  __device__ __forceinline__ void step() {
+    AccS dp;
+    begin_with(dp, this->statistic(kMinusDelta, 0));
+    this->pipe_.douts().wait_full(this->step_);
+    tile::start_abt<T, Cfg::kHeadDim, TileK, TileQ>(dp, this->pipe_.v_buffer(), this->dout(), true);
+    ptx::named_barrier_sync(Base::kPIsThere, Base::kBothConsumers);
+    ptx::wgmma_wait<0>();
+    ptx::pin(dp.c[0]);
+    AccS p;
+#pragma unroll
+    for (int n = 0; n < 8; ++n) {
+      const uint4 x = ptx::ld_shared_128(this->p_of_thread() + n * 2048);
+      p.c[0][n][0] = __uint_as_float(x.x);
+      p.c[0][n][1] = __uint_as_float(x.y);
+      p.c[0][n][2] = __uint_as_float(x.z);
+      p.c[0][n][3] = __uint_as_float(x.w);
+    }
+    Packed ds;
+    gradients_of_scores<T>(ds, p, dp);
+    tile::store_transposed<TileDs>(this->pipe_.ds_buffer(this->step_), ds, this->warp_row(),
+                                   this->lane());
+    ptx::fence_async_proxy();
+    this->barrier_of_both();
+
+    // dQ before dK: it is added to memory beside dK's product.
+    AccQ dq;
+    this->start_dq(dq, Base::kColumnsOfFirst);
+    tile::start_pb<T, TileQ>(dk_, ds, this->q());
+    ptx::wgmma_wait<1>();
+    ptx::pin(dq.c[0]);
+    this->add_dq(dq, this->step_, this->sums_, Base::kColumnsOfFirst);
+    ptx::wgmma_wait<0>();
+    ptx::pin(dk_.c[0]);
+    ptx::pin(ds);
+  }
+
+  typename Cfg::AccKV dk_;
+};
+
+}  // namespace flash::sm90

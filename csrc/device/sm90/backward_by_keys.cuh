@@ -1,0 +1,232 @@
+// A consumer that has 64 keys for itself: their P and dS never leave its registers as operands of
+// dV and dK. Only dQ needs the dS of all keys, so that one goes through shared memory, and the
+// consumers share out dQ's columns, or its rows. A step multiplies the dQ of the step before, for
+// which the other consumer's dS has long been there.
+#pragma once
+
+#include "sm90/backward_consumer.cuh"
+
+namespace flash::sm90 {
+
+template <class Cfg>
+class KeysConsumer : GradientConsumer<Cfg> {
+  using Base = GradientConsumer<Cfg>;
+  using T = typename Cfg::T;
+  using TileQ = typename Cfg::TileQ;
+  using TileK = typename Cfg::TileK;
+  using TileDs = typename Cfg::TileDs;
+  using AccS = typename Cfg::AccS;
+  using AccQ = tile::Accumulators<1, 8>;
+  using Packed = uint32_t[4][4];          // 64 keys by 64 queries
+  static constexpr int kRows = 64 * 128;  // bytes of 64 rows of a panel
+  static constexpr int kNone = -1;
+  // The first of four named barriers: for each consumer those of even and odd steps.
+  static constexpr int kDsIsThere = 4;
+  // A step has 64 queries, and a consumer a panel of columns of their dQ; or 128, and it has 64.
+  static constexpr bool kByRows = Cfg::kBlockM == 128;
+  // A consumer's K stays in registers, where there is room: shared memory is read less.
+  static constexpr bool kHoldsKeys = kByRows;
+  static_assert(kByRows ? Cfg::kHeadDim == 64 : Cfg::kBlockM == 64 && TileK::kCols == 128,
+                "a consumer has 64 x 64 of dQ");
+
+ public:
+  __device__ __forceinline__ KeysConsumer(const TmaBackwardParams& params,
+                                          const BackwardPipeline<Cfg>& pipe)
+      : Base(params, pipe) {}
+
+  __device__ __forceinline__ void run() {
+    while (this->has_block()) {
+      dk_.clear();
+      dv_.clear();
+      this->wait_for_keys();
+      if (this->has_steps()) {
+        if (is_plain(this->params_.scores)) {
+          run_steps<true>();
+        } else {
+          run_steps<false>();
+        }
+      }
+      this->barrier_of_both();  // nobody needs keys or dS any more: dK and dV leave through dS
+      this->release_keys();
+      this->store_dv(dv_, 64 * this->consumer_);
+      this->store_dk(dk_, 64 * this->consumer_);
+      this->close_block();
+      this->barrier_of_both();
+    }
+  }
+
+ private:
+  template <bool kPlain>
+  __device__ __forceinline__ void run_steps() {
+    this->clean_keys(64 * this->consumer_, 64);
+    this->find_bounds(64 * this->consumer_);
+    if constexpr (kHoldsKeys) {
+      tile::load_a<TileK>(k_, this->pipe_.k_buffer(), 64 * this->consumer_ + this->warp_row(),
+                          this->lane());
+    }
+    late_sums_ = kNone;
+    announce_ds(this->step_);
+    do {
+      this->pipe_.queries().wait_full(this->step_);
+      this->clean_queries();
+      if constexpr (kByRows) {
+        step_of_128<kPlain>();
+      } else {
+        step_of_64<kPlain>();
+      }
+      late_sums_ = this->sums_;
+    } while (this->close_step());
+    AccQ dq;
+    start_late_dq(dq);
+    ptx::wgmma_wait<0>();
+    add_late_dq(dq);
+  }
+
+  // The steps of scores that are not plain wait for S alone: what becomes of it takes registers.
+  template <bool kPlain>
+  __device__ __forceinline__ void step_of_64() {
+    AccS s, dp;
+    AccQ dq;
+    start_late_dq(dq);
+    start_s(s, 0);
+    ptx::wgmma_wait<1>();
+    add_late_dq(dq);
+    const ColumnPairs lse = this->statistic(kLse, 0);
+    begin_with(dp, this->statistic(kMinusDelta, 0));
+    this->pipe_.douts().wait_full(this->step_);
+    if (kPlain) start_dp(dp, 0);
+    ptx::wgmma_wait<kPlain ? 1 : 0>();
+    ptx::pin(s.c[0]);
+    Packed p, ds;
+    absorb<kPlain>(s, p, lse, 0);
+    if (!kPlain) start_dp(dp, 0);
+    start_dv(p, 0);
+    ptx::wgmma_wait<1>();
+    ptx::pin(dp.c[0]);
+    to_gradients(ds, s, dp, 0);
+    announce_ds(this->step_ + 1);
+    start_dk(ds, 0);
+    ptx::wgmma_wait<0>();
+    ptx::pin(dv_.c[0]);
+    ptx::pin(p);
+    ptx::pin(dk_.c[0]);
+    ptx::pin(ds);
+  }
+
+  // Two halves, of which one is multiplied while the other becomes P and dS.
+  template <bool kPlain>
+  __device__ __forceinline__ void step_of_128() {
+    AccS s0, dp0, s1, dp1;
+    start_s(s0, 0);
+    const ColumnPairs lse0 = this->statistic(kLse, 0);
+    begin_with(dp0, this->statistic(kMinusDelta, 0));
+    this->pipe_.douts().wait_full(this->step_);
+    if (kPlain) start_dp(dp0, 0);
+    AccQ dq;
+    start_late_dq(dq);
+    ptx::wgmma_wait<kPlain ? 2 : 1>();
+    ptx::pin(s0.c[0]);
+    Packed p0, ds0, p1, ds1;
+    absorb<kPlain>(s0, p0, lse0, 0);
+    if (!kPlain) start_dp(dp0, 0);
+    start_dv(p0, 0);
+    start_s(s1, 1);
+    ptx::wgmma_wait<2>();
+    ptx::pin(dp0.c[0]);
+    add_late_dq(dq);
+    const ColumnPairs lse1 = this->statistic(kLse, 1);
+    begin_with(dp1, this->statistic(kMinusDelta, 1));
+    to_gradients(ds0, s0, dp0, 0);
+    start_dp(dp1, 1);
+    start_dk(ds0, 0);
+    ptx::wgmma_wait<2>();
+    ptx::pin(dv_.c[0]);
+    ptx::pin(p0);
+    ptx::pin(s1.c[0]);
+    absorb<kPlain>(s1, p1, lse1, 1);
+    start_dv(p1, 1);
+    ptx::wgmma_wait<2>();
+    ptx::pin(dp1.c[0]);
+    to_gradients(ds1, s1, dp1, 1);
+    announce_ds(this->step_ + 1);
+    start_dk(ds1, 1);
+    ptx::wgmma_wait<0>();
+    ptx::pin(dv_.c[0]);
+    ptx::pin(p1);
+    ptx::pin(ds0);
+    ptx::pin(dk_.c[0]);
+    ptx::pin(ds1);
+  }
+
+  // The parts of a step, for its first or second 64 queries.
+  __device__ __forceinline__ void start_s(AccS& s, int half) {
+    if constexpr (kHoldsKeys) {
+      tile::start_abt<T, TileQ>(s, k_, q(half));
+    } else {
+      tile::start_abt<T, Cfg::kHeadDim, TileK, TileQ>(
+          s, this->pipe_.k_buffer() + this->consumer_ * kRows, q(half));
+    }
+  }
+  __device__ __forceinline__ void start_dp(AccS& dp, int half) const {
+    tile::start_abt<T, Cfg::kHeadDim, TileK, TileQ>(
+        dp, this->pipe_.v_buffer() + this->consumer_ * kRows, dout(half), true);
+  }
+  __device__ __forceinline__ void start_dv(Packed& p, int half) {
+    tile::start_pb<T, TileQ>(dv_, p, dout(half));
+  }
+  __device__ __forceinline__ void start_dk(Packed& ds, int half) {
+    tile::start_pb<T, TileQ>(dk_, ds, q(half));
+  }
+  template <bool kPlain>
+  __device__ __forceinline__ void absorb(AccS& s, Packed& p, const ColumnPairs& lse,
+                                         int half) const {
+    Base::template absorb<kPlain>(s, p, lse, 64 * this->consumer_ + this->warp_row(), half);
+  }
+  __device__ __forceinline__ void to_gradients(Packed& ds, const AccS& s, const AccS& dp,
+                                               int half) const {
+    gradients_of_scores<T>(ds, s, dp);
+    // To the other consumer, as announce_ds() tells it. There are two buffers: the one that a step
+    // writes was read in the step before.
+    tile::store_transposed<TileDs>(this->pipe_.ds_buffer(this->step_) + half * kRows, ds,
+                                   64 * this->consumer_ + this->warp_row(), this->lane());
+    ptx::fence_async_proxy();
+  }
+
+  // dS of the step before `step` is there, for the other consumer. In front of a block's first step
+  // too: dQ is multiplied there as in any other, of whatever the buffer holds, and left.
+  __device__ void announce_ds(uint32_t step) const {
+    ptx::named_barrier_arrive(ds_is_there(this->consumer_ ^ 1, step), Base::kBothConsumers);
+  }
+  __device__ static int ds_is_there(int consumer, uint32_t step) {
+    return kDsIsThere + consumer * 2 + step % 2;
+  }
+
+  // dQ of the step before.
+  __device__ __forceinline__ void start_late_dq(AccQ& dq) const {
+    ptx::named_barrier_sync(ds_is_there(this->consumer_, this->step_), Base::kBothConsumers);
+    const uint32_t ds = this->pipe_.ds_buffer(this->step_ - 1);
+    const uint32_t k = this->pipe_.k_buffer();
+    if constexpr (kByRows) {
+      tile::start_ab<T, TileDs, TileK>(dq, ds + this->consumer_ * kRows, k);
+    } else {
+      tile::start_ab<T, TileDs, TileK>(dq, ds, k + this->consumer_ * TileK::kPanelBytes);
+    }
+  }
+  __device__ __forceinline__ void add_late_dq(AccQ& dq) const {
+    ptx::pin(dq.c[0]);
+    if (late_sums_ == kNone) return;
+    this->add_dq(dq, this->step_ - 1, late_sums_ + (kByRows ? 64 * this->consumer_ : 0),
+                 kByRows ? 0 : 64 * this->consumer_);
+  }
+
+  __device__ uint32_t q(int half) const { return this->pipe_.q_buffer(this->step_) + half * kRows; }
+  __device__ uint32_t dout(int half) const {
+    return this->pipe_.dout_buffer(this->step_) + half * kRows;
+  }
+
+  typename Cfg::AccKV dk_, dv_;
+  int late_sums_;  // the row in dq_accum of the step before, if the block has one
+  uint32_t k_[Cfg::kHeadDim / 16][4];  // where it is held
+};
+
+}  // namespace flash::sm90

@@ -1,0 +1,260 @@
+// What both kinds of consumers of the backward kernel do: where they are, sums of dQ, clean tails
+// of buffers, and how dK and dV leave.
+#pragma once
+
+#include "ptx/tma.cuh"
+#include "sm90/backward_producer.cuh"
+#include "sm90/backward_scores.cuh"
+#include "tile/store.cuh"
+#include "tile/warpgroup.cuh"
+
+namespace flash::sm90 {
+
+template <class Cfg>
+class GradientConsumer {
+ public:
+  using T = typename Cfg::T;
+  using TileQ = typename Cfg::TileQ;
+  using TileK = typename Cfg::TileK;
+  using TileDs = typename Cfg::TileDs;
+  using TileOut = typename Cfg::TileOut;
+  using AccS = typename Cfg::AccS;
+  using AccKV = typename Cfg::AccKV;
+  static constexpr int kBlockM = Cfg::kBlockM;
+  static constexpr int kBothConsumers = 256;  // threads
+
+ protected:
+  // Named barriers: of both consumers, and of each.
+  enum { kOfBoth = 1, kOfOne = 2 };
+
+  __device__ __forceinline__ GradientConsumer(const TmaBackwardParams& params,
+                                              const BackwardPipeline<Cfg>& pipe)
+      : maps_(params),
+        params_(params.call),
+        pipe_(pipe),
+        consumer_(ptx::uniform(threadIdx.x / 128) - 1) {}
+
+  // Waits for the next block of keys; false where there is none. One thread plans, a block ahead:
+  // here, because the warp that loads has few registers.
+  __device__ __forceinline__ bool has_block() const {
+    if (index() == 128) {
+      for (uint32_t i = block_ == 0 ? 0 : block_ + 1; i <= block_ + 1; ++i) {
+        plan_block<Cfg>(params_, pipe_, i);
+      }
+    }
+    __syncwarp();
+    pipe_.blocks().wait_full(block_);
+    return ptx::uniform(block().is_last) == 0;
+  }
+
+  // Goes to the first step of the block. False: there is none.
+  __device__ __forceinline__ bool has_steps() {
+    const KeyBlock& b = block();
+    begin_ = ptx::uniform(b.begin);
+    end_ = ptx::uniform(b.end);
+    if (begin_ >= end_) return false;
+    full_begin_ = ptx::uniform(b.full_begin[consumer_]);
+    full_end_ = ptx::uniform(b.full_end[consumer_]);
+    dirty_ = ptx::uniform(b.tail_q > 0 ? b.sq / kBlockM : -1);
+    const int group = params_.hq / params_.hk;
+    head_ = ptx::uniform(b.head) * group;
+    at_ = begin_;
+    left_ = (end_ - begin_) * group;
+    sums_ = ptx::uniform(b.first_sum) + begin_ * kBlockM;
+    return true;
+  }
+  __device__ __forceinline__ void wait_for_keys() const {
+    pipe_.keys().wait_full(block_);
+    pipe_.values().wait_full(block_);
+  }
+  __device__ __forceinline__ void release_keys() const {
+    pipe_.keys().arrive_empty_if(thread() == 0, block_);
+  }
+
+  // The consumer is done with a step, or a block of keys. True: the block has another step.
+  __device__ __forceinline__ bool close_step() {
+    __syncwarp();
+    pipe_.queries().arrive_empty_if(lane() == 0, step_);
+    ++step_;
+    ++at_;
+    sums_ += kBlockM;
+    if (at_ == end_) {
+      at_ = begin_;
+      ++head_;
+      sums_ += static_cast<int>(params_.delta_head) - (end_ - begin_) * kBlockM;
+    }
+    return --left_ > 0;
+  }
+  __device__ __forceinline__ void close_block() {
+    pipe_.blocks().arrive_empty_if(thread() == 0, block_);
+    ++block_;
+  }
+
+  // Rows of keys and values behind the sequence become zeros: they meet zeros in products, but may
+  // hold infinities. `row`, `num_rows`: which of the block's this consumer looks after.
+  __device__ __forceinline__ void clean_keys(int row, int num_rows) const {
+    const int tail = ptx::uniform(block().tail_k);
+    if (tail == 0 || ptx::uniform(block().first) + Cfg::kBlockN <= ptx::uniform(block().sk)) return;
+    clear_rows<TileK>(pipe_.k_buffer(), max(tail, row), row + num_rows);
+    clear_rows<TileK>(pipe_.v_buffer(), max(tail, row), row + num_rows);
+    finish_clearing();
+  }
+
+  // Of 64 keys: which queries see them.
+  __device__ __forceinline__ void find_bounds(int row) const {
+    const KeyBlock& b = block();
+    const attn::Mask mask(params_.scores, b.sq, b.sk);
+    if (thread() < 64) {
+      const int key = b.first + row + thread();
+      const uint32_t to = pipe_.bounds(row + thread());
+      ptx::st_shared_32(to, static_cast<uint32_t>(mask.first_query(key)));
+      ptx::st_shared_32(to + 4, static_cast<uint32_t>(key < b.sk ? mask.end_query(key) : 0));
+    }
+    barrier();
+  }
+
+  // The same for queries: by each consumer, so that neither waits for the other.
+  __device__ __forceinline__ void clean_queries() const {
+    if (__builtin_expect(at_ != dirty_, 1)) return;
+    const int tail = ptx::uniform(block().tail_q);
+    pipe_.douts().wait_full(step_);
+    clear_rows<TileQ>(pipe_.q_buffer(step_), tail, kBlockM);
+    clear_rows<TileQ>(pipe_.dout_buffer(step_), tail, kBlockM);
+    finish_clearing();
+  }
+
+  // What belongs to 64 of the step's queries.
+  __device__ __forceinline__ ColumnPairs statistic(Statistic which, int half) const {
+    return ColumnPairs(which, pipe_.statistics(step_) + half * 512, lane());
+  }
+
+  // Products S become P, packed in `p`, and what dP - delta is multiplied by in `s`: of a warp's 16
+  // keys from the block's `row` on, and 64 of the step's queries.
+  template <bool kPlain>
+  __device__ __forceinline__ void absorb(AccS& s, uint32_t (&p)[4][4], const ColumnPairs& lse,
+                                         int row, int half) const {
+    if constexpr (kPlain) {
+      if (__builtin_expect(at_ < full_begin_ || at_ >= full_end_, 0)) {
+        hide_queries(s, pipe_.bounds(row + lane() / 4), first_query(half));
+      }
+      exponentiate(s, maps_.scale_log2, lse);
+      tile::pack<T>(p, s);
+    } else {
+      const KeyBlock& b = block();
+      const uint32_t bounds = pipe_.bounds(row + lane() / 4);
+      const int query = first_query(half);
+      const attn::ScoreRule rule(params_.scores, b.sequence, head_);
+      const int distance = query + b.sk - b.sq - (b.first + row + lane() / 4);
+      if (params_.scores.softcap > 0.0f) {
+        transform<T, true>(s, p, rule, bounds, query, distance, lse);
+      } else {
+        transform<T, false>(s, p, rule, bounds, query, distance, lse);
+      }
+    }
+  }
+
+  // Adds to the sums of dQ what a step has made: 64 rows from `row` of dq_accum on, columns from
+  // `column` on.
+  template <int kN>
+  __device__ __forceinline__ void add_dq(const tile::Accumulators<1, kN>& dq, uint32_t step,
+                                         int row, int column) const {
+    const bool takes_turns = params_.turns != nullptr;
+    if (takes_turns) pipe_.turns(consumer_).wait_full(step);
+    float* const to = params_.dq_accum + int64_t{row} * Cfg::kHeadDim +
+                      column / 8 * tile::WarpgroupOrder::kEightColumns;
+    // Only of the last panel are there columns that dQ does not have.
+    const int num_columns = Cfg::kHeadDim % (8 * kN) == 0 ? 8 * kN : Cfg::kHeadDim - column;
+    tile::WarpgroupOrder::add(to, dq, num_columns, thread());
+    if (takes_turns) {
+      __syncwarp();
+      pipe_.turns(consumer_).arrive_empty_if(lane() == 0, step);
+    }
+  }
+
+  // Stores rounded accumulators of 64 keys, of which the block's `row` is the first.
+  __device__ __forceinline__ void store(const AccKV& acc, float factor, const TensorMap& map,
+                                        const Rows& to, int row, int num_cols) const {
+    const uint32_t smem = pipe_.out_buffer(consumer_);
+    const float factors[2] = {factor, factor};
+    tile::store_matrix<T, TileOut>(smem, acc, factors, warp_row(), lane());
+    ptx::fence_async_proxy();
+    const KeyBlock& b = block();
+    const int first = b.first + row;
+    if (params_.seqs.cu_seqlens_k && first + 64 > b.sk) {
+      // Rows behind a packed sequence belong to another one.
+      __syncwarp();
+      uint16_t* out = static_cast<uint16_t*>(to.ptr) + b.head * to.head +
+                      (int64_t{b.first_k} + first + warp_row()) * to.row;
+      tile::copy_out_rows<TileOut, 16>(out, to.row, smem, warp_row(), b.sk - first - warp_row(),
+                                       num_cols, lane());
+      ptx::fence_async_proxy();
+      barrier();
+      return;
+    }
+    barrier();
+    if (thread() == 0) {
+#pragma unroll
+      for (int panel = 0; panel < TileOut::kCols / 64; ++panel) {
+        if (panel * 64 < num_cols) {
+          ptx::tma_store(map, smem + panel * TileOut::kPanelBytes, panel * 64, b.first_k + first,
+                         b.head, b.batch_k);
+        }
+      }
+      ptx::tma_store_commit();
+      ptx::tma_store_wait_read();
+    }
+    barrier();
+  }
+  __device__ __forceinline__ void store_dk(const AccKV& dk, int row) const {
+    store(dk, params_.scores.softmax_scale, maps_.dk, params_.dk, row, params_.d);
+  }
+  __device__ __forceinline__ void store_dv(const AccKV& dv, int row) const {
+    store(dv, 1.0f, maps_.dv, params_.dv_grad, row, params_.dv);
+  }
+
+  __device__ const KeyBlock& block() const { return pipe_.block(block_); }
+  // Of this lane's first entry.
+  __device__ int first_query(int half) const { return at_ * kBlockM + 64 * half + lane() % 4 * 2; }
+
+  __device__ void barrier() const { ptx::named_barrier_sync(kOfOne + consumer_, 128); }
+  __device__ void barrier_of_both() const { ptx::named_barrier_sync(kOfBoth, kBothConsumers); }
+
+  // Opaque, so that nothing that is seldom needed is computed ahead and kept.
+  __device__ static int index() { return ptx::opaque(static_cast<int>(threadIdx.x)); }
+  __device__ static int thread() { return index() % 128; }
+  __device__ static int lane() { return index() % 32; }
+  __device__ static int warp_row() { return thread() / 32 * 16; }
+
+  const TmaBackwardParams& maps_;
+  const BackwardParams& params_;
+  const BackwardPipeline<Cfg>& pipe_;
+  // The rest is the same for all lanes of a warp, as the compiler knows.
+  const int consumer_;
+  uint32_t block_ = 0;  // of keys, counted from the start
+  uint32_t step_ = 0;   // counted likewise
+  // Of the block of keys: which blocks of queries it has, which of those see all keys, and which
+  // one ends with rows of others.
+  int begin_, end_;
+  int full_begin_, full_end_;
+  int dirty_;
+  // Of the step: the head, its block of queries, and its first row in dq_accum; how many steps
+  // there are from here on.
+  int head_, at_, left_;
+  int sums_;
+
+ private:
+  template <class Tile>
+  __device__ void clear_rows(uint32_t smem, int begin, int end) const {
+    constexpr int kChunks = Tile::kCols / tile::kChunk;
+#pragma unroll 1
+    for (int at = begin * kChunks + thread(); at < end * kChunks; at += 128) {
+      ptx::st_shared_128(smem + Tile::offset(at / kChunks, at % kChunks), make_uint4(0, 0, 0, 0));
+    }
+  }
+  __device__ void finish_clearing() const {
+    ptx::fence_async_proxy();
+    barrier();
+  }
+};
+
+}  // namespace flash::sm90

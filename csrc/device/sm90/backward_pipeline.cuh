@@ -1,0 +1,138 @@
+// Shared memory of a CTA of the backward kernel: buffers, the barriers that guard them, and the
+// blocks of keys it works on.
+#pragma once
+
+#include "sm90/pipeline.cuh"
+
+namespace flash::sm90 {
+
+template <class T_, int kHeadDim_>
+struct BackwardConfig {
+  using T = T_;
+  static constexpr BackwardTile kTile = backward_tile(kHeadDim_);
+  static constexpr int kConsumers = kTile.consumers();
+  static constexpr int kHeadDim = kHeadDim_;
+  static constexpr int kBlockM = kTile.block_m;
+  static constexpr int kBlockN = kTile.block_n;
+  static constexpr int kThreads = kTile.threads();
+  static constexpr int kStages = kTile.stages;
+  static constexpr bool kByKeys = kTile.share == sm90::kByKeys;
+  static_assert(kBlockN == (kByKeys ? 128 : 64), "a product of a warpgroup has 64 rows");
+  using TileQ = tile::SmemTile<kBlockM, kTile.columns()>;
+  using TileK = tile::SmemTile<kBlockN, kTile.columns()>;
+  using TileDs = tile::SmemTile<kBlockM, kBlockN>;
+  using TileOut = tile::SmemTile<64, kTile.columns()>;  // of dK or dV, on its way out
+  using AccS = tile::Accumulators<1, 8>;                // of 64 keys and 64 queries
+  using AccKV = tile::Accumulators<1, kHeadDim / 8>;
+};
+
+// What one round of the CTA computes: dK and dV of kBlockN keys of one key-value head. The first
+// consumer plans it, everyone else reads it. Its steps are, for each query head of the group, the
+// blocks of queries [begin, end).
+struct KeyBlock {
+  int is_last;     // there are no more
+  uint32_t index;  // of the next one
+  int sequence, head;
+  int first;  // key
+  int sq, sk;
+  int begin, end;
+  // All of these queries see all of a consumer's keys.
+  int full_begin[2], full_end[2];
+  // Where rows stand in the tensor maps.
+  int first_q, batch_q;
+  int first_k, batch_k;
+  // Rows of the sequence's last block that may be used; those behind belong to others.
+  int tail_q, tail_k;
+  // Row in dq_accum of the first query of the group's first head. Memory has less than 2^31 rows.
+  int first_sum;
+};
+
+//   keys, values:    full: TMA has brought them       empty: no product needs them any more
+//   queries, douts:  full: TMA has brought the block  empty (queries only): all warps are done
+//   turns:           full: it is the step's turn      empty: the consumer has added its dQ
+//                    to add to dQ
+//   blocks:          full: it has been planned        empty: everyone is done with it
+//
+// Turns, a ring for each consumer, are taken only where sums of dQ must have one order.
+template <class Cfg>
+struct BackwardPipeline {
+  static constexpr int kBlocks = 2;
+  static constexpr int kKeys = 0;
+  static constexpr int kQueries = kKeys + 2 * Cfg::TileK::kBytes;
+  static constexpr int kDs = kQueries + 2 * Cfg::kStages * Cfg::TileQ::kBytes;
+  static constexpr int kP = kDs + 2 * Cfg::kTile.ds_bytes();
+  static constexpr int kStatistics = kP + Cfg::kTile.p_bytes();
+  static constexpr int kBounds = kStatistics + Cfg::kTile.statistics_bytes();
+  static constexpr int kBarriers = kBounds + Cfg::kTile.bounds_bytes();
+  using KeyRing = Ring<1>;
+  using QueryRing = Ring<Cfg::kStages>;
+  using TurnRing = Ring<1>;
+  using BlockRing = Ring<kBlocks>;
+  static constexpr int kRecords = kBarriers + 2 * KeyRing::kBytes + 2 * QueryRing::kBytes +
+                                  BlockRing::kBytes + Cfg::kConsumers * TurnRing::kBytes;
+  static_assert(kRecords % alignof(KeyBlock) == 0 &&
+                    kRecords + kBlocks * sizeof(KeyBlock) <= Cfg::kTile.smem_bytes(),
+                "room behind the buffers");
+  static_assert(!Cfg::kByKeys || 2 * Cfg::TileOut::kBytes <= kP - kDs,
+                "dK and dV leave through the buffers of dS");
+
+  unsigned char* storage;
+  uint32_t smem;
+
+  __device__ explicit BackwardPipeline(unsigned char* storage)
+      : storage(storage), smem(ptx::smem_address(storage)) {}
+
+  __device__ uint32_t k_buffer() const { return smem + kKeys; }
+  __device__ uint32_t v_buffer() const { return k_buffer() + Cfg::TileK::kBytes; }
+  __device__ uint32_t q_buffer(uint32_t step) const {
+    return smem + kQueries + step % Cfg::kStages * (2 * Cfg::TileQ::kBytes);
+  }
+  __device__ uint32_t dout_buffer(uint32_t step) const {
+    return q_buffer(step) + Cfg::TileQ::kBytes;
+  }
+  __device__ uint32_t ds_buffer(uint32_t step) const {
+    return smem + kDs + step % 2 * Cfg::kTile.ds_bytes();
+  }
+  __device__ uint32_t p_buffer() const { return smem + kP; }
+  // Where dK and dV leave: through buffers of dS, so that the next keys can come meanwhile, or
+  // through those of V (the first consumer) and K.
+  __device__ uint32_t out_buffer(int consumer) const {
+    if (Cfg::kByKeys) return smem + kDs + consumer * Cfg::TileOut::kBytes;
+    return consumer == 0 ? v_buffer() : k_buffer();
+  }
+  // Of each 64 queries of a block, 64 lse and 64 delta.
+  __device__ uint32_t statistics(uint32_t step) const {
+    return smem + kStatistics + step % Cfg::kStages * (Cfg::kBlockM * 2 * 4);
+  }
+
+  // The first query that sees a key, and the one behind the last.
+  __device__ uint32_t bounds(int key) const { return smem + kBounds + key * 8; }
+
+  __device__ KeyRing keys() const { return {smem + kBarriers}; }
+  __device__ KeyRing values() const { return {keys().barriers + KeyRing::kBytes}; }
+  __device__ QueryRing queries() const { return {values().barriers + KeyRing::kBytes}; }
+  __device__ QueryRing douts() const { return {queries().barriers + QueryRing::kBytes}; }
+  __device__ BlockRing blocks() const { return {douts().barriers + QueryRing::kBytes}; }
+  __device__ TurnRing turns(int consumer) const {
+    return {blocks().barriers + BlockRing::kBytes + consumer * TurnRing::kBytes};
+  }
+  __device__ KeyBlock& block(uint32_t i) const {
+    return reinterpret_cast<KeyBlock*>(storage + kRecords)[i % kBlocks];
+  }
+
+  // By all threads.
+  __device__ void init(bool takes_turns) const {
+    if (threadIdx.x == 0) {
+      keys().init(1, Cfg::kConsumers);
+      values().init(1, Cfg::kConsumers);
+      queries().init(1, 4 * Cfg::kConsumers);
+      douts().init(1, Cfg::kConsumers);
+      for (int i = 0; i < Cfg::kConsumers; ++i) turns(i).init(1, 4);
+      blocks().init(1, (takes_turns ? 2 : 1) * Cfg::kConsumers + 1);
+      ptx::mbarrier_init_fence();
+    }
+    __syncthreads();
+  }
+};
+
+}  // namespace flash::sm90
