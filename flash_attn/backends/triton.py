@@ -39,12 +39,13 @@ def serves(x: Tensor) -> bool:
     otherwise: on the CPU, in float64, without Triton, and for compilers and modes, which make
     kernels of what they see.
     """
+    if torch.compiler.is_compiling():  # first: not every compiler can trace the rest
+        return False
     return (
         takes(x.device.type)
         and is_installed()
         and type(x) in (Tensor, Parameter)
         and x.dtype != torch.float64
-        and not torch.compiler.is_compiling()
         and not torch._C._are_functorch_transforms_active()
     )
 
