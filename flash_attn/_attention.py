@@ -251,7 +251,7 @@ def attend(
             return_attn_probs,
         )
         return _differentiably(packed, call, is_watched)
-    except (RuntimeError, TypeError, ValueError) as error:
+    except (ImportError, RuntimeError, TypeError, ValueError) as error:
         raise _arguments.renamed(error, operators.name, name) from error.__cause__
 
 

@@ -139,6 +139,6 @@ def attend(
     options = (*_attention.distinct(options[:4]), *options[4:])
     try:
         result: tuple[Tensor, Tensor] = AttentionFA3.apply(*inputs, num_heads_q, *options)
-    except (RuntimeError, TypeError, ValueError) as error:
+    except (ImportError, RuntimeError, TypeError, ValueError) as error:
         raise _arguments.renamed(error, _ops_fa3.FORWARD, name) from error.__cause__
     return result

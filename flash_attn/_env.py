@@ -77,6 +77,7 @@ FLASH_ATTENTION_USE_FLAGGEMS: Variable[Optional[bool]] = Variable(
     doc="Which backend serves GPU tensors: `TRUE` the Triton one, `FALSE` the CUDA one, unset the "
     "best one there is. Read only while `FLASH_ATTN_BACKEND` is `auto`; CPU tensors are not "
     "affected.",
+    aliases=("FLASH_ATTENTION_TRITON_AMD_ENABLE",),
 )
 
 FLASH_ATTN_LOG: Variable[bool] = Variable(
@@ -86,10 +87,22 @@ FLASH_ATTN_LOG: Variable[bool] = Variable(
     doc="`1` writes one line per distinct problem to stderr, saying which backend ran it.",
 )
 
+TRITON_INTERPRET: Variable[bool] = Variable(
+    name="TRITON_INTERPRET",
+    default=False,
+    choices=MappingProxyType(
+        {"0": False, "1": True, "false": False, "true": True, "off": False, "on": True}
+    ),
+    doc="Triton's own, which it reads when it is imported: `1` runs its kernels on the CPU, in "
+    "numpy, for tests. CPU tensors then go to the Triton backend while `FLASH_ATTN_BACKEND` is "
+    "`triton`.",
+)
+
 VARIABLES: tuple[Variable[Any], ...] = (
     FLASH_ATTN_BACKEND,
     FLASH_ATTENTION_USE_FLAGGEMS,
     FLASH_ATTN_LOG,
+    TRITON_INTERPRET,
 )
 
 

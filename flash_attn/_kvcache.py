@@ -95,7 +95,7 @@ def with_kvcache(
             alibi_slopes,
             num_splits,
         )
-    except (RuntimeError, TypeError, ValueError) as error:
+    except (ImportError, RuntimeError, TypeError, ValueError) as error:
         raise _arguments.renamed(error, _ops.WITH_KVCACHE, name) from error.__cause__
     return result
 

@@ -1,8 +1,8 @@
 """The rotation of rotary position embeddings (RoFormer, arXiv:2104.09864) in plain torch.
 
 A leaf module: it imports only torch, so the attention code (rotary on append to a KV cache) and
-`flash_attn.layers.rotary` share one formula. Pair `m` of a head at position `p` turns by the angle
-whose cosine and sine are `cos[p, m]` and `sin[p, m]`.
+`flash_attn.layers.rotary` share one formula, and one set of rules for its arguments. Pair `m` of a
+head at position `p` turns by the angle whose cosine and sine are `cos[p, m]` and `sin[p, m]`.
 """
 
 from __future__ import annotations
@@ -70,3 +70,89 @@ def varlen_positions(total: int, cu_seqlens: Tensor, offsets: int | Tensor = 0) 
     else:
         positions = positions + offsets
     return torch.where(owned, positions, torch.zeros_like(positions))
+
+
+def positions_of(x: Tensor, offsets: int | Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """Positions of x (b, s, ...), or of packed (total, ...)."""
+    if cu_seqlens is None:
+        return batch_positions(x.shape[1], offsets, x.device)
+    return varlen_positions(x.shape[0], cu_seqlens, offsets)
+
+
+def check_rotary_dim(function: str, rotary_dim: int, d: int) -> None:
+    if rotary_dim > d:
+        raise ValueError(
+            f"{function}: cos covers rotary_dim {rotary_dim}, the head dim is {d}; "
+            "rotary_dim must be <= headdim"
+        )
+
+
+def check_tables(function: str, d: int, cos: Tensor, sin: Tensor) -> None:
+    if cos.dim() != 2 or cos.shape != sin.shape:
+        raise ValueError(
+            f"{function}: cos has shape {tuple(cos.shape)}, sin {tuple(sin.shape)}; "
+            "both must be (seqlen_ro, rotary_dim / 2)"
+        )
+    check_rotary_dim(function, 2 * cos.shape[1], d)
+
+
+def check_length(function: str, seqlen: int, offsets: int | Tensor, seqlen_ro: int) -> None:
+    """Only what is known without reading a tensor; the lookup itself rejects the rest."""
+    last = seqlen if isinstance(offsets, Tensor) else seqlen + offsets
+    if last > seqlen_ro:
+        raise ValueError(
+            f"{function}: sequence length {seqlen} with offset {offsets} needs {last} positions, "
+            f"cos and sin hold {seqlen_ro}; seqlen_ro must be >= seqlen + offset"
+        )
+    if not isinstance(offsets, Tensor) and offsets < 0:
+        raise ValueError(f"{function}: seqlen_offsets is {offsets}; it must be >= 0")
+
+
+def check_offsets(function: str, offsets: int | Tensor, b: int) -> None:
+    if not isinstance(offsets, Tensor):
+        return
+    if offsets.shape != (b,):
+        raise ValueError(
+            f"{function}: seqlen_offsets has shape {tuple(offsets.shape)}; it must be an int or "
+            f"({b},), one per sequence"
+        )
+    if offsets.dtype not in (torch.int32, torch.int64):
+        raise TypeError(
+            f"{function}: seqlen_offsets has dtype {offsets.dtype}; it must be int32 or int64"
+        )
+
+
+def check_padded(function: str, x: Tensor, cos: Tensor, sin: Tensor, offsets: int | Tensor) -> None:
+    """Rules for x (b, s, ..., d)."""
+    check_tables(function, x.shape[-1], cos, sin)
+    check_offsets(function, offsets, x.shape[0])
+    check_length(function, x.shape[1], offsets, cos.shape[0])
+
+
+def check_call(
+    function: str,
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    offsets: int | Tensor,
+    cu_seqlens: Tensor | None,
+    max_seqlen: int | None,
+) -> None:
+    """Rules for x (b, s, h, d), or for packed (total, h, d)."""
+    if cu_seqlens is None:
+        if x.dim() != 4:
+            raise ValueError(f"{function}: x has shape {tuple(x.shape)}; it must be (b, s, h, d)")
+        check_padded(function, x, cos, sin, offsets)
+        return
+    if max_seqlen is None:
+        raise ValueError(
+            f"{function}: max_seqlen is None; "
+            "if cu_seqlens is passed in, then max_seqlen must be passed"
+        )
+    if x.dim() != 3:
+        raise ValueError(
+            f"{function}: x has shape {tuple(x.shape)}; with cu_seqlens it must be (total, h, d)"
+        )
+    check_tables(function, x.shape[-1], cos, sin)
+    check_offsets(function, offsets, cu_seqlens.shape[0] - 1)
+    check_length(function, max_seqlen, offsets, cos.shape[0])

@@ -80,8 +80,7 @@ class BackendSupport:
     note: str
 
 
-# Best first: `backends.choose` takes the first row that fits. A backend without features is a
-# place that a later release fills; its reasons tell the user so.
+# Best first: `backends.choose` takes the first row that fits.
 BACKENDS: tuple[BackendSupport, ...] = (
     BackendSupport(
         "cuda",
@@ -92,7 +91,12 @@ BACKENDS: tuple[BackendSupport, ...] = (
         "from source",
     ),
     BackendSupport(
-        "triton", ("cuda", "xpu"), HALF_DTYPES, frozenset(), "Triton kernels: not in this release"
+        "triton",
+        ("cuda", "xpu"),
+        HALF_DTYPES,
+        FEATURE_NAMES - {"qv", "fp8"},
+        "Triton kernels, compiled when first called, for every GPU that the installed Triton "
+        "serves, head dims up to 256",
     ),
     BackendSupport(
         "cpu",

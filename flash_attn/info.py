@@ -12,7 +12,7 @@ import torch
 from flash_attn import _env, _support, backends
 from flash_attn._problem import Problem
 from flash_attn._version import __version__
-from flash_attn.backends import cuda
+from flash_attn.backends import cuda, triton
 
 _TYPICAL: tuple[tuple[str, str, int, frozenset[str]], ...] = (
     ("training, causal", "bfloat16", 128, frozenset({"causal", "backward"})),
@@ -114,8 +114,8 @@ def advice() -> list[str]:
             words = "; ".join(f"{name}: {why[0]}" for name, why in reasons[device.name].items())
             told.append(
                 f"{device.name} ({device.description}) is not served: {words}. Remedy: "
-                f"{cuda.REMEDY}. Until then run attention on CPU tensors, or use "
-                "torch.nn.functional.scaled_dot_product_attention on this device."
+                f"{cuda.REMEDY}, or {triton.REMEDY}. Until then run attention on CPU tensors, or "
+                "use torch.nn.functional.scaled_dot_product_attention on this device."
             )
     if cuda.LOADER_SAID:
         told.append(f"The system's loader said of the CUDA backend: {cuda.LOADER_SAID}")

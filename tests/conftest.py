@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -9,6 +10,10 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import settings
+
+# Without a GPU, Triton kernels run in Triton's interpreter. Triton reads this when it is imported,
+# which torch's tools do on their own.
+os.environ.setdefault("TRITON_INTERPRET", str(int(not torch.cuda.is_available())))
 
 from flash_attn import _support, backends
 from flash_attn._problem import Problem

@@ -23,7 +23,8 @@ def _plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for variable in _env.VARIABLES:
         for name in (variable.name, *variable.aliases):
             monkeypatch.delenv(name, raising=False)
-    # As in the pure package, whatever was built here.
+    # As in the pure package without Triton, whatever was built or installed here.
+    monkeypatch.setattr(triton, "is_installed", lambda: False)
     monkeypatch.setattr(cuda, "_HOST", None)
     monkeypatch.setattr(cuda, "_WHY_NOT_LOADED", "this installation has no compiled kernels")
 
@@ -161,14 +162,65 @@ def test_no_backend_steps_in_for_the_one_asked_for(
         assert variable in str(caught.value).split("hint: ")[1]
 
 
-@pytest.mark.parametrize(("flaggems", "other"), [("TRUE", cuda), ("FALSE", triton)])
+@pytest.mark.parametrize(
+    ("flaggems", "other", "kind"), [("TRUE", cuda, ImportError), ("FALSE", triton, RuntimeError)]
+)
 def test_flaggems_does_not_fall_back(
-    flaggems: str, other: Any, monkeypatch: pytest.MonkeyPatch
+    flaggems: str, other: Any, kind: type[Exception], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(other, "why_not", lambda problem: [])
     monkeypatch.setenv("FLASH_ATTENTION_USE_FLAGGEMS", flaggems)
-    with pytest.raises(RuntimeError, match=f"FLASH_ATTENTION_USE_FLAGGEMS={flaggems}"):
+    with pytest.raises(kind, match=f"FLASH_ATTENTION_USE_FLAGGEMS={flaggems}"):
         backends.choose(GPU)
+
+
+@pytest.mark.usefixtures("_built")
+@pytest.mark.parametrize(("text", "chosen"), [("TRUE", "triton"), ("FALSE", "cuda")])
+def test_the_switch_of_the_rocm_build_means_the_same(
+    text: str, chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FLASH_ATTENTION_TRITON_AMD_ENABLE", text)
+    assert backends.choose(GPU) == chosen
+    told = {"triton": "cuda", "cuda": "triton"}[chosen]
+    assert reasons(GPU)[told] == f"FLASH_ATTENTION_TRITON_AMD_ENABLE={text} asks for another"
+    assert backends.choose(CPU) == "cpu"
+
+
+# --- Triton -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [("FLASH_ATTN_BACKEND", "triton"), ("FLASH_ATTENTION_USE_FLAGGEMS", "TRUE")],
+)
+def test_a_missing_triton_is_an_import_error_that_says_what_to_install(
+    variable: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(ImportError, match="triton: Triton is not installed") as caught:
+        backends.choose(GPU)
+    assert "pip install 'triton" in str(caught.value).split("hint: ")[1]
+
+
+def test_without_compiled_kernels_triton_serves_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton, "is_installed", lambda: True)
+    assert backends.choose(GPU) == "triton"
+    wide = Problem("cuda", "float16", 64, 512)
+    assert reasons(wide)["triton"] == "takes head dims up to 256, not 512"
+
+
+def test_only_a_forced_interpreter_takes_cpu_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton, "is_installed", lambda: True)
+    problem = Problem("cpu", "float16", 64, 64)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert backends.choose(problem) == "cpu"
+    monkeypatch.setenv("FLASH_ATTN_BACKEND", "triton")
+    assert backends.choose(problem) == "triton"
+    with pytest.raises(RuntimeError, match="takes float16, bfloat16, not float32"):
+        backends.choose(CPU)
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(RuntimeError, match="takes cuda, xpu tensors, not cpu"):
+        backends.choose(problem)
 
 
 @pytest.mark.parametrize(

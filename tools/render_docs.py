@@ -69,7 +69,7 @@ def backends_table() -> str:
         (
             f"`{b.name}`",
             ", ".join(b.device_types),
-            code_list(b.dtypes) if b.features else "-",
+            code_list(b.dtypes),
             b.note,
         )
         for b in truth("_support").BACKENDS

@@ -1,8 +1,8 @@
 """Which backend runs a call, and why each other one does not.
 
 A backend is a module with `why_not(problem)`, the reasons why it cannot run a problem (none: it
-can), and, where it can run any, `forward(call, name)`, `backward(call, name)` and
-`combine(out_partial, lse_partial)`. `_support.BACKENDS` lists them, best first.
+can), `forward(call, name)`, `backward(call, name)` and `combine(out_partial, lse_partial)`.
+`_support.BACKENDS` lists them, best first.
 """
 
 from __future__ import annotations
@@ -36,13 +36,18 @@ def choose(problem: Problem, name: str = "flash_attn") -> str:
 
     Raises:
         RuntimeError: none does; the message lists every backend with its reasons and the remedy.
+        ImportError: the same, where the environment asks for Triton and it is not installed.
     """
     rows = explain(problem)
     for backend, reasons in rows:
         if not reasons:
             return backend
     told = "\n".join(f"  {backend}: {'; '.join(reasons)}" for backend, reasons in rows)
-    raise RuntimeError(
+    lacks_triton = triton.NOT_INSTALLED in dict(rows)["triton"]
+    kind = (
+        ImportError if lacks_triton and _wanted(problem.device_type) == "triton" else RuntimeError
+    )
+    raise kind(
         f"{name}: no backend of this installation runs: {problem}\n{told}\n"
         f"hint: {_hint(problem.device_type)}; `python -m flash_attn` shows what is installed."
     )
@@ -54,8 +59,11 @@ def _hint(device_type: str) -> str:
     setting = _setting_in_force(device_type)
     if setting is not None:
         hints.append(f"unset {setting} to let the installation choose")
-    if device_type == "cuda":
+    wanted = _wanted(device_type)
+    if device_type == "cuda" and wanted in (None, "cuda"):
         hints.append(cuda.REMEDY)
+    if device_type != "cpu" and wanted in (None, "triton") and not triton.is_installed():
+        hints.append(triton.REMEDY)
     if device_type != "cpu":
         hints.append("move the tensors to the CPU (`.cpu()`), which every installation serves")
     return ", or ".join(hints) or "see the reasons above"
@@ -75,10 +83,11 @@ def backward(call: Backward, name: str) -> Tensor:
 
 def combine(out_partial: Tensor, lse_partial: Tensor, name: str) -> tuple[Tensor, Tensor]:
     """(out, lse) of partial results over the keys, float32."""
-    device_type = out_partial.device.type
+    device_type, head_dim = out_partial.device.type, out_partial.shape[-1]
+    problem = Problem(device_type, "float32", head_dim, head_dim)
     for row in _support.BACKENDS:
         module = _MODULES[row.name]
-        if hasattr(module, "combine") and not _excluded_for(row, device_type):
+        if not _excluded_for(row, device_type) and not module.why_not(problem):
             result: tuple[Tensor, Tensor] = module.combine(out_partial, lse_partial)
             return result
     raise RuntimeError(
@@ -105,24 +114,31 @@ def prefers_triton() -> Optional[bool]:
     return _env.FLASH_ATTENTION_USE_FLAGGEMS.get()
 
 
+def _wanted(device_type: str) -> Optional[str]:
+    """The backend that the environment asks for on a device type, or None."""
+    forced, use_triton = forced_backend(), prefers_triton()
+    if forced is not None or use_triton is None or device_type == "cpu":
+        return forced
+    return "triton" if use_triton else "cuda"
+
+
 def _setting_in_force(device_type: str) -> Optional[str]:
     """The environment variable, with its value, that decides for tensors of a device type."""
-    forced, use_triton = forced_backend(), prefers_triton()
-    if forced is not None:
-        return f"FLASH_ATTN_BACKEND={forced}"
-    if use_triton is not None and device_type != "cpu":
-        return f"FLASH_ATTENTION_USE_FLAGGEMS={str(use_triton).upper()}"
-    return None
+    if _wanted(device_type) is None:
+        return None
+    if forced_backend() is not None:
+        return f"FLASH_ATTN_BACKEND={forced_backend()}"
+    name, text = _env.FLASH_ATTENTION_USE_FLAGGEMS.setting() or ("", "")
+    return f"{name}={text.upper()}"
 
 
 def _excluded_for(row: _support.BackendSupport, device_type: str) -> list[str]:
     """Reasons that the environment and the device give."""
     reasons = []
-    setting = _setting_in_force(device_type)
-    wanted = forced_backend() or ("triton" if prefers_triton() else "cuda")
-    if setting is not None and row.name != wanted:
-        reasons.append(f"{setting} asks for another")
-    if device_type not in row.device_types:
+    if _wanted(device_type) not in (None, row.name):
+        reasons.append(f"{_setting_in_force(device_type)} asks for another")
+    is_interpreted = row.name == "triton" and triton.takes(device_type)
+    if device_type not in row.device_types and not is_interpreted:
         reasons.append(f"takes {', '.join(row.device_types)} tensors, not {device_type}")
     return reasons
 
@@ -132,7 +148,7 @@ def _excluded(row: _support.BackendSupport, problem: Problem) -> list[str]:
     reasons = _excluded_for(row, problem.device_type)
     if problem.dtype not in row.dtypes:
         reasons.append(f"takes {', '.join(row.dtypes)}, not {problem.dtype}")
-    missing = sorted(problem.features - row.features) if row.features else []
+    missing = sorted(problem.features - row.features)
     if missing:
         reasons.append(f"lacks {', '.join(missing)}")
     return reasons

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flash_attn._rotary import batch_positions, rotate, varlen_positions
+from flash_attn._rotary import check_call, check_padded, check_rotary_dim
+from flash_attn.ops.triton.rotary import apply_rotary
 
 
 def rotate_half(x: Tensor, interleaved: bool = False) -> Tensor:
@@ -30,7 +31,7 @@ def apply_rotary_emb_torch(
     x: (b, s, h, d). cos, sin: (s, rotary_dim / 2) or (b, s, rotary_dim / 2).
     """
     rotary_dim = 2 * cos.shape[-1]
-    _check_rotary_dim("apply_rotary_emb_torch", rotary_dim, x.shape[-1])
+    check_rotary_dim("apply_rotary_emb_torch", rotary_dim, x.shape[-1])
 
     def per_feature(table: Tensor) -> Tensor:
         if interleaved:
@@ -43,7 +44,7 @@ def apply_rotary_emb_torch(
 
 
 class ApplyRotaryEmb(torch.autograd.Function):
-    """`rotate`, whose gradient is the rotation the other way; saves the tables, never x."""
+    """`apply_rotary`, whose gradient is the rotation the other way; saves the tables, never x."""
 
     @staticmethod
     def forward(
@@ -51,80 +52,43 @@ class ApplyRotaryEmb(torch.autograd.Function):
         x: Tensor,
         cos: Tensor,
         sin: Tensor,
-        positions: Tensor,
+        offsets: int | Tensor,
+        cu_seqlens: Tensor | None,
+        max_seqlen: int | None,
         interleaved: bool,
         conjugate: bool,
     ) -> Tensor:
-        ctx.save_for_backward(cos, sin, positions)
+        has_offsets = isinstance(offsets, Tensor)
+        ctx.save_for_backward(cos, sin, offsets if has_offsets else None, cu_seqlens)
+        ctx.offset, ctx.max_seqlen = None if has_offsets else offsets, max_seqlen
         ctx.interleaved, ctx.conjugate = interleaved, conjugate
-        return rotate(x, cos, sin, positions, interleaved, conjugate)
+        where = (offsets, cu_seqlens, max_seqlen)
+        return apply_rotary(x, cos, sin, *where, interleaved, conjugate=conjugate)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        cos, sin, positions = ctx.saved_tensors
+        cos, sin, offsets, cu_seqlens = ctx.saved_tensors
+        where = (ctx.offset if offsets is None else offsets, cu_seqlens, ctx.max_seqlen)
         turned_back = ApplyRotaryEmb.apply(
-            grad, cos, sin, positions, ctx.interleaved, not ctx.conjugate
+            grad, cos, sin, *where, ctx.interleaved, not ctx.conjugate
         )
-        return turned_back, None, None, None, None, None
-
-
-def _check_rotary_dim(function: str, rotary_dim: int, d: int) -> None:
-    if rotary_dim > d:
-        raise ValueError(
-            f"{function}: cos covers rotary_dim {rotary_dim}, the head dim is {d}; "
-            "rotary_dim must be <= headdim"
-        )
-
-
-def _check_tables(function: str, d: int, cos: Tensor, sin: Tensor) -> None:
-    if cos.dim() != 2 or cos.shape != sin.shape:
-        raise ValueError(
-            f"{function}: cos has shape {tuple(cos.shape)}, sin {tuple(sin.shape)}; "
-            "both must be (seqlen_ro, rotary_dim / 2)"
-        )
-    _check_rotary_dim(function, 2 * cos.shape[1], d)
-
-
-def _check_length(function: str, seqlen: int, offsets: int | Tensor, seqlen_ro: int) -> None:
-    """Only what is known without reading a tensor; the lookup itself rejects the rest."""
-    last = seqlen if isinstance(offsets, Tensor) else seqlen + offsets
-    if last > seqlen_ro:
-        raise ValueError(
-            f"{function}: sequence length {seqlen} with offset {offsets} needs {last} positions, "
-            f"cos and sin hold {seqlen_ro}; seqlen_ro must be >= seqlen + offset"
-        )
-    if not isinstance(offsets, Tensor) and offsets < 0:
-        raise ValueError(f"{function}: seqlen_offsets is {offsets}; it must be >= 0")
-
-
-def _check_offsets(function: str, offsets: int | Tensor, b: int) -> None:
-    if not isinstance(offsets, Tensor):
-        return
-    if offsets.shape != (b,):
-        raise ValueError(
-            f"{function}: seqlen_offsets has shape {tuple(offsets.shape)}; it must be an int or "
-            f"({b},), one per sequence"
-        )
-    if offsets.dtype not in (torch.int32, torch.int64):
-        raise TypeError(
-            f"{function}: seqlen_offsets has dtype {offsets.dtype}; it must be int32 or int64"
-        )
-
-
-def _padded_positions(
-    function: str, x: Tensor, cos: Tensor, sin: Tensor, offsets: int | Tensor
-) -> Tensor:
-    """Checks for x (b, s, ..., d), then its positions, (s,) or (b, s)."""
-    _check_tables(function, x.shape[-1], cos, sin)
-    _check_offsets(function, offsets, x.shape[0])
-    _check_length(function, x.shape[1], offsets, cos.shape[0])
-    return batch_positions(x.shape[1], offsets, x.device)
+        return turned_back, None, None, None, None, None, None, None
 
 
 def _turn(
-    x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, interleaved: bool, inplace: bool
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    interleaved: bool,
+    inplace: bool,
+    offsets: int | Tensor,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
 ) -> Tensor:
-    turned = ApplyRotaryEmb.apply(x, cos, sin, positions, interleaved, False)
+    where = (offsets, cu_seqlens, max_seqlen)
+    if inplace and not (torch.is_grad_enabled() and x.requires_grad):
+        return apply_rotary(x, cos, sin, *where, interleaved, inplace=True)
+    turned = ApplyRotaryEmb.apply(x, cos, sin, *where, interleaved, False)
     return x.copy_(turned) if inplace else turned
 
 
@@ -146,26 +110,8 @@ def apply_rotary_emb(
     into x and return it. The maths is in float32 or wider, the result has x's dtype; differentiable
     in x. Raises ValueError or TypeError for shapes, lengths or dtypes that do not fit.
     """
-    function = "apply_rotary_emb"
-    if cu_seqlens is None:
-        if x.dim() != 4:
-            raise ValueError(f"{function}: x has shape {tuple(x.shape)}; it must be (b, s, h, d)")
-        positions = _padded_positions(function, x, cos, sin, seqlen_offsets)
-        return _turn(x, cos, sin, positions, interleaved, inplace)
-    if max_seqlen is None:
-        raise ValueError(
-            f"{function}: max_seqlen is None; "
-            "if cu_seqlens is passed in, then max_seqlen must be passed"
-        )
-    if x.dim() != 3:
-        raise ValueError(
-            f"{function}: x has shape {tuple(x.shape)}; with cu_seqlens it must be (total, h, d)"
-        )
-    _check_tables(function, x.shape[-1], cos, sin)
-    _check_offsets(function, seqlen_offsets, cu_seqlens.shape[0] - 1)
-    _check_length(function, max_seqlen, seqlen_offsets, cos.shape[0])
-    positions = varlen_positions(x.shape[0], cu_seqlens, seqlen_offsets)
-    return _turn(x, cos, sin, positions, interleaved, inplace)
+    check_call("apply_rotary_emb", x, cos, sin, seqlen_offsets, cu_seqlens, max_seqlen)
+    return _turn(x, cos, sin, interleaved, inplace, seqlen_offsets, cu_seqlens, max_seqlen)
 
 
 apply_rotary_emb_func = apply_rotary_emb
@@ -187,26 +133,22 @@ def apply_rotary_emb_qkv_(
     tables for K (XPos). The rest is as in `apply_rotary_emb`.
     """
     function = "apply_rotary_emb_qkv_"
-    positions = _padded_positions(function, qkv, cos, sin, seqlen_offsets)
+    check_padded(function, qkv, cos, sin, seqlen_offsets)
     if qkv.dim() == 5 and qkv.shape[2] == 3:
-        first_k, first_v = 1, 2
-        # Here Q and K are the two "tokens" of one position.
-        positions = positions.unsqueeze(-1)
+        q, k = qkv[:, :, 0], qkv[:, :, 1]
     elif qkv.dim() == 4 and num_heads_q is not None and (qkv.shape[2] - num_heads_q) % 2 == 0:
-        first_k = num_heads_q
-        first_v = num_heads_q + (qkv.shape[2] - num_heads_q) // 2
+        num_heads_k = (qkv.shape[2] - num_heads_q) // 2
+        q, k = qkv[:, :, :num_heads_q], qkv[:, :, num_heads_q : num_heads_q + num_heads_k]
     else:
         raise ValueError(
             f"{function}: qkv has shape {tuple(qkv.shape)}, num_heads_q is {num_heads_q}; it must "
             "be (b, s, 3, h, d), or (b, s, hq + 2 * hk, d) with num_heads_q = hq"
         )
     if cos_k is None or sin_k is None:
-        _turn(qkv[:, :, :first_v], cos, sin, positions, interleaved, inplace=True)
-        return qkv
-    _check_tables(function, qkv.shape[-1], cos_k, sin_k)
-    _check_length(function, qkv.shape[1], seqlen_offsets, cos_k.shape[0])
-    _turn(qkv[:, :, :first_k], cos, sin, positions, interleaved, inplace=True)
-    _turn(qkv[:, :, first_k:first_v], cos_k, sin_k, positions, interleaved, inplace=True)
+        cos_k, sin_k = cos, sin
+    check_padded(function, qkv, cos_k, sin_k, seqlen_offsets)
+    _turn(q, cos, sin, interleaved, True, seqlen_offsets)
+    _turn(k, cos_k, sin_k, interleaved, True, seqlen_offsets)
     return qkv
 
 
@@ -221,8 +163,8 @@ def apply_rotary_emb_kv_(
     function = "apply_rotary_emb_kv_"
     if kv.dim() != 5 or kv.shape[2] != 2:
         raise ValueError(f"{function}: kv has shape {tuple(kv.shape)}; it must be (b, s, 2, hk, d)")
-    positions = _padded_positions(function, kv, cos, sin, seqlen_offsets)
-    _turn(kv[:, :, 0], cos, sin, positions, interleaved, inplace=True)
+    check_padded(function, kv, cos, sin, seqlen_offsets)
+    _turn(kv[:, :, 0], cos, sin, interleaved, True, seqlen_offsets)
     return kv
 
 

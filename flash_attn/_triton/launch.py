@@ -1,0 +1,135 @@
+"""How kernels are launched: tile sizes, what fits a device, strides as kernels take them."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton.runtime import OutOfResources
+
+from flash_attn._triton.numbers import IS_INTERPRETED
+
+
+class Config(NamedTuple):
+    """Tile sizes of a kernel, and how the compiler spreads and pipelines a tile."""
+
+    rows: int
+    columns: int
+    num_warps: int
+    num_stages: int
+
+
+# Best first, by kernel and padded head dim; a device takes the first one that fits it. Small tiles
+# for the interpreter, so that small tests have many.
+_INTERPRETED = (Config(64, 32, 4, 1),)
+_INTERPRETED_DECODE = (Config(16, 32, 4, 1),)
+_CONFIGS: dict[tuple[str, int], tuple[Config, ...]] = {
+    ("forward", 64): (Config(128, 128, 8, 3), Config(128, 64, 4, 3)),
+    ("forward", 128): (Config(128, 128, 8, 3), Config(128, 64, 8, 3)),
+    ("forward", 256): (Config(128, 64, 8, 2),),
+    ("decode", 64): (Config(16, 128, 4, 3),),
+    ("decode", 128): (Config(16, 128, 4, 3), Config(16, 64, 4, 3)),
+    ("decode", 256): (Config(16, 64, 4, 2),),
+    ("keys", 64): (Config(64, 128, 8, 3),),
+    ("keys", 128): (Config(64, 128, 8, 2),),
+    ("keys", 256): (Config(32, 64, 8, 1),),
+    ("queries", 64): (Config(128, 64, 4, 3),),
+    ("queries", 128): (Config(128, 64, 8, 2),),
+    ("queries", 256): (Config(64, 32, 8, 1),),
+}
+_LAST_RESORT = (Config(64, 32, 4, 2), Config(32, 32, 4, 1), Config(16, 32, 4, 1))
+
+
+def configs(kind: str, d: int, dv: int) -> tuple[Config, ...]:
+    """Tile sizes to try for a kernel: "forward", "decode" (the same for few rows), "keys" or
+    "queries".
+    """
+    if IS_INTERPRETED:
+        return _INTERPRETED_DECODE if kind == "decode" else _INTERPRETED
+    width = max(64, padded(d), padded(dv))
+    return _CONFIGS[kind, width] + _LAST_RESORT
+
+
+def padded(d: int) -> int:
+    """The head dim as tiles have it: a power of two, 16 or more."""
+    return max(16, triton.next_power_of_2(d))
+
+
+_FITTING: dict[tuple[Any, ...], Config] = {}
+
+
+def launch(
+    kernel: Any,
+    tiles: tuple[Config, ...],
+    size: str,
+    length: int,
+    others: int,
+    device: torch.device,
+    args: dict[str, Any],
+) -> None:
+    """Run `kernel` with the first of `tiles` that the device has registers and memory for.
+
+    The grid is `num_blocks`, as many of the config's `size` ("rows" or "columns") as `length` has,
+    times `others`.
+    """
+    if length * others == 0:
+        return
+    key = (kernel, tiles, device)
+    known = _FITTING.get(key)
+    with _on(device):
+        for config in (known,) if known else tiles:
+            num_blocks = triton.cdiv(length, getattr(config, size))
+            try:
+                kernel[(num_blocks * others,)](
+                    **args,
+                    num_blocks=num_blocks,
+                    ROWS=config.rows,
+                    COLUMNS=config.columns,
+                    num_warps=config.num_warps,
+                    num_stages=config.num_stages,
+                )
+            except OutOfResources:
+                if config == tiles[-1]:
+                    raise
+            else:
+                _FITTING[key] = config
+                return
+
+
+def _on(device: torch.device) -> AbstractContextManager[Any]:
+    """Triton launches on the current device and its current stream."""
+    return getattr(torch, device.type).device(device) if device.index is not None else nullcontext()
+
+
+def strides(name: str, x: Tensor) -> dict[str, int]:
+    """Strides of x (b, s, h, d) under the names of a kernel; packed (total, h, d) is one batch."""
+    return {
+        f"{name}_b": x.stride(0) if x.dim() == 4 else 0,
+        f"{name}_s": x.stride(-3),
+        f"{name}_h": x.stride(-2),
+        f"{name}_d": x.stride(-1),
+    }
+
+
+def row_strides(name: str, x: Tensor) -> dict[str, int]:
+    """The same of a number for each row: (b, h, s), or packed (h, total)."""
+    return {f"{name}_b": x.stride(0) if x.dim() == 3 else 0, f"{name}_h": x.stride(-2)}
+
+
+def lse_strides(name: str, x: Tensor) -> dict[str, int]:
+    """The same of (b, s, h), or packed (total, h)."""
+    batch = x.stride(0) if x.dim() == 3 else 0
+    return {f"{name}_b": batch, f"{name}_h": x.stride(-1), f"{name}_s": x.stride(-2)}
+
+
+@lru_cache
+def num_processors(device: torch.device) -> int:
+    """Streaming multiprocessors, or whatever else runs a program at a time."""
+    if IS_INTERPRETED:
+        return 4
+    properties = triton.runtime.driver.active.utils.get_device_properties(device.index or 0)
+    return int(properties["multiprocessor_count"])

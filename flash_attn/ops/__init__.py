@@ -1,0 +1,1 @@
+"""Operations beside attention, under their published paths."""

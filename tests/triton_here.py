@@ -1,0 +1,42 @@
+"""Whether Triton kernels run here: compiled where torch sees a GPU, else by the interpreter."""
+
+from __future__ import annotations
+
+import warnings
+from functools import cache
+from importlib import import_module
+
+import pytest
+import torch
+
+from flash_attn._problem import Forward, Mask, Scores
+from flash_attn.backends import triton
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# Interpreters before this one lack constants that kernels compute (3.0), or make numbers of arrays
+# of one element, which numpy 2.4 refuses (3.6).
+_COMPLETE = (3, 9)
+
+
+@cache
+def why_not() -> str:
+    """Why no Triton kernel runs here; empty if they do."""
+    if not triton.is_installed():
+        return triton.NOT_INSTALLED
+    from flash_attn._triton.attention import forward
+
+    x = torch.zeros(1, 40, 1, 16, dtype=torch.float16, device=DEVICE)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        try:
+            forward(Forward(x, x, x, Scores(1.0, Mask())))
+        except Exception as error:
+            version = import_module("triton").__version__
+            if tuple(int(word) for word in version.split(".")[:2]) >= _COMPLETE:
+                raise
+            return f"the interpreter of Triton {version} does not run them: {error}"
+    return ""
+
+
+needs_triton = pytest.mark.skipif(bool(why_not()), reason=why_not() or "it runs")
+old_numbers = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
