@@ -115,6 +115,32 @@ def test_a_graph_replays_forward_backward_and_a_growing_cache() -> None:
     assert all(torch.equal(a, b) for a, b in zip(step(), replayed))
 
 
+def test_shared_tiles_are_counted_anew_by_every_replay_and_stream() -> None:
+    # More tiles than multiprocessors: on Hopper, CTAs take them by a counter in memory.
+    q, k, v = (torch.randn(4, 1024, 16, 64, device="cuda", dtype=BF16) for _ in range(3))
+
+    def attend() -> Tensor:
+        out: Tensor = flash_attn.flash_attn_func(q, k, v, causal=True)
+        return out
+
+    attend()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = attend()
+    for _ in range(3):
+        q.normal_()
+        graph.replay()
+        assert torch.equal(captured, attend())
+    expected = attend()
+    torch.cuda.synchronize()
+    outs = []
+    for stream in [torch.cuda.Stream() for _ in range(4)] * 8:
+        with torch.cuda.stream(stream):
+            outs.append(attend())
+    torch.cuda.synchronize()
+    assert all(torch.equal(out, expected) for out in outs)
+
+
 # --- Determinism --------------------------------------------------------------------------------
 
 

@@ -13,14 +13,16 @@ from native_tools import Stub, lay_out_kernels, native, needs
 
 from flash_attn import backends, info
 from flash_attn._problem import Problem
-from flash_attn.backends import cuda
+from flash_attn.backends import cuda, triton
 
 HOPPER = Problem("cuda", "bfloat16", 64, 64, frozenset({"causal"}), (9, 0))
 
 
 @pytest.fixture
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty installation under torch 2.7.1 with the old C++ ABI."""
+    """An empty installation under torch 2.7.1 with the old C++ ABI, without Triton."""
+    monkeypatch.setattr(triton, "is_installed", lambda: False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(cuda, "_PACKAGE", tmp_path)
     monkeypatch.setattr(cuda, "_HOST_LIBRARY", tmp_path / native.HOST_LIBRARY)
     monkeypatch.setattr(cuda, "_KERNELS", tmp_path / "kernels")
@@ -159,4 +161,4 @@ def test_a_device_without_kernels_is_told_with_the_remedy(
     monkeypatch.setattr(info, "devices", lambda: [gpu])
     pattern = r"cuda:0 \(Hopper, cc 9\.0\) is not served: cuda: no delta kernel .* built for 8\.0"
     assert re.match(pattern, info.advice()[0])
-    assert f"Remedy: {cuda.REMEDY}." in info.advice()[0]
+    assert f"Remedy: {cuda.REMEDY}, or {triton.REMEDY}." in info.advice()[0]

@@ -92,6 +92,7 @@ print(json.dumps([why(), why(features=["backward"]), why(features=cache), why(d=
 def test_a_package_without_kernels_says_how_to_get_them(installed: Stub, tmp_path: Path) -> None:
     text = """
 from flash_attn import backends
+backends.triton.is_installed = lambda: False
 cuda._HOST, cuda._WHY_NOT_LOADED = None, "nothing was built"
 problem = Problem("cuda", "bfloat16", 64, 64, frozenset(["causal"]), (9, 0))
 parts = torch.zeros(2, 1, 4, 1, 8), torch.zeros(2, 1, 4, 1)

@@ -100,7 +100,7 @@ class Consumer {
     last_step();
   }
 
-  // Tile after tile, where the next Q can come only after O has gone.
+  // Tile after tile, where there is no room for the next Q or for O.
   __device__ __forceinline__ void run_apart() {
     for (uint32_t tile = 0; pipe_.tile(tile).end > 0; ++tile) {
       open(tile);
