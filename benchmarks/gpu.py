@@ -16,7 +16,7 @@ import platform
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
@@ -136,21 +136,27 @@ class CudaTimer:
 Timer = Callable[[Callable[[], Any], int], "list[float]"]
 
 
-def take_turns(calls: dict[str, Callable[[], Any]], timer: Timer) -> dict[str, list[float]]:
+def take_turns(
+    calls: dict[str, Callable[[], Any]],
+    timer: Timer,
+    orders: Iterable[Sequence[str]] | None = None,
+    warm_up_ms: float = WARM_UP_MS,
+    total_ms: float = TOTAL_MS,
+) -> dict[str, list[float]]:
     """The median of each round, in milliseconds, by method.
 
     The methods alternate, and which of them is first does too, so that clocks and temperature
-    weigh on both alike.
+    weigh on both alike. `orders`: the methods of each of the ROUNDS rounds, instead of that.
     """
     counts = {}
     for method, call in calls.items():
         call()
         estimate = max(median(timer(call, MIN_CALLS)), 1e-3)
-        timer(call, int(WARM_UP_MS / estimate) + 1)
-        counts[method] = max(MIN_CALLS, int(TOTAL_MS / ROUNDS / estimate))
+        timer(call, int(warm_up_ms / estimate) + 1)
+        counts[method] = max(MIN_CALLS, int(total_ms / ROUNDS / estimate))
     rounds: dict[str, list[float]] = {method: [] for method in calls}
-    for turn in range(ROUNDS):
-        for method in list(calls)[:: 1 if turn % 2 == 0 else -1]:
+    for order in orders or [list(calls)[:: 1 - turn % 2 * 2] for turn in range(ROUNDS)]:
+        for method in order:
             rounds[method].append(median(timer(calls[method], counts[method])))
     return rounds
 

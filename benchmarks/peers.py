@@ -13,6 +13,7 @@ import argparse
 import json
 import random
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import product
@@ -26,7 +27,7 @@ OURS = gpu.OURS
 PASSES = ("fwd", "bwd")
 SEQLENS = (512, 1024, 2048, 4096, 16384)
 LENGTHS = tuple(random.Random(1234 + i).randint(100, 4000) for i in range(16))
-ROUNDS, WARM_UP_MS, TOTAL_MS = 5, 20.0, 75.0
+ROUNDS, WARM_UP_MS, TOTAL_MS = gpu.ROUNDS, 20.0, 75.0
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,10 @@ class Case:
     window: int = -1  # keys to the left of a query's own, and none to its right
     dtype: str = "bfloat16"
     lengths: Optional[tuple[int, ...]] = None
+
+    @property
+    def window_size(self) -> tuple[int, int]:
+        return (self.window, 0) if self.window >= 0 else (-1, -1)
 
     def flops(self, passes: str) -> float:
         """Useful work: of pairs that no mask hides."""
@@ -95,15 +100,32 @@ class Inputs:
             self.cu_seqlens = ends.to(device="cuda", dtype=torch.int32)
 
 
-class Autograd:
+class Method(ABC):
+    """One way to compute attention, and its gradients, of some inputs."""
+
+    @staticmethod
+    def takes(case: Case) -> bool:
+        return True
+
+    @abstractmethod
+    def __init__(self, inputs: Inputs) -> None: ...
+
+    @abstractmethod
+    def forward(self) -> Any: ...
+
+    @abstractmethod
+    def backward(self) -> Any: ...
+
+
+class Autograd(Method):
     """A method whose backward is torch's."""
 
     def __init__(self, inputs: Inputs) -> None:
         self.inputs = inputs
         self.out = self.attend()
 
-    def attend(self) -> Any:
-        raise NotImplementedError
+    @abstractmethod
+    def attend(self) -> Any: ...
 
     def forward(self) -> Any:
         import torch
@@ -125,9 +147,7 @@ class FlashAttn(Autograd):
         from flash_attn import flash_attn_func, flash_attn_varlen_func
 
         case = self.inputs.case
-        rule: dict[str, Any] = {"causal": case.causal}
-        if case.window >= 0:
-            rule["window_size"] = (case.window, 0)
+        rule: dict[str, Any] = {"causal": case.causal, "window_size": case.window_size}
         if not case.lengths:
             return flash_attn_func(*self.inputs.qkv, **rule)
         starts, longest = self.inputs.cu_seqlens, max(case.lengths)
@@ -135,15 +155,17 @@ class FlashAttn(Autograd):
 
 
 class CuDnn(Autograd):
-    """torch SDPA with its cuDNN backend; it takes no window and no packed sequences."""
+    """torch SDPA with its cuDNN backend."""
+
+    @staticmethod
+    def takes(case: Case) -> bool:
+        return case.window < 0 and not case.lengths
 
     def attend(self) -> Any:
         from torch.nn.attention import SDPBackend, sdpa_kernel
         from torch.nn.functional import scaled_dot_product_attention
 
         case = self.inputs.case
-        if case.window >= 0 or case.lengths:
-            raise NotImplementedError
         heads_first = [x.transpose(1, 2) for x in self.inputs.qkv]
         groups = case.heads != case.kv_heads
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
@@ -153,7 +175,7 @@ class CuDnn(Autograd):
         return out.transpose(1, 2)
 
 
-class FlashAttention3:
+class FlashAttention3(Method):
     """The operators of its extension."""
 
     def __init__(self, inputs: Inputs) -> None:
@@ -175,12 +197,12 @@ class FlashAttention3:
                 "max_seqlen_q": longest,
                 "max_seqlen_k": longest,
             }
-        window = (case.window, 0) if case.window >= 0 else (-1, -1)
+        left, right = case.window_size
         return self.ops.fwd.default(
             *self.qkv,
             is_causal=case.causal,
-            window_size_left=window[0],
-            window_size_right=window[1],
+            window_size_left=left,
+            window_size_right=right,
             num_splits=1,
             **packed,
         )[:2]
@@ -193,26 +215,23 @@ class FlashAttention3:
 
         case, starts = self.inputs.case, self.inputs.cu_seqlens
         longest = max(case.lengths) if case.lengths else None
-        window = (case.window, 0) if case.window >= 0 else (-1, -1)
         made = [torch.empty_like(x) for x in self.qkv]
         given = (self.inputs.dout, *self.qkv, self.out, self.lse, *made, starts, starts)
-        rule = (case.causal, *window)
+        rule = (case.causal, *case.window_size)
         self.ops.bwd.default(*given, None, None, longest, longest, None, *rule)
         return made
 
 
-METHODS: dict[str, Any] = {OURS: FlashAttn, "FlashAttention-3": FlashAttention3, "cuDNN": CuDnn}
+METHODS: dict[str, type[Method]] = {
+    OURS: FlashAttn,
+    "FlashAttention-3": FlashAttention3,
+    "cuDNN": CuDnn,
+}
 
 
 def ready(inputs: Inputs) -> dict[str, Any]:
     """The methods that take a case, run once."""
-    made = {}
-    for name, method in METHODS.items():
-        try:
-            made[name] = method(inputs)
-        except NotImplementedError:
-            continue
-    return made
+    return {name: made(inputs) for name, made in METHODS.items() if made.takes(inputs.case)}
 
 
 def difference(methods: dict[str, Any]) -> float:
@@ -232,18 +251,9 @@ def difference(methods: dict[str, Any]) -> float:
 
 def take_turns(calls: dict[str, Callable[[], Any]], timer: gpu.Timer) -> dict[str, list[float]]:
     """Milliseconds of each round by method, in an order drawn anew for each round."""
-    counts = {}
-    for name, call in calls.items():
-        call()
-        estimate = max(median(timer(call, gpu.MIN_CALLS)), 1e-3)
-        timer(call, int(WARM_UP_MS / estimate) + 1)
-        counts[name] = max(gpu.MIN_CALLS, int(TOTAL_MS / ROUNDS / estimate))
-    rounds: dict[str, list[float]] = {name: [] for name in calls}
-    order = random.Random(0)
-    for _ in range(ROUNDS):
-        for name in order.sample(list(calls), len(calls)):
-            rounds[name].append(median(timer(calls[name], counts[name])))
-    return rounds
+    draw = random.Random(0)
+    orders = [draw.sample(list(calls), len(calls)) for _ in range(ROUNDS)]
+    return gpu.take_turns(calls, timer, orders, WARM_UP_MS, TOTAL_MS)
 
 
 def measure(case: Case, timer: gpu.Timer) -> list[dict[str, Any]]:
