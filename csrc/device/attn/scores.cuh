@@ -25,6 +25,11 @@ struct ScoreRule {
   }
 };
 
+// The same of all heads of a call.
+__device__ inline bool is_plain(const Scores& scores) {
+  return scores.softcap == 0.0f && !scores.alibi_slopes && scores.softmax_scale > 0.0f;
+}
+
 // tanh(x) = 1 - 2 / (e^2x + 1), to float precision; tanh.approx has 11 bits.
 __device__ inline float tanh(float x) {
   return 1.0f - __fdividef(2.0f, ptx::ex2(2.0f * kLog2e * x) + 1.0f);

@@ -68,7 +68,7 @@ class ValuesConsumer : SharingConsumer<Cfg> {
       if (this->has_steps()) {
         this->clean_keys(0, Cfg::kBlockN);
         this->find_bounds(0);
-        if (is_plain(this->params_.scores)) {
+        if (attn::is_plain(this->params_.scores)) {
           run_steps<true>();
         } else {
           run_steps<false>();

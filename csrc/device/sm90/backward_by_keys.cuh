@@ -40,7 +40,7 @@ class KeysConsumer : GradientConsumer<Cfg> {
       dv_.clear();
       this->wait_for_keys();
       if (this->has_steps()) {
-        if (is_plain(this->params_.scores)) {
+        if (attn::is_plain(this->params_.scores)) {
           run_steps<true>();
         } else {
           run_steps<false>();

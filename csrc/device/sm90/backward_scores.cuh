@@ -106,11 +106,6 @@ __device__ __forceinline__ void transform(tile::Accumulators<1, 8>& s, uint32_t 
   }
 }
 
-// Scores go to softmax as they are: no softcap, no ALiBi, a positive scale.
-__device__ inline bool is_plain(const Scores& scores) {
-  return scores.softcap == 0.0f && !scores.alibi_slopes && scores.softmax_scale > 0.0f;
-}
-
 // dS = P (dP - delta), packed. `s`: as absorb() left it; `dp`: less delta.
 template <class T>
 __device__ __forceinline__ void gradients_of_scores(uint32_t (&ds)[4][4],

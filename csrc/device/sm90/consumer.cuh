@@ -131,11 +131,10 @@ class Consumer {
     return key_block + 1 - t.lazy_begin[consumer_];
   }
 
-  // Scores go to softmax as they are: no softcap, no ALiBi, a positive scale.
+  // Scores go to softmax as they are.
   __device__ bool is_plain() const {
-    const Scores& scores = params_.scores;
     if (Cfg::kIsPlain) return true;
-    return scores.softcap == 0.0f && !scores.alibi_slopes && scores.softmax_scale > 0.0f;
+    return attn::is_plain(params_.scores);
   }
 
   // Scores of the first block of all.
