@@ -13,7 +13,11 @@ from typing import Any
 from build_tools.paths import support
 
 # Short names in symbols and in the manifest, and the tags of csrc/device/ptx/math.cuh.
-DTYPES = {"float16": ("fp16", "Half"), "bfloat16": ("bf16", "Bfloat16")}
+DTYPES = {
+    "float16": ("fp16", "Half"),
+    "bfloat16": ("bf16", "Bfloat16"),
+    support.FP8_DTYPE: ("e4m3", "E4m3"),
+}
 
 
 @dataclass(frozen=True)
@@ -138,6 +142,8 @@ KINDS_OF_FAMILIES = {
     ("sm90_wide", "forward"): _hopper_forward("kFull"),
     ("sm90", "forward"): _hopper_forward("kPlain"),
     ("sm90_scored", "forward"): _hopper_forward("kAll"),
+    ("sm90_fp8", "forward"): _hopper_forward("kPlain"),
+    ("sm90_fp8_scored", "forward"): _hopper_forward("kAll"),
     ("sm90", "backward"): dataclasses.replace(
         KINDS["backward"], threads=f"{_BACKWARD}::kThreads, 1", params="TmaBackwardParams"
     ),

@@ -85,10 +85,10 @@ BACKENDS: tuple[BackendSupport, ...] = (
     BackendSupport(
         "cuda",
         ("cuda",),
-        HALF_DTYPES,
-        FEATURE_NAMES - {"qv", "fp8"},
-        "compiled CUDA kernels for compute capability 8.0 and later, head dims up to 256, built "
-        "from source",
+        (*HALF_DTYPES, FP8_DTYPE),
+        FEATURE_NAMES - {"qv"},
+        "compiled CUDA kernels for compute capability 8.0 and later, FP8 for 9.0 alone, head dims "
+        "up to 256, built from source",
     ),
     BackendSupport(
         "triton",
@@ -156,6 +156,8 @@ KERNEL_FAMILIES: tuple[KernelFamily, ...] = (
         ("90a",),
     ),
     KernelFamily("sm90_scored", ("forward",), (64, 96, 128, 192, 256), HALF_DTYPES, ("90a",)),
+    KernelFamily("sm90_fp8", ("forward",), (128,), (FP8_DTYPE,), ("90a",)),
+    KernelFamily("sm90_fp8_scored", ("forward",), (128,), (FP8_DTYPE,), ("90a",)),
     KernelFamily(
         "sm80",
         ("forward", "backward", "convert"),

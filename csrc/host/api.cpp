@@ -86,6 +86,11 @@ bool has_unused_k(const Sequences& seqs) {
   return seqs.cu_seqlens_k != nullptr || seqs.seqused_k != nullptr;
 }
 
+// O of 8-bit operands is bf16.
+Call for_output(const Call& call) {
+  return {call.on, call.stream, call.dtype == FLASH_E4M3 ? FLASH_BF16 : call.dtype, call.head_dim};
+}
+
 bool fill(const Call& call, const FillParams& params) {
   const Sequences& seqs = params.seqs;
   int64_t rows = int64_t{seqs.b} * (params.is_keys ? seqs.sk : seqs.sq);
@@ -155,7 +160,7 @@ bool forward(const Call& call, const ForwardParams& params) {
   return run_forward(call, params) &&
          (params.num_splits <= 1 || combine(call, combine_params(params))) &&
          (params.s_dmask == nullptr || s_dmask(call, params)) &&
-         (!has_unused_q(params.seqs) || fill(call, unused_rows_of(params)));
+         (!has_unused_q(params.seqs) || fill(for_output(call), unused_rows_of(params)));
 }
 
 bool run_gradients(const Call& call, const Ready& main, const BackwardParams& params) {
@@ -221,7 +226,7 @@ const char* flash_forward_kernel(int head_dim, int dtype, int cc, int features) 
   constexpr int kRows = 4096;
   alignas(16) static int64_t memory[2];  // looked at by nobody
   ForwardParams params = {};
-  const int d = (head_dim + 7) / 8 * 8;
+  const int d = (head_dim + 15) / 16 * 16;
   params.q = params.k = params.v = params.o = {memory, int64_t{kRows} * d, d, d};
   params.seqs.b = params.seqs.cache_rows = params.hq = params.hk = 1;
   params.seqs.sq = params.seqs.sk = kRows;

@@ -75,6 +75,13 @@ struct Scores {
   uint32_t keep_threshold;   // keep iff byte <= threshold
 };
 
+// Factors of sequences and key-value heads: that of (i, h) stands at ptr + i * batch + h * head.
+struct Factors {
+  const float* ptr;  // null: all are 1
+  int64_t batch;
+  int64_t head;
+};
+
 struct ForwardParams {
   Rows q, k, v, o;
   float* lse;  // (i, h, r) at i * lse_batch + h * lse_head + r
@@ -96,6 +103,7 @@ struct ForwardParams {
   int32_t heads_per_section;
   // CTAs take tile after tile by this counter (attn/counter.cuh); null: each tile has its CTA.
   uint64_t* next_tile;
+  Factors q_descale, k_descale, v_descale;  // of 8-bit operands
 };
 
 // A tensor as the tensor memory accelerator sees it: the driver's CUtensorMap. Ours have four

@@ -45,7 +45,9 @@ int64_t num_key_blocks(const BackwardParams& params, const Shape& shape) {
   return ceil_div(params.seqs.sk, shape.block_n) * params.hk * params.seqs.b;
 }
 
-bool is_hopper(int family) { return family >= kSm90Wide && family <= kSm90Scored; }
+bool is_hopper(int family) { return family >= kSm90Wide && family <= kSm90Fp8Scored; }
+
+int element_bytes(int family) { return family == kSm90Fp8 || family == kSm90Fp8Scored ? 1 : 2; }
 
 Shape shape_of_hopper(int family, int kind, int head_dim) {
   if (kind == FLASH_BACKWARD) {
@@ -54,8 +56,9 @@ Shape shape_of_hopper(int family, int kind, int head_dim) {
   }
   if (kind == FLASH_CONVERT) return {sm90::kSumRows, 0, sm90::kConvertThreads, 0, 0};
   const sm90::Serves serves = family == kSm90Wide ? sm90::kFull : sm90::kAll;
-  const sm90::ForwardTile tile = sm90::forward_tile(serves, head_dim);
-  return {tile.block_m(), tile.block_n, tile.threads(), tile.smem_bytes(), sm90::kBoxM};
+  const sm90::ForwardTile tile = sm90::forward_tile(serves, head_dim, element_bytes(family));
+  return {tile.block_m(),    tile.block_n, tile.threads(),
+          tile.smem_bytes(), sm90::kBoxM,  tile.element_bytes};
 }
 
 // Whether later rows see more keys. Else tiles of one head run side by side, as no long ones must
@@ -93,11 +96,12 @@ Shape shape_of(int family, int kind, int head_dim, int arch) {
 bool takes(int family, const ForwardParams& params) {
   if (!is_hopper(family)) return true;
   const Sequences& seqs = params.seqs;
-  if (family != kSm90Scored && !is_plain(params.scores)) return false;
+  const bool is_scored = family == kSm90Scored || family == kSm90Fp8Scored;
+  if (!is_scored && !is_plain(params.scores)) return false;
   // Below two narrow tiles of rows a wide one has more that are empty.
   if (family == kSm90Wide && (has_mask(params.scores) || seqs.sq < 256)) return false;
   return has_rows(seqs) && seqs.block_table == nullptr && params.scores.rng_state == nullptr &&
-         params.num_splits <= 1 && have_tensor_maps(params);
+         params.num_splits <= 1 && have_tensor_maps(params, element_bytes(family));
 }
 
 bool takes(int family, const BackwardParams& params) {
@@ -158,7 +162,7 @@ int limit_splits(int wanted, const ForwardParams& params, const Shape& shape) {
 
 int choose_section(const ForwardParams& params, const Shape& shape, const Device& device) {
   const int group = params.hq / params.hk;
-  const int64_t bytes = int64_t{2} * params.seqs.sk * (params.d + params.dv);
+  const int64_t bytes = int64_t{shape.element_bytes} * params.seqs.sk * (params.d + params.dv);
   const int64_t heads = int64_t{params.hk} * params.seqs.b;
   if (shape.box_m > 0) {
     if (!grows(params.scores)) return group;

@@ -7,7 +7,16 @@
 namespace flash::host {
 
 // Designs of kernels, as flash_attn/_support.py names them.
-enum Family : int { kSm80, kSm90Wide, kSm90, kSm90Scored, kCommon, kNumFamilies };
+enum Family : int {
+  kSm80,
+  kSm90Wide,
+  kSm90,
+  kSm90Scored,
+  kSm90Fp8,
+  kSm90Fp8Scored,
+  kCommon,
+  kNumFamilies
+};
 
 // Tile and CTA of a kernel.
 struct Shape {
@@ -16,6 +25,7 @@ struct Shape {
   int threads;
   int smem_bytes;
   int box_m;  // rows in one copy of Q, forward, or of dK, by TMA; 0: there are no tensor maps
+  int element_bytes = 2;  // of Q, K and V
 };
 
 // The shape of a kernel built for head dim `head_dim` and architecture `arch` (80 for 8.0).

@@ -11,6 +11,7 @@ enum : int { kFloat16 = 6, kBfloat16 = 9 };
 enum : int { kNotInterleaved = 0, kSwizzle128 = 3, kPromote256 = 3, kFillZeros = 0 };
 
 constexpr uint32_t kBoxCols = 64;  // 128 bytes, the width of the swizzle
+constexpr int kElementBytes = 2;   // of a map: two neighbours of 8 bits are one element
 constexpr float kLog2e = 1.44269504f;
 
 struct Extent {
@@ -34,10 +35,11 @@ Extents extents_of(const Params& params, int64_t rows_of_cache) {
   return all;
 }
 
-bool has_map(const Rows& x, const Extent& extent) {
-  const auto is_right = [](int64_t size, int64_t stride) {
+bool has_map(const Rows& x, const Extent& extent, int element_bytes = kElementBytes) {
+  const auto is_right = [element_bytes](int64_t size, int64_t stride) {
     constexpr int64_t kMostElements = int64_t{1} << 39;
-    return size <= 1 || (stride > 0 && stride % 8 == 0 && stride < kMostElements);
+    return size <= 1 ||
+           (stride > 0 && stride * element_bytes % 16 == 0 && stride < kMostElements);
   };
   if (x.ptr == nullptr) return true;
   return reinterpret_cast<uintptr_t>(x.ptr) % 16 == 0 && is_right(extent.rows, x.row) &&
@@ -45,13 +47,14 @@ bool has_map(const Rows& x, const Extent& extent) {
 }
 
 // `box_rows` rows of one panel are one copy.
-bool make_map(const Rows& x, const Extent& extent, int box_rows, int dtype, TensorMap* map) {
+bool make_map(const Rows& x, const Extent& extent, int box_rows, int dtype, TensorMap* map,
+              int element_bytes = kElementBytes) {
   const auto dim = [](int64_t size) { return static_cast<uint64_t>(size < 1 ? 1 : size); };
-  const uint64_t dims[] = {dim(extent.cols), dim(extent.rows), dim(extent.heads),
+  const uint64_t dims[] = {dim(extent.cols * element_bytes / kElementBytes), dim(extent.rows), dim(extent.heads),
                            dim(extent.batch)};
   // Of a dimension of one, the stride is never used, and may be one that the driver refuses.
-  const auto bytes = [](uint64_t size, int64_t stride) {
-    return size == 1 ? uint64_t{16} : static_cast<uint64_t>(2 * stride);
+  const auto bytes = [element_bytes](uint64_t size, int64_t stride) {
+    return size == 1 ? uint64_t{16} : static_cast<uint64_t>(element_bytes * stride);
   };
   const uint64_t strides[] = {bytes(dims[1], x.row), bytes(dims[2], x.head),
                               bytes(dims[3], x.batch)};
@@ -65,10 +68,10 @@ bool make_map(const Rows& x, const Extent& extent, int box_rows, int dtype, Tens
 
 }  // namespace
 
-bool have_tensor_maps(const ForwardParams& params) {
+bool have_tensor_maps(const ForwardParams& params, int element_bytes) {
   const Extents all = extents_of(params, params.seqs.cache_rows);
-  return has_map(params.q, all.q) && has_map(params.k, all.k) && has_map(params.v, all.v) &&
-         has_map(params.o, all.o);
+  return has_map(params.q, all.q, element_bytes) && has_map(params.k, all.k, element_bytes) &&
+         has_map(params.v, all.v, element_bytes) && has_map(params.o, all.o);
 }
 
 bool have_tensor_maps(const BackwardParams& params) {
@@ -82,9 +85,10 @@ bool make_tma_params(const ForwardParams& params, const Shape& shape, int dtype,
   const Extents all = extents_of(params, params.seqs.cache_rows);
   made->call = params;
   made->scale_log2 = params.scores.softmax_scale * kLog2e;
-  return make_map(params.q, all.q, shape.box_m, dtype, &made->q) &&
-         make_map(params.k, all.k, shape.block_n, dtype, &made->k) &&
-         make_map(params.v, all.v, shape.block_n, dtype, &made->v) &&
+  const int bytes = shape.element_bytes;
+  return make_map(params.q, all.q, shape.box_m, dtype, &made->q, bytes) &&
+         make_map(params.k, all.k, shape.block_n, dtype, &made->k, bytes) &&
+         make_map(params.v, all.v, shape.block_n, dtype, &made->v, bytes) &&
          make_map(params.o, all.o, shape.box_m, dtype, &made->o);
 }
 

@@ -7,7 +7,7 @@ namespace flash::host {
 
 // Whether the driver takes a call's tensors as they lie: rows at multiples of 16 bytes, each at a
 // place of its own. Of a plan, which has no tensors yet, true.
-bool have_tensor_maps(const ForwardParams& params);
+bool have_tensor_maps(const ForwardParams& params, int element_bytes);
 bool have_tensor_maps(const BackwardParams& params);
 
 // The parameters of a kernel that loads and stores by that accelerator. Cheap enough for every

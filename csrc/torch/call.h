@@ -48,6 +48,11 @@ struct Append {
   bool rotary_interleaved = true;
 };
 
+// Factors (b, hk) that undo the scaling of FP8 inputs.
+struct Descale {
+  Tensor q, k, v;
+};
+
 struct Forward {
   const char* name;
   Tensor q, k, v;
@@ -55,9 +60,11 @@ struct Forward {
   Scoring scores;
   Lengths lengths;
   Append append;
+  Descale descale;
   bool return_softmax = false;
   int64_t num_splits = 0;
 
+  bool is_fp8() const { return q.dtype() == Dtype::kE4m3; }
   bool is_packed_q() const { return static_cast<bool>(lengths.cu_seqlens_q); }
   bool is_packed_k() const { return lengths.cu_seqlens_k && !lengths.block_table; }
   int64_t batch_size() const {

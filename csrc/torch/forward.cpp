@@ -91,8 +91,8 @@ ForwardParams sizes_of(const Forward& call) {
   params.scores = scores_of(call.scores, call.q.size(-2));
   params.hq = static_cast<int32_t>(call.q.size(-2));
   params.hk = static_cast<int32_t>(call.k.size(-2));
-  params.d = static_cast<int32_t>(round_up(call.q.size(-1), 8));
-  params.dv = static_cast<int32_t>(round_up(call.v.size(-1), 8));
+  params.d = static_cast<int32_t>(round_up(call.q.size(-1), chunk_of(call.q)));
+  params.dv = static_cast<int32_t>(round_up(call.v.size(-1), chunk_of(call.v)));
   return params;
 }
 
@@ -100,6 +100,7 @@ ForwardParams sizes_of(const Forward& call) {
 
 ForwardResult run(Forward& call) {
   check(call);
+  if (call.is_fp8()) call.num_splits = 1;  // its kernels take all keys at once
   tidy(&call.lengths, &call.scores);
   const int device = device_of(call.q);
   const int dtype = dtype_of(call.q);
@@ -130,6 +131,9 @@ ForwardResult run(Forward& call) {
   params.k = rows_of(k.tensor());
   params.v = rows_of(v.tensor());
   params.o = rows_of(out.tensor());
+  params.q_descale = factors_of(call.descale.q);
+  params.k_descale = factors_of(call.descale.k);
+  params.v_descale = factors_of(call.descale.v);
   params.lse = pointer<float>(result.softmax_lse);
   if (workspace.next_tile > 0) params.next_tile = reinterpret_cast<uint64_t*>(made.scratch);
   params.lse_head = result.softmax_lse.stride(-2);

@@ -22,7 +22,7 @@ extern "C" __attribute__((weak)) int32_t aoti_torch_get_current_cuda_stream(int3
 
 namespace flash::shim {
 
-enum class Dtype { kHalf, kBfloat16, kFloat, kInt, kLong, kOther };
+enum class Dtype { kHalf, kBfloat16, kE4m3, kFloat, kInt, kLong, kOther };
 
 inline at::ScalarType code(Dtype dtype) {
   switch (dtype) {
@@ -30,6 +30,8 @@ inline at::ScalarType code(Dtype dtype) {
       return at::kHalf;
     case Dtype::kBfloat16:
       return at::kBFloat16;
+    case Dtype::kE4m3:
+      return at::kFloat8_e4m3fn;
     case Dtype::kFloat:
       return at::kFloat;
     case Dtype::kInt:
@@ -62,7 +64,8 @@ class Tensor {
   void* data() const { return tensor_.data_ptr(); }
 
   Dtype dtype() const {
-    for (Dtype dtype : {Dtype::kBfloat16, Dtype::kHalf, Dtype::kFloat, Dtype::kInt, Dtype::kLong}) {
+    for (Dtype dtype : {Dtype::kBfloat16, Dtype::kHalf, Dtype::kE4m3, Dtype::kFloat, Dtype::kInt,
+                        Dtype::kLong}) {
       if (tensor_.scalar_type() == code(dtype)) return dtype;
     }
     return Dtype::kOther;

@@ -28,6 +28,8 @@ inline std::string dtype_text(const Tensor& x) {
       return "torch.float16";
     case Dtype::kBfloat16:
       return "torch.bfloat16";
+    case Dtype::kE4m3:
+      return "torch.float8_e4m3fn";
     case Dtype::kFloat:
       return "torch.float32";
     case Dtype::kInt:

@@ -8,7 +8,6 @@ namespace flash::shim {
 
 namespace {
 
-constexpr int64_t kChunk = 8;  // elements in 16 bytes
 constexpr int64_t kMaxDims = 5;
 
 Tensor make_empty(const int64_t* sizes, int64_t dim, Dtype dtype, const Tensor& like) {
@@ -58,24 +57,31 @@ Tensor empty(std::initializer_list<int64_t> sizes, Dtype dtype, const Tensor& li
   return make_empty(sizes.begin(), static_cast<int64_t>(sizes.size()), dtype, like);
 }
 
-Tensor empty_like_rows(const Tensor& x, int64_t last) {
+Tensor empty_like_rows(const Tensor& x, int64_t last, Dtype dtype) {
   int64_t sizes[kMaxDims];
   for (int64_t i = 0; i < x.dim(); ++i) sizes[i] = x.size(i);
   sizes[x.dim() - 1] = last;
-  return make_empty(sizes, x.dim(), x.dtype(), x);
+  return make_empty(sizes, x.dim(), dtype, x);
 }
 
+Tensor empty_like_rows(const Tensor& x, int64_t last) {
+  return empty_like_rows(x, last, x.dtype());
+}
+
+int64_t chunk_of(const Tensor& x) { return x.dtype() == Dtype::kE4m3 ? 16 : 8; }
+
 bool is_aligned(const Tensor& x) {
-  if (x.size(-1) % kChunk != 0 || x.stride(-1) != 1) return false;
+  const int64_t chunk = chunk_of(x);
+  if (x.size(-1) % chunk != 0 || x.stride(-1) != 1) return false;
   for (int64_t i = 0; i < x.dim() - 1; ++i) {
-    if (x.size(i) > 1 && x.stride(i) % kChunk != 0) return false;
+    if (x.size(i) > 1 && x.stride(i) % chunk != 0) return false;
   }
   return reinterpret_cast<uintptr_t>(x.data()) % 16 == 0;
 }
 
 Tensor aligned_copy(const Tensor& x) {
   if (is_aligned(x)) return Tensor();
-  const int64_t last = round_up(x.size(-1), kChunk);
+  const int64_t last = round_up(x.size(-1), chunk_of(x));
   Tensor copied = empty_like_rows(x, last);
   if (last == x.size(-1)) {
     copy(copied, x);
@@ -105,9 +111,11 @@ Tensor without_padding(Tensor x, int64_t last) {
   return copied;
 }
 
-Written::Written(const Tensor& given, const Tensor& like, int64_t last) : given_(given) {
-  const bool is_direct = given && given.dtype() == like.dtype() && is_aligned(given);
-  if (!is_direct) made_ = empty_like_rows(like, round_up(last, kChunk));
+Written::Written(const Tensor& given, const Tensor& q, int64_t last) : given_(given) {
+  const Dtype dtype = q.dtype() == Dtype::kE4m3 ? Dtype::kBfloat16 : q.dtype();
+  const int64_t padded = round_up(last, chunk_of(q));
+  const bool is_direct = given && given.dtype() == dtype && padded == last && is_aligned(given);
+  if (!is_direct) made_ = empty_like_rows(q, padded, dtype);
 }
 
 Written::Written(const Tensor& given) : given_(given), made_(aligned_copy(given)) {}
@@ -126,12 +134,20 @@ Rows rows_of(const Tensor& x) {
   return {x.data(), batch, x.stride(-3), x.stride(-2)};
 }
 
-int dtype_of(const Tensor& x) { return x.dtype() == Dtype::kBfloat16 ? FLASH_BF16 : FLASH_FP16; }
+int dtype_of(const Tensor& x) {
+  const Dtype dtype = x.dtype();
+  return dtype == Dtype::kE4m3 ? FLASH_E4M3 : dtype == Dtype::kBfloat16 ? FLASH_BF16 : FLASH_FP16;
+}
 
 Tensor make_rng_state(const Tensor& q, double dropout_p) {
   Tensor state = empty({2}, Dtype::kLong, q);
   if (dropout_p > 0.0) draw(state);
   return state;
+}
+
+Factors factors_of(const Tensor& x) {
+  if (!x) return {};
+  return {static_cast<const float*>(x.data()), x.stride(0), x.stride(1)};
 }
 
 Scores scores_of(const Scoring& scoring, int64_t hq) {

@@ -6,17 +6,21 @@
 
 namespace flash::shim {
 
+// Elements of `x` in 16 bytes.
+int64_t chunk_of(const Tensor& x);
+
 // Contiguous and uninitialised. `sizes` ends with the last dimension.
 Tensor empty(std::initializer_list<int64_t> sizes, Dtype dtype, const Tensor& like);
 
 // Shape of `x` with another last dimension.
 Tensor empty_like_rows(const Tensor& x, int64_t last);
+Tensor empty_like_rows(const Tensor& x, int64_t last, Dtype dtype);
 
 // Whether kernels can read rows in 16-byte pieces: every row starts at a multiple of 16 bytes, its
-// elements stand together, and the head dim is a multiple of 8.
+// elements stand together, and so many make a row.
 bool is_aligned(const Tensor& x);
 
-// A copy that is aligned, its head dim padded with zeros to a multiple of 8; none where `x` is.
+// A copy that is aligned, its head dim padded with zeros; none where `x` is.
 Tensor aligned_copy(const Tensor& x);
 
 // `x` itself, or its aligned copy.
@@ -32,8 +36,8 @@ Tensor without_padding(Tensor x, int64_t last);
 class Written {
  public:
   // A new result. `given` may be none; the tensor in its place is uninitialised and has the rows of
-  // `like`, with `last` elements each and padding.
-  Written(const Tensor& given, const Tensor& like, int64_t last);
+  // `q`, with `last` elements each, padded as operands of q's dtype are; bf16 where that is FP8.
+  Written(const Tensor& given, const Tensor& q, int64_t last);
 
   // A tensor that is written in part; the one in its place is a copy.
   explicit Written(const Tensor& given);
@@ -60,6 +64,9 @@ int dtype_of(const Tensor& x);
 
 // Drawn from torch's generator if dropout asks for it; else uninitialised and unused.
 Tensor make_rng_state(const Tensor& q, double dropout_p);
+
+// Factors (b, hk); none gives a null pointer.
+Factors factors_of(const Tensor& x);
 
 Scores scores_of(const Scoring& scoring, int64_t hq);
 

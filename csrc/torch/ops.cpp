@@ -25,6 +25,12 @@ void take_scores(Arguments& in, Scoring* scores, bool causal) {
   scores->alibi_slopes = in.optional_tensor();
 }
 
+void take_descale(Arguments& in, Descale* descale) {
+  descale->q = in.optional_tensor();
+  descale->k = in.optional_tensor();
+  descale->v = in.optional_tensor();
+}
+
 // Where nobody asks for S_dmask it has no elements. It has a storage of its own even so: results of
 // an operator must not share one.
 void add_s_dmask(Results& out, Tensor s_dmask, const Tensor& q) {
@@ -109,9 +115,7 @@ void with_kvcache(Arguments& in, Results& out) {
   call.append.cu_seqlens = in.optional_tensor();
   call.lengths.max_seqlen_q = in.optional_integer();
   call.append.rotary_seqlens = in.optional_tensor();
-  const Tensor q_descale = in.optional_tensor();
-  const Tensor k_descale = in.optional_tensor();
-  const Tensor v_descale = in.optional_tensor();
+  take_descale(in, &call.descale);
   call.scores.softmax_scale = in.number();
   const bool causal = in.flag();
   const int64_t left = in.integer();
@@ -123,9 +127,6 @@ void with_kvcache(Arguments& in, Results& out) {
   call.num_splits = in.integer();
   if (!call.append.k || !call.append.v) call.append = {};
   if (qv) fail(call.name, "no CUDA kernel of this build takes qv", "a qv");
-  if (q_descale || k_descale || v_descale) {
-    fail(call.name, "q_descale, k_descale and v_descale go with FP8 inputs only", "a descale");
-  }
   ForwardResult result = run(call);
   out.add(std::move(result.out));
   out.add(std::move(result.softmax_lse));
@@ -213,7 +214,8 @@ constexpr const char* kGeneralSchema =
     "Tensor? seqused_k, Tensor? leftpad_k, Tensor? block_table, Tensor? kv_batch_idx, "
     "int? max_seqlen_q, int? max_seqlen_k, float softmax_scale, int window_left, "
     "int window_right, int attention_chunk, float softcap, Tensor? alibi_slopes, float dropout_p, "
-    "Tensor? rng_state, bool return_softmax, int num_splits) -> (Tensor, Tensor, Tensor)";
+    "Tensor? rng_state, bool return_softmax, int num_splits, Tensor? q_descale=None, "
+    "Tensor? k_descale=None, Tensor? v_descale=None) -> (Tensor, Tensor, Tensor)";
 
 void general_forward(Arguments& in, Results& out) {
   Forward call = {};
@@ -248,6 +250,7 @@ void general_forward(Arguments& in, Results& out) {
   call.scores.rng_state = in.optional_tensor();
   call.return_softmax = in.flag();
   call.num_splits = in.integer();
+  take_descale(in, &call.descale);
   ForwardResult result = run(call);
   out.add(std::move(result.out));
   out.add(std::move(result.softmax_lse));

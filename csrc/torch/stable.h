@@ -23,7 +23,7 @@ inline void ok(AOTITorchError error, const char* what) {
   if (error != AOTI_TORCH_SUCCESS) throw std::runtime_error(std::string("flash_attn: ") + what);
 }
 
-enum class Dtype { kHalf, kBfloat16, kFloat, kInt, kLong, kOther };
+enum class Dtype { kHalf, kBfloat16, kE4m3, kFloat, kInt, kLong, kOther };
 
 inline int32_t code(Dtype dtype) {
   switch (dtype) {
@@ -31,6 +31,8 @@ inline int32_t code(Dtype dtype) {
       return aoti_torch_dtype_float16();
     case Dtype::kBfloat16:
       return aoti_torch_dtype_bfloat16();
+    case Dtype::kE4m3:
+      return aoti_torch_dtype_float8_e4m3fn();
     case Dtype::kFloat:
       return aoti_torch_dtype_float32();
     case Dtype::kInt:
@@ -84,7 +86,8 @@ class Tensor {
   Dtype dtype() const {
     int32_t found = 0;
     ok(aoti_torch_get_dtype(handle_, &found), "get_dtype");
-    for (Dtype dtype : {Dtype::kBfloat16, Dtype::kHalf, Dtype::kFloat, Dtype::kInt, Dtype::kLong}) {
+    for (Dtype dtype : {Dtype::kBfloat16, Dtype::kHalf, Dtype::kE4m3, Dtype::kFloat, Dtype::kInt,
+                        Dtype::kLong}) {
       if (found == code(dtype)) return dtype;
     }
     return Dtype::kOther;

@@ -30,7 +30,7 @@ _KERNELS = _PACKAGE / "kernels"
 _STABLE = "_shim_stable.so"
 # csrc/host/api.h numbers kinds and dtypes in this order.
 _KINDS = ("forward", "combine", "append", "delta", "backward", "convert", "s_dmask", "fill")
-_DTYPES = _support.HALF_DTYPES
+_DTYPES = (*_support.HALF_DTYPES, _support.FP8_DTYPE)
 # Bits of csrc/host/api.h and the features that they stand for.
 _FEATURE_BITS = (
     (1, {"causal", "window", "attention_chunk"}),
@@ -196,6 +196,9 @@ def forward(call: Forward, name: str) -> tuple[Tensor, Tensor, Tensor]:
             scores.rng_state,
             call.return_softmax,
             call.num_splits,
+            call.descale.q,
+            call.descale.k,
+            call.descale.v,
         )
     except (RuntimeError, ValueError) as error:
         raise _arguments.renamed(error, "flash_attn_cuda::forward", name) from None

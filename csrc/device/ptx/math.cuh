@@ -5,9 +5,11 @@
 
 namespace flash::ptx {
 
-// The 16-bit element types, as tags: values travel as packed pairs.
+// The element types, as tags. Values of 16 bits travel as packed pairs, those of 8 as fours; where
+// only moves matter, two neighbours of 8 bits are taken for one element of 16.
 struct Half {};
 struct Bfloat16 {};
+struct E4m3 {};
 
 // 2^x; 2^-inf = 0.
 __device__ inline float ex2(float x) {
@@ -44,6 +46,25 @@ __device__ inline uint32_t pack<Bfloat16>(float low, float high) {
   uint32_t pair;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
   return pair;
+}
+
+// Four floats rounded to e4m3; `x0` is the first in memory. What is larger than 448 becomes that.
+__device__ inline uint32_t pack_e4m3(float x0, float x1, float x2, float x3) {
+  uint32_t four;
+  asm("{.reg .b16 low, high; cvt.rn.satfinite.e4m3x2.f32 low, %2, %1;"
+      " cvt.rn.satfinite.e4m3x2.f32 high, %4, %3; mov.b32 %0, {low, high};}"
+      : "=r"(four)
+      : "f"(x0), "f"(x1), "f"(x2), "f"(x3));
+  return four;
+}
+
+// Four of the eight bytes of x and y, x having the first: a digit of `bytes` chooses one, the
+// lowest digit the first.
+template <uint32_t kBytes>
+__device__ inline uint32_t choose_bytes(uint32_t x, uint32_t y) {
+  uint32_t four;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(four) : "r"(x), "r"(y), "n"(kBytes));
+  return four;
 }
 
 // The two values of a pair.

@@ -1,4 +1,5 @@
-// Products of a warpgroup: 64 rows of A by kN columns of B, over a depth of 16, asynchronously.
+// Products of a warpgroup: 64 rows of A by kN columns of B, over a depth of 16, asynchronously; of
+// 8-bit elements over 32, which fill the same registers and bytes.
 //
 // B, and A or not, are read from shared memory through descriptors (tile/descriptor.cuh).
 // Accumulators are laid out as those of mma.m16n8k16 for each warp's 16 rows
@@ -77,26 +78,29 @@ struct Wgmma;
 #define FLASH_OPERANDS_192 FLASH_OPERANDS_128, FLASH_C4(16), FLASH_C4(20)
 #define FLASH_OPERANDS_256 FLASH_OPERANDS_192, FLASH_C4(24), FLASH_C4(28)
 
-// TYPE as the instruction spells it; X0 to X5: numbers of the operands behind the accumulators.
+// TYPE with the depth as the instruction spells it, A_BY and B_BY: how it says that an operand lies
+// by rows; X0 to X5: numbers of the operands behind the accumulators.
+#define FLASH_WITH_ROWS(TYPE, A_BY, B_BY, N, X0, X1, X2, X3, X4, X5)                              \
+  __device__ static void with_rows(float (&c)[N / 8][4], uint64_t a, uint64_t b, int adds) {      \
+    asm volatile("{.reg .pred adds; setp.ne.s32 adds, " X2                                        \
+                 ", 0; wgmma.mma_async.sync.aligned.m64n" #N TYPE " {" FLASH_NAMES_##N "}, " X0   \
+                 ", " X1 ", adds, 1, 1" A_BY B_BY ";}"                                            \
+                 : FLASH_OPERANDS_##N                                                             \
+                 : "l"(a), "l"(b), "r"(adds));                                                    \
+  }                                                                                               \
+  __device__ static void with_rows(float (&c)[N / 8][4], const uint32_t (&a)[4], uint64_t b,      \
+                                   int adds) {                                                    \
+    asm volatile("{.reg .pred adds; setp.ne.s32 adds, " X5                                        \
+                 ", 0; wgmma.mma_async.sync.aligned.m64n" #N TYPE " {" FLASH_NAMES_##N "}, {" X0  \
+                 ", " X1 ", " X2 ", " X3 "}, " X4 ", adds, 1, 1" B_BY ";}"                        \
+                 : FLASH_OPERANDS_##N                                                             \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(adds));                \
+  }
+
 #define FLASH_WGMMA(TAG, TYPE, N, X0, X1, X2, X3, X4, X5)                                         \
   template <>                                                                                     \
   struct Wgmma<TAG, N> {                                                                          \
-    __device__ static void with_rows(float (&c)[N / 8][4], uint64_t a, uint64_t b, int adds) {    \
-      asm volatile("{.reg .pred adds; setp.ne.s32 adds, " X2                                      \
-                   ", 0; wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE           \
-                   " {" FLASH_NAMES_##N "}, " X0 ", " X1 ", adds, 1, 1, 0, 0;}"                   \
-                   : FLASH_OPERANDS_##N                                                           \
-                   : "l"(a), "l"(b), "r"(adds));                                                  \
-    }                                                                                             \
-    __device__ static void with_rows(float (&c)[N / 8][4], const uint32_t (&a)[4], uint64_t b,    \
-                                     int adds) {                                                  \
-      asm volatile("{.reg .pred adds; setp.ne.s32 adds, " X5                                      \
-                   ", 0; wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE           \
-                   " {" FLASH_NAMES_##N "}, {" X0 ", " X1 ", " X2 ", " X3 "}, " X4                \
-                                        ", adds, 1, 1, 0;}"                                       \
-                   : FLASH_OPERANDS_##N                                                           \
-                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(adds));              \
-    }                                                                                             \
+    FLASH_WITH_ROWS("k16.f32." TYPE "." TYPE, ", 0", ", 0", N, X0, X1, X2, X3, X4, X5)            \
     __device__ static void with_columns(float (&c)[N / 8][4], uint64_t a, uint64_t b, int adds) { \
       asm volatile("{.reg .pred adds; setp.ne.s32 adds, " X2                                      \
                    ", 0; wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE           \
@@ -124,6 +128,18 @@ struct Wgmma;
 FLASH_WGMMA_OF(Half, "f16")
 FLASH_WGMMA_OF(Bfloat16, "bf16")
 
+// Of 8-bit elements both operands lie by rows.
+#define FLASH_WGMMA_E4M3(N, X0, X1, X2, X3, X4, X5)                                 \
+  template <>                                                                       \
+  struct Wgmma<E4m3, N> {                                                           \
+    FLASH_WITH_ROWS("k32.f32.e4m3.e4m3", "", "", N, X0, X1, X2, X3, X4, X5)         \
+  };
+FLASH_WGMMA_E4M3(64, "%32", "%33", "%34", "%35", "%36", "%37")
+FLASH_WGMMA_E4M3(96, "%48", "%49", "%50", "%51", "%52", "%53")
+FLASH_WGMMA_E4M3(128, "%64", "%65", "%66", "%67", "%68", "%69")
+FLASH_WGMMA_E4M3(192, "%96", "%97", "%98", "%99", "%100", "%101")
+FLASH_WGMMA_E4M3(256, "%128", "%129", "%130", "%131", "%132", "%133")
+
 #undef FLASH_NAMES_64
 #undef FLASH_NAMES_96
 #undef FLASH_NAMES_128
@@ -136,7 +152,9 @@ FLASH_WGMMA_OF(Bfloat16, "bf16")
 #undef FLASH_OPERANDS_256
 #undef FLASH_C1
 #undef FLASH_C4
+#undef FLASH_WITH_ROWS
 #undef FLASH_WGMMA
+#undef FLASH_WGMMA_E4M3
 #undef FLASH_WGMMA_OF
 
 }  // namespace flash::ptx

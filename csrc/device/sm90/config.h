@@ -20,21 +20,30 @@ struct ForwardTile {
   int q_buffers;
   bool holds_q;      // Q goes to registers, and leaves its buffer at once
   bool takes_turns;  // the consumers issue their products one after the other
+  int element_bytes = 2;  // of Q, K and V
 
   constexpr int block_m() const { return kBoxM * consumers; }
-  constexpr int threads() const { return 128 * (1 + consumers); }
+  // Products of 8-bit elements want V by columns: one more warpgroup transposes it.
+  constexpr bool transposes_v() const { return element_bytes == 1; }
+  constexpr int threads() const { return 128 * (1 + consumers + transposes_v()); }
   // Of each thread; together no more than the launch has given.
-  constexpr int registers_of_consumer() const { return consumers == 2 ? 232 : 160; }
-  constexpr int registers_of_others() const { return consumers == 2 ? 40 : 32; }
-  // In shared memory: whole panels of 64.
-  constexpr int columns() const { return (head_dim + 63) / 64 * 64; }
+  constexpr int registers_of_consumer() const {
+    return transposes_v() ? 224 : consumers == 2 ? 232 : 160;
+  }
+  constexpr int registers_of_others() const { return threads() == 512 ? 32 : 40; }
+  // In shared memory: whole panels of 128 bytes. What is moved counts as elements of 16 bits.
+  constexpr int columns() const { return (head_dim * element_bytes + 127) / 128 * 64; }
+  constexpr int o_columns() const { return (head_dim + 63) / 64 * 64; }
+  constexpr int transposed_bytes() const {
+    return transposes_v() ? stages * o_columns() * ((block_n + 127) / 128 * 128) : 0;
+  }
   // Where Q leaves its buffer early, the next tile's scores are computed beside the end of this
   // one, and O has a buffer to leave by. Else it leaves from registers.
   constexpr bool has_o_buffer() const { return holds_q || q_buffers > 1; }
   // Q, O, K and V in stages; two floats a row; barriers and tiles.
   constexpr int smem_bytes() const {
-    return ((q_buffers + has_o_buffer()) * block_m() + 2 * stages * block_n) * columns() * 2 +
-           block_m() * 8 + 1024;
+    return (q_buffers * block_m() + 2 * stages * block_n) * columns() * 2 +
+           has_o_buffer() * block_m() * o_columns() * 2 + transposed_bytes() + block_m() * 8 + 1024;
   }
 };
 
@@ -45,12 +54,16 @@ constexpr ForwardTile kForwardTiles[] = {
     {false, 192, 2, 64, 2, 1, true, false},   //
     {false, 256, 2, 64, 2, 1, false, false},  //
     {true, 64, 3, 128, 4, 2, false, true},    //
+    {false, 128, 2, 128, 2, 1, true, true, 1},  //
 };
 
 // Masks waste more of a wide tile.
-constexpr ForwardTile forward_tile(Serves serves, int head_dim) {
+constexpr ForwardTile forward_tile(Serves serves, int head_dim, int element_bytes = 2) {
   for (const ForwardTile& tile : kForwardTiles) {
-    if (tile.is_wide == (serves == kFull) && tile.head_dim == head_dim) return tile;
+    if (tile.is_wide == (serves == kFull) && tile.head_dim == head_dim &&
+        tile.element_bytes == element_bytes) {
+      return tile;
+    }
   }
   return {};
 }

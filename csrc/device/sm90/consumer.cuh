@@ -4,6 +4,7 @@
 #include "attn/scores.cuh"
 #include "ptx/tma.cuh"
 #include "sm90/producer.cuh"
+#include "sm90/fp8_transpose.cuh"
 #include "sm90/recompute.cuh"
 #include "sm90/softmax.cuh"
 #include "tile/store.cuh"
@@ -57,7 +58,9 @@ __device__ __forceinline__ void transform(tile::Accumulators<1, kN>& s, const at
 template <class Cfg>
 class Consumer {
   using T = typename Cfg::T;
+  using Out = typename Cfg::Out;
   using TileQ = typename Cfg::TileQ;
+  using TileO = typename Cfg::TileO;
   using TileK = typename Cfg::TileK;
   using AccS = typename Cfg::AccS;
   static constexpr int kBlockN = Cfg::kBlockN;
@@ -66,6 +69,7 @@ class Consumer {
  public:
   __device__ __forceinline__ Consumer(const TmaForwardParams& params, const Pipeline<Cfg>& pipe)
       : params_(params.call),
+        all_scale_log2_(params.scale_log2),
         scale_log2_(params.scale_log2),
         pipe_(pipe),
         consumer_(ptx::uniform(threadIdx.x / 128 - 1)) {}
@@ -119,6 +123,7 @@ class Consumer {
     lazy_left_ = 0;
     is_careful_ = !is_plain();
     pipe_.q(consumer_).wait_full(tile);
+    if constexpr (Cfg::kIsFp8) scale_log2_ = all_scale_log2_ * pipe_.descale(tile).qk;
     if constexpr (Cfg::kTile.holds_q) {
       tile::load_a<TileQ>(q_, pipe_.q_buffer(tile, consumer_), warp_row(), lane());
       release_q(true);
@@ -147,7 +152,7 @@ class Consumer {
     release(pipe_.k(), block_);
     softmax_.clear();
     absorb(s);
-    tile::pack<T>(p_, s);
+    pack(s);
     o_.clear();
     count_block();
   }
@@ -175,7 +180,7 @@ class Consumer {
     ptx::pin(o_.c[0]);
     ptx::pin(p_);
     release(pipe_.v(), block_);
-    tile::pack<T>(p_, s);
+    pack(s);
     if (opens) {
       store_output(tile_ - 1);
       o_.clear();
@@ -210,26 +215,34 @@ class Consumer {
     if constexpr (Cfg::kTile.holds_q) {
       tile::start_abt<T, TileK>(s, q_, k);
     } else {
-      tile::start_abt<T, kHeadDim, TileQ, TileK>(s, pipe_.q_buffer(tile_, consumer_), k);
+      tile::start_abt<T, Cfg::kDepth, TileQ, TileK>(s, pipe_.q_buffer(tile_, consumer_), k);
+    }
+  }
+
+  __device__ __forceinline__ void pack(const AccS& s) {
+    if constexpr (Cfg::kIsFp8) {
+      tile::pack_e4m3(p_, s);
+    } else {
+      tile::pack<T>(p_, s);
     }
   }
 
   // `tile`: of P.
   __device__ __forceinline__ void start_output(uint32_t tile) {
     pipe_.v().wait_full(block_);
-    if (is_cut_) clear_tail(pipe_.tile(tile).tail);
-    is_cut_ = false;
-    tile::start_pb<T, TileK>(o_, p_, pipe_.v_buffer(block_));
+    if constexpr (Cfg::kIsFp8) {
+      tile::start_pbt<T, typename Cfg::TileVt>(o_, p_, pipe_.v_buffer(block_));
+    } else {
+      if (is_cut_) clear_tail(pipe_.tile(tile).tail);
+      is_cut_ = false;
+      tile::start_pb<T, TileK>(o_, p_, pipe_.v_buffer(block_));
+    }
   }
 
   // Rows of V behind the sequence become zeros: p is zero there, but they may hold infinities. Both
   // consumers do it, and neither waits for the other.
   __device__ void clear_tail(int tail) {
-    constexpr int kChunks = TileK::kCols / tile::kChunk;
-    const uint32_t v = pipe_.v_buffer(block_);
-    for (int at = tail * kChunks + thread(); at < kBlockN * kChunks; at += 128) {
-      ptx::st_shared_128(v + TileK::offset(at / kChunks, at % kChunks), make_uint4(0, 0, 0, 0));
-    }
+    tile::clear_rows<TileK, 128>(pipe_.v_buffer(block_), tail, thread());
     ptx::fence_async_proxy();
     ptx::named_barrier_sync(1 + consumer_, 128);
   }
@@ -246,13 +259,15 @@ class Consumer {
     const int col = col0 + lane() % 4 * 2;
     float scale = scale_log2_;
     if (!is_plain()) {
-      transform(s, attn::ScoreRule(params_.scores, t.sequence, t.head), row + mask.diagonal - col);
+      attn::ScoreRule rule(params_.scores, t.sequence, t.head);
+      if constexpr (Cfg::kIsFp8) rule.scale *= pipe_.descale(tile_).qk;
+      transform(s, rule, row + mask.diagonal - col);
       scale = attn::kLog2e;
     }
     if (mask.lowest(row0 + 63) > col0 || mask.highest(row0) < col0 + kBlockN) {
       attn::hide(s, mask, row, col);
     }
-    softmax_.absorb(s, scale);
+    softmax_.template absorb<T>(s, scale);
     // One more: this block will be counted too.
     lazy_left_ = lazy_run(t, key_block - 1) + 1;
     is_cut_ = key_block == t.end - 1 && t.tail < kBlockN;
@@ -260,11 +275,16 @@ class Consumer {
 
   // False: the scores stand as they were, for the ordinary way.
   __device__ __forceinline__ bool absorb_lazily(AccS& s) {
-    if (softmax_.template absorb_lazily<T>(s, scale_log2_)) return true;
-    recompute<Cfg>(s, params_, pipe_.tile(tile_), q_in_memory(), warp_row(),
-                   (pipe_.tile(tile_).begin + left_ - 1) * kBlockN, lane());
-    is_careful_ = true;  // such scores are likely to grow again
-    return false;
+    if constexpr (Cfg::kIsFp8) {
+      softmax_.template absorb<T>(s, scale_log2_);
+      return true;
+    } else {
+      if (softmax_.template absorb_lazily<T>(s, scale_log2_)) return true;
+      recompute<Cfg>(s, params_, pipe_.tile(tile_), q_in_memory(), warp_row(),
+                     (pipe_.tile(tile_).begin + left_ - 1) * kBlockN, lane());
+      is_careful_ = true;  // such scores are likely to grow again
+      return false;
+    }
   }
 
   // This warp's rows of Q in shared memory; if they have left it, once more, where O will be.
@@ -288,7 +308,8 @@ class Consumer {
     for (int h = 0; h < 2; ++h) {
       const float sum = softmax_.row_sum(h);
       const bool is_empty = sum == 0.0f;
-      const float factor = is_empty ? 0.0f : ptx::rcp(sum);
+      float factor = is_empty ? 0.0f : ptx::rcp(sum);
+      if constexpr (Cfg::kIsFp8) factor *= pipe_.descale(tile).v;
       const float lse_of_row = (softmax_.shift[h] + ptx::lg2(sum)) * attn::kLn2;
       // The same from all four lanes of a row.
       ptx::st_shared_32(pipe_.factor_buffer(consumer_) + row + 32 * h, __float_as_uint(factor));
@@ -298,7 +319,8 @@ class Consumer {
   }
 
   // Normalises and stores O.
-  __device__ __forceinline__ void store_output(uint32_t tile) const {
+  __device__ __forceinline__ void store_output(uint32_t tile) {
+    if constexpr (Cfg::kIsFp8) in_order_of_columns(o_);
     const Tile& t = pipe_.tile(tile);
     const uint32_t factors = pipe_.factor_buffer(consumer_) + (warp_row() + lane() / 4) * 4;
     __syncwarp();
@@ -308,15 +330,15 @@ class Consumer {
                    t.head * params_.o.head + (int64_t{t.first_q} + row) * params_.o.row;
     if constexpr (Cfg::kHasOBuffer) {
       const uint32_t smem = pipe_.o_buffer(consumer_);
-      tile::store_matrix<T, TileQ>(smem, o_, factor, warp_row(), lane());
+      tile::store_matrix<Out, TileO>(smem, o_, factor, warp_row(), lane());
       if (!is_stored_whole(params_, t, consumer_)) {
         __syncwarp();
-        tile::copy_out_rows<TileQ, 16>(to, params_.o.row, smem, warp_row(), t.sq - row, params_.dv,
+        tile::copy_out_rows<TileO, 16>(to, params_.o.row, smem, warp_row(), t.sq - row, params_.dv,
                                        lane());
       }
       ptx::fence_async_proxy();
     } else {
-      tile::store_rows<T>(to, params_.o.row, o_, factor, t.sq - row, params_.dv, lane());
+      tile::store_rows<Out>(to, params_.o.row, o_, factor, t.sq - row, params_.dv, lane());
     }
     pipe_.o(consumer_).arrive_full(tile);
   }
@@ -341,12 +363,13 @@ class Consumer {
   __device__ static int warp_row() { return thread() / 32 * 16; }
 
   const ForwardParams& params_;
-  const float scale_log2_;
+  const float all_scale_log2_;
+  float scale_log2_;  // of the tile
   const Pipeline<Cfg>& pipe_;
   const int consumer_;
   typename Cfg::AccO o_;
-  uint32_t p_[kBlockN / 16][4];
-  uint32_t q_[kHeadDim / 16][4];  // where the tile's Q is held
+  uint32_t p_[Cfg::kDepthOfP / 16][4];
+  uint32_t q_[Cfg::kDepth / 16][4];  // where the tile's Q is held
   Softmax softmax_;
   uint32_t tile_ = 0;   // of the scores, counted from the start
   uint32_t block_ = 0;  // of P, counted likewise: its product with V is due

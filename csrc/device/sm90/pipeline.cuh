@@ -7,10 +7,25 @@
 
 namespace flash::sm90 {
 
+// What O is rounded to, and the bytes of an element of Q, K and V.
+template <class T>
+struct Element {
+  using Out = T;
+  static constexpr int kBytes = 2;
+};
+template <>
+struct Element<ptx::E4m3> {
+  using Out = ptx::Bfloat16;
+  static constexpr int kBytes = 1;
+};
+
 template <class T_, int kHeadDim_, Serves kServes>
 struct ForwardConfig {
   using T = T_;
-  static constexpr ForwardTile kTile = forward_tile(kServes, kHeadDim_);
+  using Out = typename Element<T>::Out;
+  static constexpr int kElementBytes = Element<T>::kBytes;
+  static constexpr bool kIsFp8 = kElementBytes == 1;
+  static constexpr ForwardTile kTile = forward_tile(kServes, kHeadDim_, kElementBytes);
   static constexpr bool kIsPlain = kServes != kAll;
   static constexpr int kConsumers = kTile.consumers;
   static constexpr int kBlockM = kTile.block_m();
@@ -20,8 +35,14 @@ struct ForwardConfig {
   static constexpr int kStages = kTile.stages;
   static constexpr int kQBuffers = kTile.q_buffers;
   static constexpr bool kHasOBuffer = kTile.has_o_buffer();
+  // The depths of Q K^T and of P V in elements of 16 bits.
+  static constexpr int kDepth = kHeadDim * kElementBytes / 2;
+  static constexpr int kDepthOfP = kBlockN * kElementBytes / 2;
   using TileQ = tile::SmemTile<64, kTile.columns()>;  // of one consumer
+  using TileO = tile::SmemTile<64, kTile.o_columns()>;
   using TileK = tile::SmemTile<kBlockN, kTile.columns()>;
+  // V by columns, where it is transposed.
+  using TileVt = tile::SmemTile<kTile.o_columns(), (kDepthOfP + 63) / 64 * 64>;
   using AccS = tile::Accumulators<1, kBlockN / 8>;
   using AccO = tile::Accumulators<1, kHeadDim / 8>;
 };
@@ -41,6 +62,11 @@ struct Tile {
   int first_q, batch_q;
   int first_k, batch_k, head_k;
   int tail;  // rows of the last block of V that may be used; those behind belong to others
+};
+
+// What products of 8-bit elements must be multiplied by.
+struct Descale {
+  float qk, v;
 };
 
 // A ring of buffers. Entry i, counted from the start of the kernel, is in buffer i % kSize; each
@@ -66,6 +92,9 @@ struct Ring {
     ptx::mbarrier_wait(empty(i), (i / kSize & 1) ^ 1);
   }
   __device__ void arrive_full(uint32_t i) const { ptx::mbarrier_arrive(full(i)); }
+  __device__ void arrive_full_if(bool is_due, uint32_t i) const {
+    ptx::mbarrier_arrive_if(is_due, full(i));
+  }
   __device__ void arrive_empty(uint32_t i) const { ptx::mbarrier_arrive(empty(i)); }
   __device__ void arrive_empty_if(bool is_due, uint32_t i) const {
     ptx::mbarrier_arrive_if(is_due, empty(i));
@@ -76,24 +105,28 @@ struct Ring {
 //   o:     full: its consumer has written    empty: TMA has taken O from there, and the
 //          O and the log-sum-exp                    log-sum-exp has been read
 //   k, v:  full: TMA has brought the block   empty: both consumers are done with it
+//   v_in:  full: TMA has brought the block   empty: it stands transposed in v, whose full is that;
+//          of 16-bit elements v itself
 //   tiles: full: the planner has written     empty: all of its O is there, and it has been loaded
 //   begun: full: its loads have begun        (nobody waits until it is empty)
 template <class Cfg>
 struct Pipeline {
   static constexpr int kTiles = 4;
   static constexpr int kConsumers = Cfg::kConsumers;
-  static constexpr int kQBytes =
-      (Cfg::kQBuffers + Cfg::kHasOBuffer) * kConsumers * Cfg::TileQ::kBytes;
+  static constexpr int kTransposers = 4;  // warps
+  static constexpr int kQBytes = Cfg::kQBuffers * kConsumers * Cfg::TileQ::kBytes;
+  static constexpr int kOBytes = Cfg::kHasOBuffer * kConsumers * Cfg::TileO::kBytes;
   static constexpr int kKBytes = Cfg::kStages * Cfg::TileK::kBytes;
-  static constexpr int kLses = kQBytes + 2 * kKBytes;
+  static constexpr int kLses = kQBytes + kOBytes + 2 * kKBytes + Cfg::kTile.transposed_bytes();
   static constexpr int kBarriers = kLses + Cfg::kBlockM * 8;
   using QRing = Ring<Cfg::kQBuffers>;
   using ORing = Ring<1>;
   using KRing = Ring<Cfg::kStages>;
   using TileRing = Ring<kTiles>;
-  static constexpr int kTileRecords =
-      kConsumers * (QRing::kBytes + ORing::kBytes) + 2 * KRing::kBytes + 2 * TileRing::kBytes;
-  static_assert(kTileRecords + kTiles * sizeof(Tile) <= 1024, "room behind the buffers");
+  static constexpr int kTileRecords = kConsumers * (QRing::kBytes + ORing::kBytes) +
+                                      (2 + Cfg::kIsFp8) * KRing::kBytes + 2 * TileRing::kBytes;
+  static constexpr int kDescales = kTileRecords + kTiles * sizeof(Tile);
+  static_assert(kDescales + Cfg::kIsFp8 * kTiles * sizeof(Descale) <= 1024, "room at the end");
 
   unsigned char* storage;
   uint32_t smem;
@@ -106,12 +139,16 @@ struct Pipeline {
   }
   __device__ uint32_t o_buffer(int consumer) const {
     static_assert(Cfg::kHasOBuffer, "O leaves from registers");
-    return smem + (Cfg::kQBuffers * kConsumers + consumer) * Cfg::TileQ::kBytes;
+    return smem + kQBytes + consumer * Cfg::TileO::kBytes;
   }
   __device__ uint32_t k_buffer(uint32_t block) const {
-    return smem + kQBytes + block % Cfg::kStages * Cfg::TileK::kBytes;
+    return smem + kQBytes + kOBytes + block % Cfg::kStages * Cfg::TileK::kBytes;
   }
-  __device__ uint32_t v_buffer(uint32_t block) const { return k_buffer(block) + kKBytes; }
+  __device__ uint32_t v_in_buffer(uint32_t block) const { return k_buffer(block) + kKBytes; }
+  __device__ uint32_t v_buffer(uint32_t block) const {
+    if constexpr (!Cfg::kIsFp8) return v_in_buffer(block);
+    return smem + kQBytes + kOBytes + 2 * kKBytes + block % Cfg::kStages * Cfg::TileVt::kBytes;
+  }
 
   // Of the 64 rows of a consumer: log-sum-exps, and what normalises O.
   __device__ uint32_t lse_buffer(int consumer) const { return smem + kLses + consumer * 512; }
@@ -125,8 +162,17 @@ struct Pipeline {
   __device__ KRing v() const { return {k().barriers + KRing::kBytes}; }
   __device__ TileRing tiles() const { return {v().barriers + KRing::kBytes}; }
   __device__ TileRing begun() const { return {tiles().barriers + TileRing::kBytes}; }
+  __device__ KRing v_in() const {
+    if constexpr (!Cfg::kIsFp8) return v();
+    return {begun().barriers + TileRing::kBytes};
+  }
   __device__ Tile& tile(uint32_t i) const {
     return reinterpret_cast<Tile*>(storage + kBarriers + kTileRecords)[i % kTiles];
+  }
+  // Of the tile.
+  __device__ Descale& descale(uint32_t i) const {
+    static_assert(Cfg::kIsFp8, "16-bit elements are taken as they are");
+    return reinterpret_cast<Descale*>(storage + kBarriers + kDescales)[i % kTiles];
   }
 
   // By all threads.
@@ -137,8 +183,9 @@ struct Pipeline {
         o(consumer).init(128, 1);
       }
       k().init(1, kConsumers);
-      v().init(1, kConsumers);
-      tiles().init(1, kConsumers + 1);
+      v().init(Cfg::kIsFp8 ? kTransposers : 1, kConsumers);
+      if constexpr (Cfg::kIsFp8) v_in().init(1, kTransposers);
+      tiles().init(1, kConsumers + 1 + Cfg::kIsFp8 * kTransposers);
       begun().init(1, 1);
       ptx::mbarrier_init_fence();
     }

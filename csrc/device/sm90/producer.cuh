@@ -106,6 +106,13 @@ __device__ inline void load_tile(uint32_t smem, const TensorMap& map, uint32_t f
   }
 }
 
+__device__ inline Descale descale_of(const ForwardParams& params, const Tile& tile) {
+  const auto factor = [&](const Factors& x) {
+    return x.ptr ? x.ptr[tile.sequence * x.batch + tile.head_k * x.head] : 1.0f;
+  };
+  return {factor(params.q_descale) * factor(params.k_descale), factor(params.v_descale)};
+}
+
 // One lane's work: what the CTA does next. No tile is taken while a long one waits: another CTA may
 // be free sooner.
 template <class Cfg>
@@ -117,6 +124,9 @@ __device__ inline void plan_tiles(const TmaForwardParams& params, const Pipeline
     Tile& tile = pipe.tile(i);
     schedule.next(tile);
     const bool is_last = tile.end == 0;
+    if constexpr (Cfg::kIsFp8) {
+      if (!is_last) pipe.descale(i) = descale_of(params.call, tile);
+    }
     const bool is_long = tile.end - tile.begin > kShort;
     pipe.tiles().arrive_full(i);
     if (is_last) return;
@@ -132,7 +142,8 @@ __device__ inline void load_tiles(const TmaForwardParams& params, const Pipeline
   using TileK = typename Cfg::TileK;
   constexpr int kPanels = TileK::kCols / 64;
   // Columns of V behind its head dim meet columns of O that nobody stores.
-  const int panels_v = min((params.call.dv + 63) / 64, kPanels);
+  constexpr int kPanel = 128 / Cfg::kElementBytes;
+  const int panels_v = min((params.call.dv + kPanel - 1) / kPanel, kPanels);
   ptx::tma_prefetch(params.q);
   ptx::tma_prefetch(params.k);
   ptx::tma_prefetch(params.v);
@@ -143,9 +154,9 @@ __device__ inline void load_tiles(const TmaForwardParams& params, const Pipeline
   int batch_v = 0;
   const auto load_last_v = [&] {
     if (block == 0) return;
-    pipe.v().wait_empty(block - 1);
-    load_tile<TileK>(pipe.v_buffer(block - 1), params.v, pipe.v().full(block - 1), panels_v, row_v,
-                     head_v, batch_v);
+    pipe.v_in().wait_empty(block - 1);
+    load_tile<TileK>(pipe.v_in_buffer(block - 1), params.v, pipe.v_in().full(block - 1), panels_v,
+                     row_v, head_v, batch_v);
   };
   for (uint32_t i = 0;; ++i) {
     pipe.tiles().wait_full(i);
@@ -190,11 +201,11 @@ __device__ inline bool is_stored_whole(const ForwardParams& params, const Tile& 
 template <class Cfg>
 __device__ inline void store_output(const TmaForwardParams& params, const Tile& tile, uint32_t smem,
                                     int consumer) {
-  using TileQ = typename Cfg::TileQ;
+  using TileO = typename Cfg::TileO;
 #pragma unroll
-  for (int panel = 0; panel < TileQ::kCols / 64; ++panel) {
+  for (int panel = 0; panel < TileO::kCols / 64; ++panel) {
     if (panel * 64 < params.call.dv) {
-      ptx::tma_store(params.o, smem + panel * TileQ::kPanelBytes, panel * 64,
+      ptx::tma_store(params.o, smem + panel * TileO::kPanelBytes, panel * 64,
                      tile.first_q + tile.row0 + 64 * consumer, tile.head, tile.batch_q);
     }
   }

@@ -25,6 +25,15 @@ __device__ inline void store_rounded(uint32_t smem, const Accumulators<kM, kN>& 
   }
 }
 
+// Rows of a tile from `row` on become zeros.
+template <class Tile, int kThreads>
+__device__ inline void clear_rows(uint32_t smem, int row, int thread) {
+  constexpr int kChunks = Tile::kCols / kChunk;
+  for (int at = row * kChunks + thread; at < Tile::kRows * kChunks; at += kThreads) {
+    ptx::st_shared_128(smem + Tile::offset(at / kChunks, at % kChunks), make_uint4(0, 0, 0, 0));
+  }
+}
+
 // Copies a tile to global memory, 16 bytes a thread.
 template <class Tile, int kThreads>
 __device__ inline void copy_out(uint16_t* to, int64_t row_stride, uint32_t smem, int num_rows,

@@ -128,17 +128,19 @@ void copy_box(const Map& map, const int (&place)[4], uint32_t smem, bool loads) 
   }
 }
 
-float element(uint64_t descriptor, int across, int depth, bool by_columns, bool is_bf16) {
+float element(uint64_t descriptor, int across, int depth, bool by_columns, Format format) {
   if (descriptor >> 62 != 1) stop("a descriptor has another swizzle than 128 bytes");
   const uint32_t start = (descriptor & 0x3FFF) << 4;
   const uint32_t lead = (descriptor >> 16 & 0x3FFF) << 4;
   const uint32_t stride = (descriptor >> 32 & 0x3FFF) << 4;
+  const uint32_t bytes = bytes_of(format);
+  if (by_columns && bytes == 1) stop("8-bit elements lie by rows");
   const uint32_t address = by_columns ? start + across / 64 * lead + across % 64 * 2 +
                                             depth % 8 * 128 + depth / 8 * stride
-                                      : start + across / 8 * stride + across % 8 * 128 + depth * 2;
-  uint16_t bits;
-  memcpy(&bits, at(swizzle(address), 2), 2);
-  return to_float(bits, is_bf16);
+                                      : start + across / 8 * stride + across % 8 * 128 + depth * bytes;
+  uint16_t bits = 0;
+  memcpy(&bits, at(swizzle(address), bytes), bytes);
+  return to_float(bits, format);
 }
 
 // Does the oldest product that all threads of a warpgroup have asked for.
@@ -147,22 +149,24 @@ bool do_product(Warpgroup& group) {
     if (asked.empty()) return false;
   }
   const Product first = group.asked[0].front();
-  float a[64][16];
+  const int packed = 4 / bytes_of(first.format);  // elements of a register
+  const int depth = 8 * packed;
+  float a[64][32];
   for (int row = 0; row < 64; ++row) {
-    for (int k = 0; k < 16; ++k) {
+    for (int k = 0; k < depth; ++k) {
       if (first.a == nullptr) {
-        a[row][k] = element(first.a_descriptor, row, k, false, first.is_bf16);
+        a[row][k] = element(first.a_descriptor, row, k, false, first.format);
       } else {
-        const int thread = row / 16 * 32 + row % 8 * 4 + k % 8 / 2;
-        const uint32_t pair = group.asked[thread].front().a[k / 8 * 2 + row % 16 / 8];
-        a[row][k] = to_float(static_cast<uint16_t>(pair >> (16 * (k % 2))), first.is_bf16);
+        const int thread = row / 16 * 32 + row % 8 * 4 + k / packed % 4;
+        const uint32_t bits = group.asked[thread].front().a[k / packed / 4 * 2 + row % 16 / 8];
+        a[row][k] = element_of(bits, k % packed, first.format);
       }
     }
   }
-  std::vector<float> b(static_cast<size_t>(16 * first.n));
+  std::vector<float> b(static_cast<size_t>(depth * first.n));
   for (int n = 0; n < first.n; ++n) {
-    for (int k = 0; k < 16; ++k) {
-      b[n * 16 + k] = element(first.b_descriptor, n, k, first.b_by_columns, first.is_bf16);
+    for (int k = 0; k < depth; ++k) {
+      b[n * depth + k] = element(first.b_descriptor, n, k, first.b_by_columns, first.format);
     }
   }
   for (int thread = 0; thread < 128; ++thread) {
@@ -175,7 +179,7 @@ bool do_product(Warpgroup& group) {
       const int row = thread / 32 * 16 + thread % 32 / 4 + i % 4 / 2 * 8;
       const int col = i / 4 * 8 + thread % 4 * 2 + i % 2;
       float sum = first.adds ? product.c[i] : 0.0f;
-      for (int k = 0; k < 16; ++k) sum += a[row][k] * b[col * 16 + k];
+      for (int k = 0; k < depth; ++k) sum += a[row][k] * b[col * depth + k];
       product.c[i] = sum;
     }
   }
@@ -350,13 +354,39 @@ void wait_products(int pending) {
   }
 }
 
-float to_float(uint16_t x, bool is_bf16) {
-  if (is_bf16) return from_bits<float>(uint64_t{x} << 16);
+float e4m3_to_float(uint16_t x) {
+  const int exponent = x >> 3 & 15;
+  const int mantissa = x & 7;
+  if ((x & 127) == 127) return NAN;
+  const float size = exponent == 0 ? ldexpf(static_cast<float>(mantissa), -9)
+                                   : ldexpf(static_cast<float>(8 + mantissa), exponent - 10);
+  return x >> 7 ? -size : size;
+}
+
+// To the nearest, of two as near the even one; 448 where it is larger.
+uint16_t round_to_e4m3(float x) {
+  if (x != x) return 127;
+  const uint16_t sign = signbit(x) ? 128 : 0;
+  const float size = fminf(fabsf(x), 448.0f);
+  const int exponent = size < 0x1p-6f ? -6 : ilogbf(size);
+  const int steps = static_cast<int>(rintf(ldexpf(size, 3 - exponent)));
+  return static_cast<uint16_t>(sign | (steps + ((exponent + 6) << 3)));
+}
+
+float to_float(uint16_t x, Format format) {
+  if (format == kE4m3) return e4m3_to_float(x);
+  if (format == kBf16) return from_bits<float>(uint64_t{x} << 16);
   return static_cast<float>(from_bits<_Float16>(x));
 }
 
-uint16_t round_to(float x, bool is_bf16) {
-  if (!is_bf16) return static_cast<uint16_t>(bits_of<_Float16>(x));
+float element_of(uint64_t packed, int index, Format format) {
+  const int bits = 8 * bytes_of(format);
+  return to_float(static_cast<uint16_t>(packed >> (bits * index) & ((1u << bits) - 1)), format);
+}
+
+uint16_t round_to(float x, Format format) {
+  if (format == kE4m3) return round_to_e4m3(x);
+  if (format == kHalf) return static_cast<uint16_t>(bits_of<_Float16>(x));
   const uint32_t bits = static_cast<uint32_t>(bits_of<float>(x));
   if (x != x) return 0x7FFF;
   return static_cast<uint16_t>((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);

@@ -76,6 +76,10 @@ void tma_load(uint32_t smem, const flash::TensorMap& map, uint32_t barrier, cons
 void tma_store(uint32_t smem, const flash::TensorMap& map, const int (&place)[4]);
 void tma_store_wait();
 
+// What elements of products are.
+enum Format { kHalf, kBf16, kE4m3 };
+constexpr int bytes_of(Format format) { return format == kE4m3 ? 1 : 2; }
+
 // One product of a warpgroup of this thread's accumulators; the rest as wgmma has it.
 struct Product {
   float* c;
@@ -84,14 +88,16 @@ struct Product {
   uint64_t a_descriptor, b_descriptor;
   bool b_by_columns;
   bool adds;
-  bool is_bf16;
+  Format format;
 };
 void start(const Product& product);
 void commit();
 void wait_products(int pending);
 
-float to_float(uint16_t x, bool is_bf16);
-uint16_t round_to(float x, bool is_bf16);
+float to_float(uint16_t x, Format format);
+uint16_t round_to(float x, Format format);
+// Of the elements in a register.
+float element_of(uint64_t packed, int index, Format format);
 
 // Runs one CTA to its end.
 void run_cta(unsigned block, unsigned grid, unsigned threads, const std::function<void()>& kernel);

@@ -6,11 +6,14 @@ namespace flash::ptx {
 
 struct Half {};
 struct Bfloat16 {};
+struct E4m3 {};
 
 template <class T>
-constexpr bool kIsBf16 = false;
+constexpr emulator::Format kFormat = emulator::kHalf;
 template <>
-inline constexpr bool kIsBf16<Bfloat16> = true;
+inline constexpr emulator::Format kFormat<Bfloat16> = emulator::kBf16;
+template <>
+inline constexpr emulator::Format kFormat<E4m3> = emulator::kE4m3;
 
 inline float ex2(float x) { return exp2f(x); }
 inline float rcp(float x) { return 1.0f / x; }
@@ -18,14 +21,32 @@ inline float lg2(float x) { return log2f(x); }
 
 template <class T>
 uint32_t pack(float low, float high) {
-  return emulator::round_to(low, kIsBf16<T>) |
-         static_cast<uint32_t>(emulator::round_to(high, kIsBf16<T>)) << 16;
+  return emulator::round_to(low, kFormat<T>) |
+         static_cast<uint32_t>(emulator::round_to(high, kFormat<T>)) << 16;
+}
+
+inline uint32_t pack_e4m3(float x0, float x1, float x2, float x3) {
+  const float x[] = {x0, x1, x2, x3};
+  uint32_t four = 0;
+  for (int i = 0; i < 4; ++i) {
+    four |= static_cast<uint32_t>(emulator::round_to(x[i], emulator::kE4m3)) << (8 * i);
+  }
+  return four;
+}
+
+template <uint32_t kBytes>
+uint32_t choose_bytes(uint32_t x, uint32_t y) {
+  const uint64_t all = x | uint64_t{y} << 32;
+  uint32_t four = 0;
+  for (int i = 0; i < 4; ++i) {
+    four |= static_cast<uint32_t>(all >> (8 * (kBytes >> (4 * i) & 7)) & 255) << (8 * i);
+  }
+  return four;
 }
 
 template <class T>
 float2 unpack(uint32_t pair) {
-  return {emulator::to_float(static_cast<uint16_t>(pair), kIsBf16<T>),
-          emulator::to_float(static_cast<uint16_t>(pair >> 16), kIsBf16<T>)};
+  return {emulator::element_of(pair, 0, kFormat<T>), emulator::element_of(pair, 1, kFormat<T>)};
 }
 
 template <class T>
@@ -38,8 +59,8 @@ void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b
     for (int k = 0; k < 16; ++k) {
       const uint64_t left = all.of[row * 4 + k % 8 / 2][k / 8 * 2 + i / 2];
       const uint64_t right = all.of[col * 4 + k % 8 / 2][4 + k / 8];
-      c[i] += emulator::to_float(static_cast<uint16_t>(left >> (k % 2 * 16)), kIsBf16<T>) *
-              emulator::to_float(static_cast<uint16_t>(right >> (k % 2 * 16)), kIsBf16<T>);
+      c[i] += emulator::element_of(left, k % 2, kFormat<T>) *
+              emulator::element_of(right, k % 2, kFormat<T>);
     }
   }
 }

@@ -16,16 +16,16 @@ void pin(X&) {}
 template <class T, int kN>
 struct Wgmma {
   static void with_rows(float (&c)[kN / 8][4], uint64_t a, uint64_t b, int adds) {
-    emulator::start({&c[0][0], kN, nullptr, a, b, false, adds != 0, kIsBf16<T>});
+    emulator::start({&c[0][0], kN, nullptr, a, b, false, adds != 0, kFormat<T>});
   }
   static void with_rows(float (&c)[kN / 8][4], const uint32_t (&a)[4], uint64_t b, int adds) {
-    emulator::start({&c[0][0], kN, a, 0, b, false, adds != 0, kIsBf16<T>});
+    emulator::start({&c[0][0], kN, a, 0, b, false, adds != 0, kFormat<T>});
   }
   static void with_columns(float (&c)[kN / 8][4], uint64_t a, uint64_t b, int adds) {
-    emulator::start({&c[0][0], kN, nullptr, a, b, true, adds != 0, kIsBf16<T>});
+    emulator::start({&c[0][0], kN, nullptr, a, b, true, adds != 0, kFormat<T>});
   }
   static void with_columns(float (&c)[kN / 8][4], const uint32_t (&a)[4], uint64_t b) {
-    emulator::start({&c[0][0], kN, a, 0, b, true, true, kIsBf16<T>});
+    emulator::start({&c[0][0], kN, a, 0, b, true, true, kFormat<T>});
   }
 };
 

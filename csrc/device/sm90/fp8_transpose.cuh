@@ -1,0 +1,94 @@
+// V of 8-bit elements by columns, and the warpgroup that brings it there.
+//
+// wgmma multiplies 8-bit elements only where they lie along the depth, which for P V are keys. TMA
+// brings V with head dims in a row, so a warpgroup turns each block in shared memory: ldmatrix
+// transposes pairs of head dims, bytes are regrouped, stmatrix stores. Two orders come with it,
+// chosen so that nobody must shuffle:
+//
+// - Of 16 keys a row has 0 1 8 9, 2 3 10 11, ...: as a lane holds P (tile::pack_e4m3).
+// - Of 16 head dims even ones stand in front of odd ones, each in the order 0 4 1 5 2 6 3 7, so that
+//   stores meet no bank conflict; in_order_of_columns() undoes it by naming registers.
+#pragma once
+
+#include "ptx/tma.cuh"
+#include "sm90/pipeline.cuh"
+#include "tile/products.cuh"
+#include "tile/store.cuh"
+
+namespace flash::sm90 {
+
+// A warp's share of a block: 16 head dims at a time, by all keys.
+template <class Cfg>
+__device__ inline void transpose_block(uint32_t from, uint32_t to, int warp, int lane) {
+  using TileK = typename Cfg::TileK;
+  using TileVt = typename Cfg::TileVt;
+  constexpr int kStrips = Cfg::kTile.o_columns() / 16 / 4;  // of a warp
+  const int row = lane / 8 % 2 * 8 + lane % 4 * 2 + lane / 4 % 2;
+#pragma unroll
+  for (int i = 0; i < kStrips; ++i) {
+    const int strip = warp * kStrips + i;
+    const uint32_t load = from + TileK::offset(lane, strip);
+    const uint32_t store = to + TileVt::offset(16 * strip + row, lane / 16);
+#pragma unroll
+    for (int k = 0; k < Cfg::kBlockN / 32; ++k) {
+      uint32_t r[4];
+      ptx::ldmatrix_x4_trans(r, tile::walk<TileK>(load, 32 * k, 0));
+      constexpr uint32_t kEven = 0x6420;
+      constexpr uint32_t kOdd = 0x7531;
+      const uint32_t turned[4] = {
+          ptx::choose_bytes<kEven>(r[0], r[1]), ptx::choose_bytes<kOdd>(r[0], r[1]),
+          ptx::choose_bytes<kEven>(r[2], r[3]), ptx::choose_bytes<kOdd>(r[2], r[3])};
+      ptx::stmatrix_x4(tile::walk<TileVt>(store, 0, 2 * k), turned);
+    }
+  }
+}
+
+// A warp's work: its share of every block.
+template <class Cfg>
+__device__ inline void transpose_values(const Pipeline<Cfg>& pipe, int warp, int lane) {
+  constexpr int kBarrier = 1 + 2 * Cfg::kConsumers;  // behind those of the consumers
+  uint32_t block = 0;
+  for (uint32_t i = 0;; ++i) {
+    pipe.tiles().wait_full(i);
+    const int begin = pipe.tile(i).begin;
+    const int end = pipe.tile(i).end;
+    int tail = pipe.tile(i).tail;
+    if (end == 0) break;
+    __syncwarp();
+    pipe.tiles().arrive_empty_if(lane == 0, i);
+    for (int j = begin; j < end; ++j) {
+      pipe.v_in().wait_full(block);
+      if (tail < Cfg::kBlockN) {
+        // Keys behind the sequence: p is zero there, but V may hold anything.
+        const int thread = ptx::opaque(static_cast<int>(threadIdx.x)) % 128;
+        tile::clear_rows<typename Cfg::TileK, 128>(pipe.v_in_buffer(block), tail, thread);
+        ptx::fence_async_proxy();
+        ptx::named_barrier_sync(kBarrier, 128);
+        tail = Cfg::kBlockN;
+      }
+      pipe.v().wait_empty(block);
+      transpose_block<Cfg>(pipe.v_in_buffer(block), pipe.v_buffer(block), warp, lane);
+      ptx::fence_async_proxy();
+      __syncwarp();
+      pipe.v_in().arrive_empty_if(lane == 0, block);
+      pipe.v().arrive_full_if(lane == 0, block);
+      ++block;
+    }
+  }
+}
+
+// O, whose columns stand as the head dims of V do, as a lane's accumulators usually stand.
+template <int kN>
+__device__ __forceinline__ void in_order_of_columns(tile::Accumulators<1, kN>& o) {
+#pragma unroll
+  for (int n = 0; n < kN; n += 2) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const float x = o.c[0][n][2 * h + 1];
+      o.c[0][n][2 * h + 1] = o.c[0][n + 1][2 * h];
+      o.c[0][n + 1][2 * h] = x;
+    }
+  }
+}
+
+}  // namespace flash::sm90
