@@ -38,6 +38,7 @@ _FEATURE_BITS = (
     (4, {"dropout"}),
     (8, {"paged_kv"}),
 )
+_NOT_IN_FP8 = {"kv_append", "rotary", "paged_kv", "dropout"}
 # What a feature needs beyond the kernels of every forward or backward call.
 _KINDS_OF_FEATURES = (("kv_append", "append"), ("varlen", "fill"), ("seqused", "fill"))
 
@@ -144,10 +145,16 @@ def why_not(problem: Problem) -> list[str]:
     kinds = ["delta", "backward", "convert"] if "backward" in problem.features else ["forward"]
     kinds += [kind for feature, kind in _KINDS_OF_FEATURES if feature in problem.features]
     reasons = []
+    dtype = _DTYPES.index(problem.dtype)
+    if problem.dtype == _support.FP8_DTYPE:
+        given = sorted(problem.features & _NOT_IN_FP8)
+        if given:
+            reasons.append(f"its FP8 kernels lack {', '.join(given)}")
+        kinds = ["forward"]
     head_dim = max(problem.head_dim, problem.head_dim_v)
     major, minor = problem.capability
     for kind in dict.fromkeys(kinds):
-        wanted = (_KINDS.index(kind), head_dim, _DTYPES.index(problem.dtype), 10 * major + minor)
+        wanted = (_KINDS.index(kind), head_dim, dtype, 10 * major + minor)
         if not _HOST.flash_find(*wanted):
             reasons.append(_HOST.flash_last_error().decode())
     return reasons

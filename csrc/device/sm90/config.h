@@ -23,14 +23,12 @@ struct ForwardTile {
   int element_bytes = 2;  // of Q, K and V
 
   constexpr int block_m() const { return kBoxM * consumers; }
-  // Products of 8-bit elements want V by columns: one more warpgroup transposes it.
+  // Products of 8-bit elements want V by columns: it is transposed in shared memory.
   constexpr bool transposes_v() const { return element_bytes == 1; }
-  constexpr int threads() const { return 128 * (1 + consumers + transposes_v()); }
+  constexpr int threads() const { return 128 * (1 + consumers); }
   // Of each thread; together no more than the launch has given.
-  constexpr int registers_of_consumer() const {
-    return transposes_v() ? 224 : consumers == 2 ? 232 : 160;
-  }
-  constexpr int registers_of_others() const { return threads() == 512 ? 32 : 40; }
+  constexpr int registers_of_consumer() const { return consumers == 2 ? 232 : 160; }
+  constexpr int registers_of_others() const { return consumers == 2 ? 40 : 32; }
   // In shared memory: whole panels of 128 bytes. What is moved counts as elements of 16 bits.
   constexpr int columns() const { return (head_dim * element_bytes + 127) / 128 * 64; }
   constexpr int o_columns() const { return (head_dim + 63) / 64 * 64; }

@@ -153,7 +153,7 @@ class Consumer {
     softmax_.clear();
     absorb(s);
     pack(s);
-    o_.clear();
+    clear_output();
     count_block();
   }
 
@@ -183,7 +183,7 @@ class Consumer {
     pack(s);
     if (opens) {
       store_output(tile_ - 1);
-      o_.clear();
+      clear_output();
     } else if (softmax_.is_moved) {
       softmax_.scale_rows(o_);
     }
@@ -219,6 +219,15 @@ class Consumer {
     }
   }
 
+  // Zeros in registers would cost the uniform ones that 8-bit kernels count in.
+  __device__ __forceinline__ void clear_output() {
+    if constexpr (Cfg::kIsFp8) {
+      is_fresh_ = true;
+    } else {
+      o_.clear();
+    }
+  }
+
   __device__ __forceinline__ void pack(const AccS& s) {
     if constexpr (Cfg::kIsFp8) {
       tile::pack_e4m3(p_, s);
@@ -231,7 +240,8 @@ class Consumer {
   __device__ __forceinline__ void start_output(uint32_t tile) {
     pipe_.v().wait_full(block_);
     if constexpr (Cfg::kIsFp8) {
-      tile::start_pbt<T, typename Cfg::TileVt>(o_, p_, pipe_.v_buffer(block_));
+      tile::start_pbt<T, typename Cfg::TileVt>(o_, p_, pipe_.v_buffer(block_), !is_fresh_);
+      is_fresh_ = false;
     } else {
       if (is_cut_) clear_tail(pipe_.tile(tile).tail);
       is_cut_ = false;
@@ -375,6 +385,7 @@ class Consumer {
   uint32_t block_ = 0;  // of P, counted likewise: its product with V is due
   int left_;            // blocks of the tile whose scores are due, descending
   int lazy_left_;       // of these, how many may have a lazy maximum from now on
+  bool is_fresh_;       // O has no sums yet, whatever its registers hold
   bool is_careful_;     // no lazy maximum in this tile
   bool is_cut_;         // in the block of P, V has rows behind the sequence
 };

@@ -29,11 +29,13 @@ __device__ inline void forward(const TmaForwardParams& params) {
     const int warp = threadIdx.x / 32;
     const int lane = threadIdx.x % 32;
     if (warp == 0 && lane == 0) load_tiles<Cfg>(params, pipe);
-    if (warp == 1 && lane == 0) plan_tiles<Cfg>(params, pipe);
-    if (warp >= 2) store_tiles<Cfg>(params, pipe, warp - 2, lane);
-  } else if (Cfg::kIsFp8 && threadIdx.x >= 128 * (1 + Cfg::kConsumers)) {
-    ptx::give_registers<Cfg::kTile.registers_of_others()>();
-    transpose_values<Cfg>(pipe, ptx::uniform(threadIdx.x / 32 % 4), threadIdx.x % 32);
+    if constexpr (Cfg::kIsFp8) {
+      if (warp == 1) plan_and_store_tiles<Cfg>(params, pipe, lane);
+      if (warp >= 2) transpose_values<Cfg>(pipe, warp - 2, lane);
+    } else {
+      if (warp == 1 && lane == 0) plan_tiles<Cfg>(params, pipe);
+      if (warp >= 2) store_tiles<Cfg>(params, pipe, warp - 2, lane);
+    }
   } else {
     ptx::take_registers<Cfg::kTile.registers_of_consumer()>();
     Consumer<Cfg>(params, pipe).run();

@@ -1,7 +1,7 @@
-// V of 8-bit elements by columns, and the warpgroup that brings it there.
+// V of 8-bit elements by columns, and the warps that bring it there.
 //
 // wgmma multiplies 8-bit elements only where they lie along the depth, which for P V are keys. TMA
-// brings V with head dims in a row, so a warpgroup turns each block in shared memory: ldmatrix
+// brings V with head dims in a row, so two warps turn each block in shared memory: ldmatrix
 // transposes pairs of head dims, bytes are regrouped, stmatrix stores. Two orders come with it,
 // chosen so that nobody must shuffle:
 //
@@ -22,7 +22,7 @@ template <class Cfg>
 __device__ inline void transpose_block(uint32_t from, uint32_t to, int warp, int lane) {
   using TileK = typename Cfg::TileK;
   using TileVt = typename Cfg::TileVt;
-  constexpr int kStrips = Cfg::kTile.o_columns() / 16 / 4;  // of a warp
+  constexpr int kStrips = Cfg::kTile.o_columns() / 16 / 2;  // of a warp
   const int row = lane / 8 % 2 * 8 + lane % 4 * 2 + lane / 4 % 2;
 #pragma unroll
   for (int i = 0; i < kStrips; ++i) {
@@ -47,6 +47,7 @@ __device__ inline void transpose_block(uint32_t from, uint32_t to, int warp, int
 template <class Cfg>
 __device__ inline void transpose_values(const Pipeline<Cfg>& pipe, int warp, int lane) {
   constexpr int kBarrier = 1 + 2 * Cfg::kConsumers;  // behind those of the consumers
+  constexpr int kThreads = 32 * Pipeline<Cfg>::kTransposers;
   uint32_t block = 0;
   for (uint32_t i = 0;; ++i) {
     pipe.tiles().wait_full(i);
@@ -60,10 +61,10 @@ __device__ inline void transpose_values(const Pipeline<Cfg>& pipe, int warp, int
       pipe.v_in().wait_full(block);
       if (tail < Cfg::kBlockN) {
         // Keys behind the sequence: p is zero there, but V may hold anything.
-        const int thread = ptx::opaque(static_cast<int>(threadIdx.x)) % 128;
-        tile::clear_rows<typename Cfg::TileK, 128>(pipe.v_in_buffer(block), tail, thread);
+        const int thread = ptx::opaque(static_cast<int>(threadIdx.x)) % kThreads;
+        tile::clear_rows<typename Cfg::TileK, kThreads>(pipe.v_in_buffer(block), tail, thread);
         ptx::fence_async_proxy();
-        ptx::named_barrier_sync(kBarrier, 128);
+        ptx::named_barrier_sync(kBarrier, kThreads);
         tail = Cfg::kBlockN;
       }
       pipe.v().wait_empty(block);

@@ -113,7 +113,7 @@ template <class Cfg>
 struct Pipeline {
   static constexpr int kTiles = 4;
   static constexpr int kConsumers = Cfg::kConsumers;
-  static constexpr int kTransposers = 4;  // warps
+  static constexpr int kTransposers = 2;  // warps
   static constexpr int kQBytes = Cfg::kQBuffers * kConsumers * Cfg::TileQ::kBytes;
   static constexpr int kOBytes = Cfg::kHasOBuffer * kConsumers * Cfg::TileO::kBytes;
   static constexpr int kKBytes = Cfg::kStages * Cfg::TileK::kBytes;

@@ -113,24 +113,29 @@ __device__ inline Descale descale_of(const ForwardParams& params, const Tile& ti
   return {factor(params.q_descale) * factor(params.k_descale), factor(params.v_descale)};
 }
 
-// One lane's work: what the CTA does next. No tile is taken while a long one waits: another CTA may
-// be free sooner.
+// One lane's work: what the CTA does next. False: there is no more.
+template <class Cfg>
+__device__ inline bool plan_tile(const TmaForwardParams& params, const Pipeline<Cfg>& pipe,
+                                 Schedule<Cfg>& schedule, uint32_t i) {
+  constexpr int kShort = 4;  // blocks: planning takes as long as two
+  pipe.tiles().wait_empty(i);
+  Tile& tile = pipe.tile(i);
+  schedule.next(tile);
+  const bool is_last = tile.end == 0;
+  if constexpr (Cfg::kIsFp8) {
+    if (!is_last) pipe.descale(i) = descale_of(params.call, tile);
+  }
+  const bool is_long = tile.end - tile.begin > kShort;
+  pipe.tiles().arrive_full(i);
+  // No tile is taken while a long one waits: another CTA may be free sooner.
+  if (!is_last && is_long) pipe.begun().wait_full(i);
+  return !is_last;
+}
+
 template <class Cfg>
 __device__ inline void plan_tiles(const TmaForwardParams& params, const Pipeline<Cfg>& pipe) {
-  constexpr int kShort = 4;  // blocks: planning takes as long as two
   Schedule<Cfg> schedule(params);
-  for (uint32_t i = 0;; ++i) {
-    pipe.tiles().wait_empty(i);
-    Tile& tile = pipe.tile(i);
-    schedule.next(tile);
-    const bool is_last = tile.end == 0;
-    if constexpr (Cfg::kIsFp8) {
-      if (!is_last) pipe.descale(i) = descale_of(params.call, tile);
-    }
-    const bool is_long = tile.end - tile.begin > kShort;
-    pipe.tiles().arrive_full(i);
-    if (is_last) return;
-    if (is_long) pipe.begun().wait_full(i);
+  for (uint32_t i = 0; plan_tile(params, pipe, schedule, i); ++i) {
   }
 }
 
@@ -225,28 +230,56 @@ __device__ inline void store_lse(const ForwardParams& params, const Tile& tile, 
   }
 }
 
-// A warp's work: results of every second consumer, from `first` on, and room for the next Q.
+// A warp's work: results of a tile, of every kStep-th consumer from `first` on, and room for the
+// next.
+template <int kStep, class Cfg>
+__device__ inline void store_tile(const TmaForwardParams& params, const Pipeline<Cfg>& pipe,
+                                  uint32_t i, int first, int lane) {
+  const Tile& tile = pipe.tile(i);
+  for (int consumer = first; consumer < Cfg::kConsumers; consumer += kStep) {
+    pipe.o(consumer).wait_full(i);
+    store_lse(params.call, tile, pipe.lse_buffer(consumer), consumer, lane);
+    __syncwarp();
+    if (lane != 0) continue;
+    if constexpr (Cfg::kHasOBuffer) {
+      if (is_stored_whole(params.call, tile, consumer)) {
+        store_output<Cfg>(params, tile, pipe.o_buffer(consumer), consumer);
+      }
+    }
+    pipe.o(consumer).arrive_empty(i);
+    pipe.tiles().arrive_empty(i);
+  }
+}
+
+// A warp's work: results of every second consumer.
 template <class Cfg>
 __device__ inline void store_tiles(const TmaForwardParams& params, const Pipeline<Cfg>& pipe,
                                    int first, int lane) {
   if (lane == 0) ptx::tma_prefetch(params.o);
   for (uint32_t i = 0;; ++i) {
     pipe.tiles().wait_full(i);
-    const Tile& tile = pipe.tile(i);
-    if (tile.end == 0) break;
-    for (int consumer = first; consumer < Cfg::kConsumers; consumer += 2) {
-      pipe.o(consumer).wait_full(i);
-      store_lse(params.call, tile, pipe.lse_buffer(consumer), consumer, lane);
-      __syncwarp();
-      if (lane != 0) continue;
-      if constexpr (Cfg::kHasOBuffer) {
-        if (is_stored_whole(params.call, tile, consumer)) {
-          store_output<Cfg>(params, tile, pipe.o_buffer(consumer), consumer);
-        }
-      }
-      pipe.o(consumer).arrive_empty(i);
-      pipe.tiles().arrive_empty(i);
+    if (pipe.tile(i).end == 0) break;
+    store_tile<2>(params, pipe, i, first, lane);
+  }
+  if (lane == 0) ptx::tma_store_wait();
+}
+
+// The work of both in one warp, where others transpose V. It plans two tiles ahead.
+template <class Cfg>
+__device__ inline void plan_and_store_tiles(const TmaForwardParams& params,
+                                            const Pipeline<Cfg>& pipe, int lane) {
+  Schedule<Cfg> schedule(params);
+  uint32_t planned = 0;
+  bool has_more = true;
+  if (lane == 0) ptx::tma_prefetch(params.o);
+  for (uint32_t i = 0;; ++i) {
+    if (lane == 0) {
+      while (has_more && planned < i + 3) has_more = plan_tile(params, pipe, schedule, planned++);
     }
+    __syncwarp();
+    pipe.tiles().wait_full(i);
+    if (pipe.tile(i).end == 0) break;
+    store_tile<1>(params, pipe, i, 0, lane);
   }
   if (lane == 0) ptx::tma_store_wait();
 }

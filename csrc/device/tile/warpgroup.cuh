@@ -116,17 +116,18 @@ __device__ __forceinline__ void start_pb(Accumulators<1, kN>& o, uint32_t (&p)[k
   ptx::wgmma_commit();
 }
 
-// o += P B^T: P packed, B 8 kN rows of a tile along the depth.
+// o = P B^T, or o += P B^T: P packed, B 8 kN rows of a tile along the depth.
 template <class T, class TileB, int kN, int kSteps>
 __device__ __forceinline__ void start_pbt(Accumulators<1, kN>& o, uint32_t (&p)[kSteps][4],
-                                          uint32_t b_smem) {
+                                          uint32_t b_smem, bool adds) {
   const Descriptor b(b_smem, 16);
   ptx::pin(p);
   ptx::pin(o.c[0]);
   ptx::wgmma_fence();
 #pragma unroll
   for (int k = 0; k < kSteps; ++k) {
-    ptx::Wgmma<T, 8 * kN>::with_rows(o.c[0], p[k], b.at(step_along_rows<TileB>(k)), true);
+    ptx::Wgmma<T, 8 * kN>::with_rows(o.c[0], p[k], b.at(step_along_rows<TileB>(k)),
+                                     adds || k > 0);
   }
   ptx::wgmma_commit();
 }
