@@ -18,18 +18,6 @@ constexpr float kMostSum = 16384.0f;
 template <>
 constexpr float kMostSum<ptx::Bfloat16> = 1073741824.0f;
 
-// In the ordinary way the largest p becomes 2^kHead, and is left at up to 2^kSlack times that. Of 8
-// bits the largest p should have no rounding error, since it has most of the weight; and many
-// should be above 2^-6, below which they lose bits.
-template <class T>
-constexpr float kHead = 0.0f;
-template <>
-constexpr float kHead<ptx::E4m3> = 8.0f;
-template <class T>
-constexpr float kSlack = 6.0f;
-template <>
-constexpr float kSlack<ptx::E4m3> = 0.0f;
-
 struct Softmax {
   float shift[2];
   float sum[2];     // of this lane's columns only
@@ -46,17 +34,17 @@ struct Softmax {
   }
 
   // The ordinary way: the shift rises to the maximum, if that is far above, before scores become p.
-  template <class T, int kN>
+  template <int kN>
   __device__ __forceinline__ void absorb(tile::Accumulators<1, kN>& s, float scale) {
-    constexpr float kMost = kHead<T> + kSlack<T>;
+    constexpr float kSlack = 6.0f;
     float top[2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) top[h] = largest(s, h) * scale;
-    is_moved = __any_sync(0xffffffffu, top[0] - shift[0] > kMost || top[1] - shift[1] > kMost);
+    is_moved = __any_sync(0xffffffffu, top[0] - shift[0] > kSlack || top[1] - shift[1] > kSlack);
     if (is_moved) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const float to = fmaxf(shift[h], of_row(top[h]) - kHead<T>);
+        const float to = fmaxf(shift[h], of_row(top[h]));
         factor[h] = ptx::ex2(shift[h] - to);
         shift[h] = to;
         sum[h] *= factor[h];
