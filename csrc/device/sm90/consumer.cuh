@@ -260,7 +260,7 @@ class Consumer {
 
   // False: the scores stand as they were, for the ordinary way.
   __device__ __forceinline__ bool absorb_lazily(AccS& s) {
-    if (softmax_.template absorb_lazily<T>(s, scale_log2_)) return true;
+    if (softmax_.absorb_lazily(s, scale_log2_)) return true;
     recompute<Cfg>(s, params_, pipe_.tile(tile_), q_in_memory(), warp_row(),
                    (pipe_.tile(tile_).begin + left_ - 1) * kBlockN, lane());
     is_careful_ = true;  // such scores are likely to grow again
