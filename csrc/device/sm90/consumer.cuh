@@ -6,7 +6,7 @@
 #include "sm90/producer.cuh"
 #include "sm90/fp8_transpose.cuh"
 #include "sm90/recompute.cuh"
-#include "sm90/softmax.cuh"
+#include "sm90/fp8_softmax.cuh"
 #include "tile/store.cuh"
 #include "tile/warpgroup.cuh"
 
@@ -54,6 +54,17 @@ __device__ __forceinline__ void transform(tile::Accumulators<1, kN>& s, const at
     each([&](float& x, int col, int h) { x -= rule.slope * abs(distance + 8 * h - col); });
   }
 }
+
+template <bool kFirst, class First, class Second>
+struct ChoiceOf {
+  using Type = First;
+};
+template <class First, class Second>
+struct ChoiceOf<false, First, Second> {
+  using Type = Second;
+};
+template <bool kFirst, class First, class Second>
+using Choice = typename ChoiceOf<kFirst, First, Second>::Type;
 
 template <class Cfg>
 class Consumer {
@@ -175,7 +186,11 @@ class Consumer {
       finish_sums(tile_ - 1);
       softmax_.clear();
     }
-    if (lazy_left_ <= 0 || !absorb_lazily(s)) absorb(s);
+    if constexpr (Cfg::kIsFp8) {
+      absorb(s);
+    } else {
+      if (lazy_left_ <= 0 || !absorb_lazily(s)) absorb(s);
+    }
     ptx::wgmma_wait<0>();
     ptx::pin(o_.c[0]);
     ptx::pin(p_);
@@ -228,9 +243,14 @@ class Consumer {
     }
   }
 
+  // 8-bit elements are packed already.
   __device__ __forceinline__ void pack(const AccS& s) {
     if constexpr (Cfg::kIsFp8) {
-      tile::pack_e4m3(p_, s);
+#pragma unroll
+      for (int k = 0; k < Cfg::kDepthOfP / 16; ++k) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) p_[k][i] = next_p_[k][i];
+      }
     } else {
       tile::pack<T>(p_, s);
     }
@@ -258,13 +278,31 @@ class Consumer {
   }
 
   // The ordinary way: for blocks of which some row does not see all, or whose scores must be
-  // transformed first.
+  // transformed first. 8-bit elements have no other.
   __device__ __forceinline__ void absorb(AccS& s) {
+    if constexpr (Cfg::kIsFp8) {
+      float scale = scale_log2_;
+      if (lazy_left_ <= 0) {
+        scale = prepare(s);
+        look_ahead();
+      }
+      softmax_.absorb(s, next_p_, scale);
+    } else {
+      const float scale = prepare(s);
+      softmax_.absorb(s, scale);
+      look_ahead();
+    }
+  }
+
+  __device__ int key_block(const Tile& t) const { return t.begin + left_ - 1; }
+
+  // Transforms scores and hides those that their rows do not see; tells what they must be
+  // multiplied by.
+  __device__ __forceinline__ float prepare(AccS& s) {
     const Tile& t = pipe_.tile(tile_);
     const attn::Mask mask(params_.scores, t.sq, t.sk);
     const int row0 = t.row0 + 64 * consumer_;
-    const int key_block = t.begin + left_ - 1;
-    const int col0 = key_block * kBlockN;
+    const int col0 = key_block(t) * kBlockN;
     const int row = row0 + warp_row() + lane() / 4;
     const int col = col0 + lane() % 4 * 2;
     float scale = scale_log2_;
@@ -277,24 +315,24 @@ class Consumer {
     if (mask.lowest(row0 + 63) > col0 || mask.highest(row0) < col0 + kBlockN) {
       attn::hide(s, mask, row, col);
     }
-    softmax_.template absorb<T>(s, scale);
+    return scale;
+  }
+
+  // What is to be known of the blocks behind this one, and of its V.
+  __device__ __forceinline__ void look_ahead() {
+    const Tile& t = pipe_.tile(tile_);
     // One more: this block will be counted too.
-    lazy_left_ = lazy_run(t, key_block - 1) + 1;
-    is_cut_ = key_block == t.end - 1 && t.tail < kBlockN;
+    lazy_left_ = lazy_run(t, key_block(t) - 1) + 1;
+    is_cut_ = key_block(t) == t.end - 1 && t.tail < kBlockN;
   }
 
   // False: the scores stand as they were, for the ordinary way.
   __device__ __forceinline__ bool absorb_lazily(AccS& s) {
-    if constexpr (Cfg::kIsFp8) {
-      softmax_.template absorb<T>(s, scale_log2_);
-      return true;
-    } else {
-      if (softmax_.template absorb_lazily<T>(s, scale_log2_)) return true;
-      recompute<Cfg>(s, params_, pipe_.tile(tile_), q_in_memory(), warp_row(),
-                     (pipe_.tile(tile_).begin + left_ - 1) * kBlockN, lane());
-      is_careful_ = true;  // such scores are likely to grow again
-      return false;
-    }
+    if (softmax_.absorb_lazily(s, scale_log2_)) return true;
+    recompute<Cfg>(s, params_, pipe_.tile(tile_), q_in_memory(), warp_row(),
+                   (pipe_.tile(tile_).begin + left_ - 1) * kBlockN, lane());
+    is_careful_ = true;  // such scores are likely to grow again
+    return false;
   }
 
   // This warp's rows of Q in shared memory; if they have left it, once more, where O will be.
@@ -328,9 +366,17 @@ class Consumer {
     }
   }
 
+  // O as accumulators usually stand.
+  __device__ __forceinline__ auto output() const {
+    if constexpr (Cfg::kIsFp8) {
+      return in_order_of_columns(o_);
+    } else {
+      return o_;
+    }
+  }
+
   // Normalises and stores O.
-  __device__ __forceinline__ void store_output(uint32_t tile) {
-    if constexpr (Cfg::kIsFp8) in_order_of_columns(o_);
+  __device__ __forceinline__ void store_output(uint32_t tile) const {
     const Tile& t = pipe_.tile(tile);
     const uint32_t factors = pipe_.factor_buffer(consumer_) + (warp_row() + lane() / 4) * 4;
     __syncwarp();
@@ -340,7 +386,7 @@ class Consumer {
                    t.head * params_.o.head + (int64_t{t.first_q} + row) * params_.o.row;
     if constexpr (Cfg::kHasOBuffer) {
       const uint32_t smem = pipe_.o_buffer(consumer_);
-      tile::store_matrix<Out, TileO>(smem, o_, factor, warp_row(), lane());
+      tile::store_matrix<Out, TileO>(smem, output(), factor, warp_row(), lane());
       if (!is_stored_whole(params_, t, consumer_)) {
         __syncwarp();
         tile::copy_out_rows<TileO, 16>(to, params_.o.row, smem, warp_row(), t.sq - row, params_.dv,
@@ -348,7 +394,7 @@ class Consumer {
       }
       ptx::fence_async_proxy();
     } else {
-      tile::store_rows<Out>(to, params_.o.row, o_, factor, t.sq - row, params_.dv, lane());
+      tile::store_rows<Out>(to, params_.o.row, output(), factor, t.sq - row, params_.dv, lane());
     }
     pipe_.o(consumer_).arrive_full(tile);
   }
@@ -379,8 +425,9 @@ class Consumer {
   const int consumer_;
   typename Cfg::AccO o_;
   uint32_t p_[Cfg::kDepthOfP / 16][4];
+  uint32_t next_p_[Cfg::kIsFp8 ? Cfg::kDepthOfP / 16 : 1][4];
   uint32_t q_[Cfg::kDepth / 16][4];  // where the tile's Q is held
-  Softmax softmax_;
+  Choice<Cfg::kIsFp8, Fp8Softmax, Softmax> softmax_;
   uint32_t tile_ = 0;   // of the scores, counted from the start
   uint32_t block_ = 0;  // of P, counted likewise: its product with V is due
   int left_;            // blocks of the tile whose scores are due, descending

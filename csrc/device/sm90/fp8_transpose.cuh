@@ -80,16 +80,18 @@ __device__ inline void transpose_values(const Pipeline<Cfg>& pipe, int warp, int
 
 // O, whose columns stand as the head dims of V do, as a lane's accumulators usually stand.
 template <int kN>
-__device__ __forceinline__ void in_order_of_columns(tile::Accumulators<1, kN>& o) {
+__device__ __forceinline__ tile::Accumulators<1, kN> in_order_of_columns(
+    const tile::Accumulators<1, kN>& o) {
+  tile::Accumulators<1, kN> ordered;
 #pragma unroll
   for (int n = 0; n < kN; n += 2) {
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const float x = o.c[0][n][2 * h + 1];
-      o.c[0][n][2 * h + 1] = o.c[0][n + 1][2 * h];
-      o.c[0][n + 1][2 * h] = x;
+    for (int i = 0; i < 4; ++i) {
+      ordered.c[0][n][i] = o.c[0][n + i % 2][i / 2 * 2];
+      ordered.c[0][n + 1][i] = o.c[0][n + i % 2][i / 2 * 2 + 1];
     }
   }
+  return ordered;
 }
 
 }  // namespace flash::sm90

@@ -132,24 +132,6 @@ __device__ __forceinline__ void start_pbt(Accumulators<1, kN>& o, uint32_t (&p)[
   ptx::wgmma_commit();
 }
 
-// Accumulators rounded to e4m3, as A operands of the next product. A lane's four values of a step
-// are not neighbours: within 16 columns the operand's order is 0 1 8 9, 2 3 10 11, ... So must that
-// of B be.
-template <int kN>
-__device__ __forceinline__ void pack_e4m3(uint32_t (&p)[kN / 4][4],
-                                          const Accumulators<1, kN>& s) {
-#pragma unroll
-  for (int k = 0; k < kN / 4; ++k) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float(&low)[4] = s.c[0][4 * k + i / 2 * 2];
-      const float(&high)[4] = s.c[0][4 * k + i / 2 * 2 + 1];
-      const int row = i % 2 * 2;
-      p[k][i] = ptx::pack_e4m3(low[row], low[row + 1], high[row], high[row + 1]);
-    }
-  }
-}
-
 // Accumulators rounded, as A operands of the next product.
 template <class T, int kN>
 __device__ __forceinline__ void pack(uint32_t (&p)[kN / 2][4], const Accumulators<1, kN>& s) {

@@ -14,6 +14,7 @@ inline uint32_t smem_address(const void* ptr) {
 }
 
 inline int opaque(int x) { return x; }
+inline float opaque(float x) { return x; }
 
 inline void ldmatrix_x4(uint32_t (&r)[4], uint32_t smem) {
   const emulator::Slots& rows = emulator::exchange({smem});

@@ -1,0 +1,81 @@
+// Online softmax of 16 rows whose p is rounded to e4m3, in accumulator layout.
+//
+// The shift is always the maximum: the largest p becomes 2^8 exactly, since it has most of the
+// weight, and 14 powers of two below it keep all their bits. A lazy maximum would let the largest p
+// be rounded like any other, which makes the error of O larger by 8 % for normal scores, and by far
+// more where few keys have all the weight.
+#pragma once
+
+#include "sm90/softmax.cuh"
+
+namespace flash::sm90 {
+
+struct Fp8Softmax : Softmax {
+  static constexpr float kHead = 8.0f;
+
+  // Scores become p, packed as A operands of the product with V. A lane's four values of a step are
+  // not neighbours: within 16 columns the operand's order is 0 1 8 9, 2 3 10 11, ... So is that of
+  // V (fp8_transpose.cuh).
+  template <int kN>
+  __device__ __forceinline__ void absorb(tile::Accumulators<1, kN>& s, uint32_t (&p)[kN / 4][4],
+                                         float scale) {
+    float top[2] = {quick_largest(s, 0) * scale, quick_largest(s, 1) * scale};
+    is_moved = any(top[0] - shift[0] > kHead || top[1] - shift[1] > kHead || top[0] < 0.0f ||
+                   top[1] < 0.0f);
+    if (is_moved) {
+      if (any(top[0] < 0.0f || top[1] < 0.0f)) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) top[h] = ptx::opaque(largest(s, h)) * scale;
+      }
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const float to = fmaxf(shift[h], of_row(top[h]) - kHead);
+        factor[h] = ptx::ex2(shift[h] - to);
+        shift[h] = to;
+        sum[h] *= factor[h];
+      }
+    }
+    float part[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll
+    for (int k = 0; k < kN / 4; ++k) {
+#pragma unroll
+      for (int n = 4 * k; n < 4 * k + 4; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          s.c[0][n][i] = ptx::ex2(s.c[0][n][i] * scale - shift[i / 2]);
+          part[i] += s.c[0][n][i];
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float(&low)[4] = s.c[0][4 * k + i / 2 * 2];
+        const float(&high)[4] = s.c[0][4 * k + i / 2 * 2 + 1];
+        const int row = i % 2 * 2;
+        p[k][i] = ptx::pack_e4m3(low[row], low[row + 1], high[row], high[row + 1]);
+      }
+    }
+#pragma unroll
+    for (int h = 0; h < 2; ++h) sum[h] += part[2 * h] + part[2 * h + 1];
+  }
+
+ private:
+  __device__ static bool any(bool x) { return __any_sync(0xffffffffu, x); }
+
+  // Of this lane's columns, if it is not negative, else some other negative one: an instruction
+  // compares three integers, and floats are in the order of their bits from zero on.
+  template <int kN>
+  __device__ static __forceinline__ float quick_largest(const tile::Accumulators<1, kN>& s, int h) {
+    int x = __float_as_int(s.c[0][0][2 * h]);
+    int y = __float_as_int(s.c[0][0][2 * h + 1]);
+#pragma unroll
+    for (int n = 1; n < kN; n += 2) {
+      const int next = min(n + 1, kN - 1);
+      x = max(max(x, __float_as_int(s.c[0][n][2 * h])), __float_as_int(s.c[0][next][2 * h]));
+      y = max(max(y, __float_as_int(s.c[0][n][2 * h + 1])),
+              __float_as_int(s.c[0][next][2 * h + 1]));
+    }
+    return __int_as_float(max(x, y));
+  }
+};
+
+}  // namespace flash::sm90
