@@ -156,8 +156,8 @@ KERNEL_FAMILIES: tuple[KernelFamily, ...] = (
         ("90a",),
     ),
     KernelFamily("sm90_scored", ("forward",), (64, 96, 128, 192, 256), HALF_DTYPES, ("90a",)),
-    KernelFamily("sm90_fp8", ("forward",), (128,), (FP8_DTYPE,), ("90a",)),
-    KernelFamily("sm90_fp8_scored", ("forward",), (128,), (FP8_DTYPE,), ("90a",)),
+    KernelFamily("sm90_fp8", ("forward",), (64, 96, 128, 192, 256), (FP8_DTYPE,), ("90a",)),
+    KernelFamily("sm90_fp8_scored", ("forward",), (64, 96, 128, 192, 256), (FP8_DTYPE,), ("90a",)),
     KernelFamily(
         "sm80",
         ("forward", "backward", "convert"),

@@ -13,7 +13,7 @@ HERE = Path(__file__).parent
 FAMILIES = ("sm90", "sm90_wide", "sm90_scored", "sm90_fp8", "sm90_fp8_scored")
 # Forward: with turns, and wide; with Q in registers; with one buffer of Q. Backward: steps of 128
 # queries; of 64; consumers that share keys.
-HEAD_DIMS = (128,)
+HEAD_DIMS = (64, 128, 256)
 
 # What programs of cases begin and end with.
 HEAD = """

@@ -52,7 +52,11 @@ constexpr ForwardTile kForwardTiles[] = {
     {false, 192, 2, 64, 2, 1, true, false},   //
     {false, 256, 2, 64, 2, 1, false, false},  //
     {true, 64, 3, 128, 4, 2, false, true},    //
-    {false, 128, 2, 128, 2, 1, true, true, 1},  //
+    {false, 64, 3, 128, 2, 1, true, false, 1},
+    {false, 96, 3, 128, 2, 2, false, false, 1},
+    {false, 128, 2, 128, 2, 1, true, false, 1},
+    {false, 192, 2, 96, 2, 1, true, false, 1},
+    {false, 256, 2, 96, 2, 1, false, false, 1},
 };
 
 // Masks waste more of a wide tile.

@@ -278,31 +278,14 @@ class Consumer {
   }
 
   // The ordinary way: for blocks of which some row does not see all, or whose scores must be
-  // transformed first. 8-bit elements have no other.
+  // transformed first. 8-bit elements have no other; what all rows see needs no look-ups.
   __device__ __forceinline__ void absorb(AccS& s) {
-    if constexpr (Cfg::kIsFp8) {
-      float scale = scale_log2_;
-      if (lazy_left_ <= 0) {
-        scale = prepare(s);
-        look_ahead();
-      }
-      softmax_.absorb(s, next_p_, scale);
-    } else {
-      const float scale = prepare(s);
-      softmax_.absorb(s, scale);
-      look_ahead();
-    }
-  }
-
-  __device__ int key_block(const Tile& t) const { return t.begin + left_ - 1; }
-
-  // Transforms scores and hides those that their rows do not see; tells what they must be
-  // multiplied by.
-  __device__ __forceinline__ float prepare(AccS& s) {
+    const bool is_whole = Cfg::kIsFp8 && lazy_left_ > 0;
     const Tile& t = pipe_.tile(tile_);
     const attn::Mask mask(params_.scores, t.sq, t.sk);
     const int row0 = t.row0 + 64 * consumer_;
-    const int col0 = key_block(t) * kBlockN;
+    const int key_block = t.begin + left_ - 1;
+    const int col0 = key_block * kBlockN;
     const int row = row0 + warp_row() + lane() / 4;
     const int col = col0 + lane() % 4 * 2;
     float scale = scale_log2_;
@@ -312,18 +295,18 @@ class Consumer {
       transform(s, rule, row + mask.diagonal - col);
       scale = attn::kLog2e;
     }
-    if (mask.lowest(row0 + 63) > col0 || mask.highest(row0) < col0 + kBlockN) {
+    if (!is_whole && (mask.lowest(row0 + 63) > col0 || mask.highest(row0) < col0 + kBlockN)) {
       attn::hide(s, mask, row, col);
     }
-    return scale;
-  }
-
-  // What is to be known of the blocks behind this one, and of its V.
-  __device__ __forceinline__ void look_ahead() {
-    const Tile& t = pipe_.tile(tile_);
+    if constexpr (Cfg::kIsFp8) {
+      softmax_.absorb(s, next_p_, scale);
+    } else {
+      softmax_.absorb(s, scale);
+    }
+    if (is_whole) return;
     // One more: this block will be counted too.
-    lazy_left_ = lazy_run(t, key_block(t) - 1) + 1;
-    is_cut_ = key_block(t) == t.end - 1 && t.tail < kBlockN;
+    lazy_left_ = lazy_run(t, key_block - 1) + 1;
+    is_cut_ = key_block == t.end - 1 && t.tail < kBlockN;
   }
 
   // False: the scores stand as they were, for the ordinary way.
@@ -363,15 +346,6 @@ class Consumer {
       ptx::st_shared_32(pipe_.factor_buffer(consumer_) + row + 32 * h, __float_as_uint(factor));
       ptx::st_shared_32(pipe_.lse_buffer(consumer_) + row + 32 * h,
                         __float_as_uint(is_empty ? attn::infinity() : lse_of_row));
-    }
-  }
-
-  // O as accumulators usually stand.
-  __device__ __forceinline__ auto output() const {
-    if constexpr (Cfg::kIsFp8) {
-      return in_order_of_columns(o_);
-    } else {
-      return o_;
     }
   }
 

@@ -24,7 +24,7 @@ __device__ inline void transpose_block(uint32_t from, uint32_t to, int warp, int
   using TileVt = typename Cfg::TileVt;
   constexpr int kStrips = Cfg::kTile.o_columns() / 16 / 2;  // of a warp
   const int row = lane / 8 % 2 * 8 + lane % 4 * 2 + lane / 4 % 2;
-#pragma unroll
+#pragma unroll 1
   for (int i = 0; i < kStrips; ++i) {
     const int strip = warp * kStrips + i;
     const uint32_t load = from + TileK::offset(lane, strip);
