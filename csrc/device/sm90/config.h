@@ -31,17 +31,18 @@ struct ForwardTile {
   constexpr int registers_of_others() const { return consumers == 2 ? 40 : 32; }
   // In shared memory: whole panels of 128 bytes. What is moved counts as elements of 16 bits.
   constexpr int columns() const { return (head_dim * element_bytes + 127) / 128 * 64; }
-  constexpr int o_columns() const { return (head_dim + 63) / 64 * 64; }
+  constexpr int v_columns() const { return (head_dim + 63) / 64 * 64; }
   constexpr int transposed_bytes() const {
-    return transposes_v() ? stages * o_columns() * ((block_n + 127) / 128 * 128) : 0;
+    return transposes_v() ? stages * v_columns() * ((block_n + 127) / 128 * 128) : 0;
   }
   // Where Q leaves its buffer early, the next tile's scores are computed beside the end of this
-  // one, and O has a buffer to leave by. Else it leaves from registers.
+  // one, and O has a buffer to leave by. Else it leaves panel by panel, by way of two.
   constexpr bool has_o_buffer() const { return holds_q || q_buffers > 1; }
-  // Q, O, K and V in stages; two floats a row; barriers and tiles.
+  constexpr int o_columns() const { return has_o_buffer() ? v_columns() : 2 * 64; }
+  // Q, K and V in stages, O; two floats a row; barriers and tiles.
   constexpr int smem_bytes() const {
     return (q_buffers * block_m() + 2 * stages * block_n) * columns() * 2 +
-           has_o_buffer() * block_m() * o_columns() * 2 + transposed_bytes() + block_m() * 8 + 1024;
+           block_m() * o_columns() * 2 + transposed_bytes() + block_m() * 8 + 1024;
   }
 };
 

@@ -22,7 +22,7 @@ template <class Cfg>
 __device__ inline void transpose_block(uint32_t from, uint32_t to, int warp, int lane) {
   using TileK = typename Cfg::TileK;
   using TileVt = typename Cfg::TileVt;
-  constexpr int kStrips = Cfg::kTile.o_columns() / 16 / 2;  // of a warp
+  constexpr int kStrips = Cfg::kTile.v_columns() / 16 / 2;  // of a warp
   const int row = lane / 8 % 2 * 8 + lane % 4 * 2 + lane / 4 % 2;
 #pragma unroll 1
   for (int i = 0; i < kStrips; ++i) {

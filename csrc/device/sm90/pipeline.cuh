@@ -42,7 +42,7 @@ struct ForwardConfig {
   using TileO = tile::SmemTile<64, kTile.o_columns()>;
   using TileK = tile::SmemTile<kBlockN, kTile.columns()>;
   // V by columns, where it is transposed.
-  using TileVt = tile::SmemTile<kTile.o_columns(), (kDepthOfP + 63) / 64 * 64>;
+  using TileVt = tile::SmemTile<kTile.v_columns(), (kDepthOfP + 63) / 64 * 64>;
   using AccS = tile::Accumulators<1, kBlockN / 8>;
   using AccO = tile::Accumulators<1, kHeadDim / 8>;
 };
@@ -115,7 +115,7 @@ struct Pipeline {
   static constexpr int kConsumers = Cfg::kConsumers;
   static constexpr int kTransposers = 2;  // warps
   static constexpr int kQBytes = Cfg::kQBuffers * kConsumers * Cfg::TileQ::kBytes;
-  static constexpr int kOBytes = Cfg::kHasOBuffer * kConsumers * Cfg::TileO::kBytes;
+  static constexpr int kOBytes = kConsumers * Cfg::TileO::kBytes;
   static constexpr int kKBytes = Cfg::kStages * Cfg::TileK::kBytes;
   static constexpr int kLses = kQBytes + kOBytes + 2 * kKBytes + Cfg::kTile.transposed_bytes();
   static constexpr int kBarriers = kLses + Cfg::kBlockM * 8;
@@ -138,7 +138,6 @@ struct Pipeline {
     return smem + (tile % Cfg::kQBuffers * kConsumers + consumer) * Cfg::TileQ::kBytes;
   }
   __device__ uint32_t o_buffer(int consumer) const {
-    static_assert(Cfg::kHasOBuffer, "O leaves from registers");
     return smem + kQBytes + consumer * Cfg::TileO::kBytes;
   }
   __device__ uint32_t k_buffer(uint32_t block) const {
