@@ -142,6 +142,7 @@ KINDS_OF_FAMILIES = {
     ("sm90_wide", "forward"): _hopper_forward("kFull"),
     ("sm90", "forward"): _hopper_forward("kPlain"),
     ("sm90_scored", "forward"): _hopper_forward("kAll"),
+    ("sm90_fp8_wide", "forward"): _hopper_forward("kFull"),
     ("sm90_fp8", "forward"): _hopper_forward("kPlain"),
     ("sm90_fp8_scored", "forward"): _hopper_forward("kAll"),
     ("sm90", "backward"): dataclasses.replace(

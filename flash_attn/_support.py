@@ -71,6 +71,7 @@ class BackendSupport:
         dtypes: names of torch dtypes of q, k and v.
         features: names of the features it runs.
         note: one line for tables.
+        not_in_fp8: of these, what it does not run with FP8 inputs.
     """
 
     name: str
@@ -78,6 +79,7 @@ class BackendSupport:
     dtypes: tuple[str, ...]
     features: frozenset[str]
     note: str
+    not_in_fp8: frozenset[str] = frozenset()
 
 
 # Best first: `backends.choose` takes the first row that fits.
@@ -89,6 +91,7 @@ BACKENDS: tuple[BackendSupport, ...] = (
         FEATURE_NAMES - {"qv"},
         "compiled CUDA kernels for compute capability 8.0 and later, FP8 for 9.0 alone, head dims "
         "up to 256, built from source",
+        frozenset({"kv_append", "rotary", "paged_kv", "dropout"}),
     ),
     BackendSupport(
         "triton",
@@ -156,6 +159,7 @@ KERNEL_FAMILIES: tuple[KernelFamily, ...] = (
         ("90a",),
     ),
     KernelFamily("sm90_scored", ("forward",), (64, 96, 128, 192, 256), HALF_DTYPES, ("90a",)),
+    KernelFamily("sm90_fp8_wide", ("forward",), (128,), (FP8_DTYPE,), ("90a",)),
     KernelFamily("sm90_fp8", ("forward",), (64, 96, 128, 192, 256), (FP8_DTYPE,), ("90a",)),
     KernelFamily("sm90_fp8_scored", ("forward",), (64, 96, 128, 192, 256), (FP8_DTYPE,), ("90a",)),
     KernelFamily(

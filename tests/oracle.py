@@ -105,11 +105,13 @@ def attention(
     k_descale: Optional[Tensor] = None,
     v_descale: Optional[Tensor] = None,
     dtype: torch.dtype = torch.float64,
+    p_dtype: Optional[torch.dtype] = None,
 ) -> tuple[Tensor, Tensor]:
     """q (b, sq, hq, d), k (b, sk, hk, d), v (b, sk, hk, dv) -> out, lse.
 
     out is (b, sq, hq, dv) and lse (b, hq, sq), natural log. `dropout_mask`
-    (b, hq, sq, sk) is true where a probability is kept; `qv` is (b, sq, hq, dv).
+    (b, hq, sq, sk) is true where a probability is kept; `qv` is (b, sq, hq, dv). With `p_dtype`
+    probabilities are rounded to it before they meet v, the largest of a row as 256.
     """
     hq, sq, sk = q.shape[2], q.shape[1], k.shape[1]
     q = _descaled(q, q_descale, dtype)
@@ -136,6 +138,8 @@ def attention(
     sees_a_key = total > 0
     total = torch.where(sees_a_key, total, 1.0)
     lse = torch.where(sees_a_key, row_max + torch.log(total), math.inf).squeeze(-1)
+    if p_dtype is not None:
+        weights = (256 * weights).to(p_dtype).to(weights.dtype) / 256
     probabilities = weights / total
     if dropout_mask is not None:
         probabilities = probabilities * dropout_mask / (1 - dropout_p)

@@ -8,7 +8,7 @@ import torch
 from cache_problem import CacheProblem
 from compare import check, poisoned_memory
 from oracle import attention, kvcache_attention, varlen_attention
-from problem_types import FP64, Problem, Tensors
+from problem_types import FP8, FP64, Problem, Tensors
 from torch import Tensor
 
 Results = dict[str, Tensor]
@@ -43,6 +43,7 @@ def oracle_results(
     *,
     backward: bool = True,
     dropout_mask: Optional[Tensor] = None,
+    p_dtype: Optional[torch.dtype] = None,
 ) -> Results:
     """out, lse and the gradient of every leaf, by the oracle in `dtype`, from CPU tensors."""
     leaves = [x.detach().to(dtype).requires_grad_() for x in tensors.leaves]
@@ -57,6 +58,7 @@ def oracle_results(
         "dropout_mask": dropout_mask,
         "dropout_p": problem.dropout_p,
         "dtype": dtype,
+        "p_dtype": p_dtype,
         **tensors.descales,
     }
     with torch.set_grad_enabled(backward):
@@ -146,9 +148,13 @@ def assert_follows_rule(
 ) -> None:
     """Every result of `got` against the oracle, by the tolerance rule."""
     tensors = problem.tensors("cpu")
+    # GPUs multiply FP8 values by FP8 probabilities.
+    p_dtype = FP8 if problem.dtype == FP8 and got["out"].is_cuda else None
     runs = [
-        oracle_results(problem, tensors, dtype, backward=backward, dropout_mask=dropout_mask)
-        for dtype in (FP64, problem.low_dtype)
+        oracle_results(
+            problem, tensors, dtype, backward=backward, dropout_mask=dropout_mask, p_dtype=rounded
+        )
+        for dtype, rounded in ((FP64, None), (problem.low_dtype, p_dtype))
     ]
     for name, reference in runs[0].items():
         check(f"{problem} {name}", got[name], reference, runs[1][name])

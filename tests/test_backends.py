@@ -53,7 +53,7 @@ def test_cpu_tensors_run_on_the_cpu_backend() -> None:
     told = reasons(CPU)
     assert told["cpu"] == ""
     assert "takes cuda tensors, not cpu" in told["cuda"]
-    assert "takes float16, bfloat16, not float32" in told["cuda"]
+    assert "takes float16, bfloat16, float8_e4m3fn, not float32" in told["cuda"]
     assert "takes cuda, xpu tensors, not cpu" in told["triton"]
 
 

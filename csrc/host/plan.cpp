@@ -47,7 +47,9 @@ int64_t num_key_blocks(const BackwardParams& params, const Shape& shape) {
 
 bool is_hopper(int family) { return family >= kSm90Wide && family <= kSm90Fp8Scored; }
 
-int element_bytes(int family) { return family == kSm90Fp8 || family == kSm90Fp8Scored ? 1 : 2; }
+int element_bytes(int family) {
+  return family >= kSm90Fp8Wide && family <= kSm90Fp8Scored ? 1 : 2;
+}
 
 Shape shape_of_hopper(int family, int kind, int head_dim) {
   if (kind == FLASH_BACKWARD) {
@@ -55,7 +57,8 @@ Shape shape_of_hopper(int family, int kind, int head_dim) {
     return {tile.block_m, tile.block_n, tile.threads(), tile.smem_bytes(), sm90::kBoxM};
   }
   if (kind == FLASH_CONVERT) return {sm90::kSumRows, 0, sm90::kConvertThreads, 0, 0};
-  const sm90::Serves serves = family == kSm90Wide ? sm90::kFull : sm90::kAll;
+  const bool is_wide = family == kSm90Wide || family == kSm90Fp8Wide;
+  const sm90::Serves serves = is_wide ? sm90::kFull : sm90::kAll;
   const sm90::ForwardTile tile = sm90::forward_tile(serves, head_dim, element_bytes(family));
   return {tile.block_m(),    tile.block_n, tile.threads(),
           tile.smem_bytes(), sm90::kBoxM,  tile.element_bytes};
@@ -100,6 +103,8 @@ bool takes(int family, const ForwardParams& params) {
   if (!is_scored && !is_plain(params.scores)) return false;
   // A wide tile has more rows that are empty, and more keys that a mask hides.
   if (family == kSm90Wide && seqs.sq < (has_mask(params.scores) ? 2048 : 256)) return false;
+  // More keys at a time cost less, but more of the last ones are none.
+  if (family == kSm90Fp8Wide && seqs.sk < 2048) return false;
   return has_rows(seqs) && seqs.block_table == nullptr && params.scores.rng_state == nullptr &&
          params.num_splits <= 1 && have_tensor_maps(params, element_bytes(family));
 }

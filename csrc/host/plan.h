@@ -12,6 +12,7 @@ enum Family : int {
   kSm90Wide,
   kSm90,
   kSm90Scored,
+  kSm90Fp8Wide,
   kSm90Fp8,
   kSm90Fp8Scored,
   kCommon,

@@ -151,6 +151,9 @@ def _excluded(row: _support.BackendSupport, problem: Problem) -> list[str]:
     missing = sorted(problem.features - row.features)
     if missing:
         reasons.append(f"lacks {', '.join(missing)}")
+    missing = sorted(problem.features & row.not_in_fp8) if "fp8" in problem.features else []
+    if missing:
+        reasons.append(f"lacks {', '.join(missing)} with FP8 inputs")
     return reasons
 
 

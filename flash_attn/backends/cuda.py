@@ -38,7 +38,6 @@ _FEATURE_BITS = (
     (4, {"dropout"}),
     (8, {"paged_kv"}),
 )
-_NOT_IN_FP8 = {"kv_append", "rotary", "paged_kv", "dropout"}
 # What a feature needs beyond the kernels of every forward or backward call.
 _KINDS_OF_FEATURES = (("kv_append", "append"), ("varlen", "fill"), ("seqused", "fill"))
 
@@ -147,10 +146,7 @@ def why_not(problem: Problem) -> list[str]:
     reasons = []
     dtype = _DTYPES.index(problem.dtype)
     if problem.dtype == _support.FP8_DTYPE:
-        given = sorted(problem.features & _NOT_IN_FP8)
-        if given:
-            reasons.append(f"its FP8 kernels lack {', '.join(given)}")
-        kinds = ["forward"]
+        kinds = ["forward"]  # results are bf16, so other kinds are those of bf16
     head_dim = max(problem.head_dim, problem.head_dim_v)
     major, minor = problem.capability
     for kind in dict.fromkeys(kinds):

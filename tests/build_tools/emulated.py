@@ -10,7 +10,14 @@ from pathlib import Path
 from native_tools import ROOT, Stub, codegen, lay_out_kernels, lines_of, native, needs
 
 HERE = Path(__file__).parent
-FAMILIES = ("sm90", "sm90_wide", "sm90_scored", "sm90_fp8", "sm90_fp8_scored")
+FAMILIES = (
+    "sm90",
+    "sm90_wide",
+    "sm90_scored",
+    "sm90_fp8_wide",
+    "sm90_fp8",
+    "sm90_fp8_scored",
+)
 # Forward: with turns, and wide; with Q in registers; with one buffer of Q. Backward: steps of 128
 # queries; of 64; consumers that share keys.
 HEAD_DIMS = (64, 128, 256)
@@ -78,7 +85,9 @@ def build_driver(folder: Path, head_dims: tuple[int, ...], dtype: str = "bf16") 
     units = [
         unit
         for unit in codegen.units()
-        if (unit.family in FAMILIES and unit.head_dim in head_dims and unit.dtype in (dtype, "e4m3"))
+        if (
+            unit.family in FAMILIES and unit.head_dim in head_dims and unit.dtype in (dtype, "e4m3")
+        )
         or (unit.kind in ("fill", "delta") and unit.dtype == dtype)
     ]
     source = folder / "kernels.cpp"

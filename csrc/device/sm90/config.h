@@ -12,7 +12,7 @@ constexpr int kBoxM = 64;  // rows of a consumer
 enum Serves { kAll, kPlain, kFull };
 
 struct ForwardTile {
-  bool is_wide;  // more rows to each block of keys
+  bool is_wide;  // more rows to each block of keys, or, of 8-bit elements, more keys
   int head_dim;
   int consumers;  // warpgroups that compute; one more loads and stores
   int block_n;
@@ -27,8 +27,12 @@ struct ForwardTile {
   constexpr bool transposes_v() const { return element_bytes == 1; }
   constexpr int threads() const { return 128 * (1 + consumers); }
   // Of each thread; together no more than the launch has given.
-  constexpr int registers_of_consumer() const { return consumers == 2 ? 232 : 160; }
-  constexpr int registers_of_others() const { return consumers == 2 ? 40 : 32; }
+  constexpr int registers_of_consumer() const {
+    return consumers == 2 ? 232 : transposes_v() ? 152 : 160;
+  }
+  constexpr int registers_of_others() const {
+    return consumers == 2 ? 40 : transposes_v() ? 56 : 32;
+  }
   // In shared memory: whole panels of 128 bytes. What is moved counts as elements of 16 bits.
   constexpr int columns() const { return (head_dim * element_bytes + 127) / 128 * 64; }
   constexpr int v_columns() const { return (head_dim + 63) / 64 * 64; }
@@ -53,11 +57,12 @@ constexpr ForwardTile kForwardTiles[] = {
     {false, 192, 2, 64, 2, 1, true, false},   //
     {false, 256, 2, 64, 2, 1, false, false},  //
     {true, 64, 3, 128, 4, 2, false, true},    //
-    {false, 64, 3, 128, 2, 1, true, false, 1},
-    {false, 96, 3, 128, 2, 2, false, false, 1},
+    {false, 64, 3, 128, 2, 1, true, true, 1},
+    {false, 96, 3, 96, 2, 1, true, false, 1},
     {false, 128, 2, 128, 2, 1, true, false, 1},
     {false, 192, 2, 96, 2, 1, true, false, 1},
     {false, 256, 2, 96, 2, 1, false, false, 1},
+    {true, 128, 2, 192, 2, 1, true, false, 1},
 };
 
 // Masks waste more of a wide tile.

@@ -301,15 +301,18 @@ class Consumer {
     if (!is_whole && (mask.lowest(row0 + 63) > col0 || mask.highest(row0) < col0 + kBlockN)) {
       attn::hide(s, mask, row, col);
     }
+    const auto look_ahead = [&] {
+      // One more: this block will be counted too.
+      lazy_left_ = lazy_run(t, key_block - 1) + 1;
+      is_cut_ = key_block == t.end - 1 && t.tail < kBlockN;
+    };
     if constexpr (Cfg::kIsFp8) {
+      if (!is_whole) look_ahead();
       softmax_.absorb(s, next_p_, scale);
     } else {
       softmax_.absorb(s, scale);
+      look_ahead();
     }
-    if (is_whole) return;
-    // One more: this block will be counted too.
-    lazy_left_ = lazy_run(t, key_block - 1) + 1;
-    is_cut_ = key_block == t.end - 1 && t.tail < kBlockN;
   }
 
   // False: the scores stand as they were, for the ordinary way.

@@ -17,28 +17,39 @@
 
 namespace flash::sm90 {
 
-// A warp's share of a block: 16 head dims at a time, by all keys.
+// A warp's share of a block, 16 head dims at a time. A few loads come first, then what is to be done
+// with them: one after the other, their latencies would make this the slowest part of the kernel.
 template <class Cfg>
-__device__ inline void transpose_block(uint32_t from, uint32_t to, int warp, int lane) {
+__device__ inline void transpose_block(uint32_t from, uint32_t to, int warp) {
   using TileK = typename Cfg::TileK;
   using TileVt = typename Cfg::TileVt;
-  constexpr int kStrips = Cfg::kTile.v_columns() / 16 / 2;  // of a warp
+  constexpr int kSteps = Cfg::kBlockN / 32;
+  constexpr int kAtOnce = kSteps % 4 == 0 ? 4 : 3;
+  static_assert(kSteps % kAtOnce == 0, "shares of a block");
+  constexpr int kStrips = Cfg::kTile.v_columns() / 16 / Pipeline<Cfg>::kTransposers;
+  // Opaque, so that what is made of it is not kept from block to block.
+  const int lane = ptx::opaque(static_cast<int>(threadIdx.x)) % 32;
   const int row = lane / 8 % 2 * 8 + lane % 4 * 2 + lane / 4 % 2;
 #pragma unroll 1
-  for (int i = 0; i < kStrips; ++i) {
-    const int strip = warp * kStrips + i;
+  for (int strip = warp * kStrips; strip < (warp + 1) * kStrips; ++strip) {
     const uint32_t load = from + TileK::offset(lane, strip);
     const uint32_t store = to + TileVt::offset(16 * strip + row, lane / 16);
 #pragma unroll
-    for (int k = 0; k < Cfg::kBlockN / 32; ++k) {
-      uint32_t r[4];
-      ptx::ldmatrix_x4_trans(r, tile::walk<TileK>(load, 32 * k, 0));
-      constexpr uint32_t kEven = 0x6420;
-      constexpr uint32_t kOdd = 0x7531;
-      const uint32_t turned[4] = {
-          ptx::choose_bytes<kEven>(r[0], r[1]), ptx::choose_bytes<kOdd>(r[0], r[1]),
-          ptx::choose_bytes<kEven>(r[2], r[3]), ptx::choose_bytes<kOdd>(r[2], r[3])};
-      ptx::stmatrix_x4(tile::walk<TileVt>(store, 0, 2 * k), turned);
+    for (int first = 0; first < kSteps; first += kAtOnce) {
+      uint32_t r[kAtOnce][4];
+#pragma unroll
+      for (int k = 0; k < kAtOnce; ++k) {
+        ptx::ldmatrix_x4_trans(r[k], tile::walk<TileK>(load, 32 * (first + k), 0));
+      }
+#pragma unroll
+      for (int k = 0; k < kAtOnce; ++k) {
+        constexpr uint32_t kEven = 0x6420;
+        constexpr uint32_t kOdd = 0x7531;
+        const uint32_t turned[4] = {
+            ptx::choose_bytes<kEven>(r[k][0], r[k][1]), ptx::choose_bytes<kOdd>(r[k][0], r[k][1]),
+            ptx::choose_bytes<kEven>(r[k][2], r[k][3]), ptx::choose_bytes<kOdd>(r[k][2], r[k][3])};
+        ptx::stmatrix_x4(tile::walk<TileVt>(store, 0, 2 * (first + k)), turned);
+      }
     }
   }
 }
@@ -51,13 +62,12 @@ __device__ inline void transpose_values(const Pipeline<Cfg>& pipe, int warp, int
   uint32_t block = 0;
   for (uint32_t i = 0;; ++i) {
     pipe.tiles().wait_full(i);
-    const int begin = pipe.tile(i).begin;
-    const int end = pipe.tile(i).end;
+    if (pipe.tile(i).end == 0) break;
+    int left = pipe.tile(i).end - pipe.tile(i).begin;
     int tail = pipe.tile(i).tail;
-    if (end == 0) break;
     __syncwarp();
     pipe.tiles().arrive_empty_if(lane == 0, i);
-    for (int j = begin; j < end; ++j) {
+    for (; left > 0; --left) {
       pipe.v_in().wait_full(block);
       if (tail < Cfg::kBlockN) {
         // Keys behind the sequence: p is zero there, but V may hold anything.
@@ -68,7 +78,7 @@ __device__ inline void transpose_values(const Pipeline<Cfg>& pipe, int warp, int
         tail = Cfg::kBlockN;
       }
       pipe.v().wait_empty(block);
-      transpose_block<Cfg>(pipe.v_in_buffer(block), pipe.v_buffer(block), warp, lane);
+      transpose_block<Cfg>(pipe.v_in_buffer(block), pipe.v_buffer(block), warp);
       ptx::fence_async_proxy();
       __syncwarp();
       pipe.v_in().arrive_empty_if(lane == 0, block);

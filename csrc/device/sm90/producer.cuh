@@ -236,6 +236,7 @@ template <int kStep, class Cfg>
 __device__ inline void store_tile(const TmaForwardParams& params, const Pipeline<Cfg>& pipe,
                                   uint32_t i, int first, int lane) {
   const Tile& tile = pipe.tile(i);
+#pragma unroll 1
   for (int consumer = first; consumer < Cfg::kConsumers; consumer += kStep) {
     pipe.o(consumer).wait_full(i);
     store_lse(params.call, tile, pipe.lse_buffer(consumer), consumer, lane);
