@@ -12,7 +12,8 @@ Arguments beyond FlashAttention-2's:
         No backward.
     seqused_q, seqused_k: (b,) int32, rows in use of each sequence, from its first.
     num_splits: parts that the keys are cut into for parallel work; 0 chooses.
-    pack_gqa, sm_margin: hints for GPU kernels; results don't depend on them.
+    pack_gqa: a hint for GPU kernels; results don't depend on it.
+    sm_margin: multiprocessors that Hopper's forward kernels leave to others; 0 or more.
     softmax_scale: None is d ** -0.5, or (d + dv) ** -0.5 with `qv`.
 
 softmax_lse is (b, hq, sq), or (hq, total_q) for packed sequences, the natural logarithm; a query

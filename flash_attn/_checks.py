@@ -360,6 +360,8 @@ def _check_fa3(name: str, call: Forward) -> None:
         _check_shape(name, "qv", call.qv, (*q.shape[:-1], v.shape[-1]), "(like q, dim of v)")
         if call.qv.dtype != q.dtype or q.dtype == torch.float8_e4m3fn:
             fail(name, "qv must have the dtype of q, and not FP8", f"{call.qv.dtype}, q {q.dtype}")
+    if call.sm_margin < 0:
+        fail(name, "sm_margin must be 0 or positive", f"{call.sm_margin}", ValueError)
     descale = call.descale
     for argument, x in (
         ("q_descale", descale.q),

@@ -170,6 +170,7 @@ def _forward(
         Mask.of(causal, window_size_left, window_size_right, attention_chunk),
         softcap,
         num_splits,
+        sm_margin,
     )
     check_metadata(FORWARD, scheduler_metadata, q)
     return _run(FORWARD, call)
@@ -186,6 +187,7 @@ def _forward_call(
     mask: Mask,
     softcap: float,
     num_splits: int,
+    sm_margin: int,
     out: Optional[Tensor] = None,
 ) -> Forward:
     """A call without new keys; `sequences` are the fields of `Sequences` in order."""
@@ -199,6 +201,7 @@ def _forward_call(
         qv=qv,
         descale=Descale(*descale),
         num_splits=num_splits,
+        sm_margin=sm_margin,
         out=out,
     )
 
@@ -308,6 +311,7 @@ def _fwd(
             Mask.of(is_causal, window_size_left, window_size_right, attention_chunk),
             softcap,
             num_splits,
+            sm_margin,
             out,
         )
         return _run(FWD, call)

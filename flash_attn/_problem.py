@@ -139,7 +139,9 @@ class Descale:
 
 @dataclass(frozen=True, eq=False)
 class Forward:
-    """One forward call. `out`, if given, is written in place."""
+    """One forward call. `out`, if given, is written in place; `sm_margin` multiprocessors are left
+    to other kernels where a kernel takes tile after tile.
+    """
 
     q: Tensor
     k: Tensor
@@ -151,6 +153,7 @@ class Forward:
     descale: Descale = field(default_factory=Descale)
     return_softmax: bool = False
     num_splits: int = 0
+    sm_margin: int = 0
     out: Optional[Tensor] = None
 
     def problem(self) -> Problem:

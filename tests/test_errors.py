@@ -482,6 +482,8 @@ FA3: list[Row] = [
      "qv must have the dtype of q, and not FP8; got torch.float16, q torch.float32"),
     (FUNC_3, "qv_fp8", {**EIGHTS, "qv": Q.to(FP8)}, RuntimeError,
      "qv must have the dtype of q, and not FP8"),
+    (FUNC_3, "sm_margin", {"sm_margin": -1}, ValueError,
+     "sm_margin must be 0 or positive; got -1"),
     (FUNC_3, "descale_without_fp8", {"q_descale": torch.ones(B, HK)}, RuntimeError,
      "q_descale goes with FP8 inputs only; got q of torch.float32"),
     (FUNC_3, "descale_shape", {**EIGHTS, "q_descale": torch.ones(B, HQ)}, RuntimeError,

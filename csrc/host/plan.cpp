@@ -41,6 +41,11 @@ bool has_rows(const Sequences& seqs) {
          (seqs.cu_seqlens_k == nullptr || seqs.total_k > 0);
 }
 
+// Multiprocessors that a call may take: at least one.
+int num_sms_for(const ForwardParams& params, const Device& device) {
+  return clamp(int64_t{device.num_sms} - params.sm_margin, 1, device.num_sms);
+}
+
 int64_t num_key_blocks(const BackwardParams& params, const Shape& shape) {
   return ceil_div(params.seqs.sk, shape.block_n) * params.hk * params.seqs.b;
 }
@@ -117,11 +122,12 @@ bool takes(int family, const BackwardParams& params) {
 bool shares_tiles(const ForwardParams& params, const Shape& shape, const Device& device) {
   // CTAs that load by TMA have a multiprocessor to themselves.
   const int64_t tiles = num_tiles(params, shape);
-  return shape.box_m > 0 && tiles > device.num_sms && tiles < int64_t{1} << kCounterBits;
+  return shape.box_m > 0 && tiles > num_sms_for(params, device) &&
+         tiles < int64_t{1} << kCounterBits;
 }
 
 int64_t num_ctas(const ForwardParams& params, const Shape& shape, const Device& device) {
-  if (shape.box_m > 0 && params.next_tile != nullptr) return device.num_sms;
+  if (shape.box_m > 0 && params.next_tile != nullptr) return num_sms_for(params, device);
   return num_tiles(params, shape) * params.num_splits;
 }
 

@@ -63,6 +63,7 @@ struct Forward {
   Descale descale;
   bool return_softmax = false;
   int64_t num_splits = 0;
+  int64_t sm_margin = 0;
 
   bool is_fp8() const { return q.dtype() == Dtype::kE4m3; }
   bool is_packed_q() const { return static_cast<bool>(lengths.cu_seqlens_q); }

@@ -93,6 +93,7 @@ ForwardParams sizes_of(const Forward& call) {
   params.hk = static_cast<int32_t>(call.k.size(-2));
   params.d = static_cast<int32_t>(round_up(call.q.size(-1), chunk_of(call.q)));
   params.dv = static_cast<int32_t>(round_up(call.v.size(-1), chunk_of(call.v)));
+  params.sm_margin = static_cast<int32_t>(call.sm_margin);
   return params;
 }
 

@@ -215,7 +215,8 @@ constexpr const char* kGeneralSchema =
     "int? max_seqlen_q, int? max_seqlen_k, float softmax_scale, int window_left, "
     "int window_right, int attention_chunk, float softcap, Tensor? alibi_slopes, float dropout_p, "
     "Tensor? rng_state, bool return_softmax, int num_splits, Tensor? q_descale=None, "
-    "Tensor? k_descale=None, Tensor? v_descale=None) -> (Tensor, Tensor, Tensor)";
+    "Tensor? k_descale=None, Tensor? v_descale=None, int sm_margin=0) "
+    "-> (Tensor, Tensor, Tensor)";
 
 void general_forward(Arguments& in, Results& out) {
   Forward call = {};
@@ -251,6 +252,7 @@ void general_forward(Arguments& in, Results& out) {
   call.return_softmax = in.flag();
   call.num_splits = in.integer();
   take_descale(in, &call.descale);
+  call.sm_margin = in.integer();
   ForwardResult result = run(call);
   out.add(std::move(result.out));
   out.add(std::move(result.softmax_lse));

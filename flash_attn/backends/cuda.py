@@ -202,6 +202,7 @@ def forward(call: Forward, name: str) -> tuple[Tensor, Tensor, Tensor]:
             call.descale.q,
             call.descale.k,
             call.descale.v,
+            call.sm_margin,
         )
     except (RuntimeError, ValueError) as error:
         raise _arguments.renamed(error, "flash_attn_cuda::forward", name) from None

@@ -99,12 +99,14 @@ from native_tools import ForwardHead
 class Call(ctypes.Structure):
     _fields_ = [("head", ForwardHead), ("rest", ctypes.c_ubyte * 800)]
 def plan_and_run(
-    device, d=64, stream=77, splits=1, b=2, sq=300, sk=300, right=-1, given=(), **rows
+    device, d=64, stream=77, splits=1, b=2, sq=300, sk=300, right=-1, margin=0, given=(), **rows
 ):
     # Only sizes matter to the plan; offsets are asked of the compiler below.
     call = Call()
     sizes = dict(b=b, sq=sq, sk=sk, hq=4, hk=2, d=d, dv=d, cache_rows=b)
-    for name, value in dict(sizes, window_left=-1, window_right=right).items():
+    for name, value in dict(
+        sizes, window_left=-1, window_right=right, sm_margin=margin
+    ).items():
         ctypes.c_int32.from_buffer(call, OFFSETS[name]).value = value
     ctypes.c_float.from_buffer(call, OFFSETS["softmax_scale"]).value = 0.125
     for name in given:
@@ -130,7 +132,7 @@ def offsets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
     fields["window_left"] = "scores.window_left"
     fields["window_right"] = "scores.window_right"
     fields["softmax_scale"] = "scores.softmax_scale"
-    fields.update({name: name for name in ("hq", "hk", "d", "dv", "next_tile")})
+    fields.update({name: name for name in ("hq", "hk", "d", "dv", "next_tile", "sm_margin")})
     rows = "".join(
         f'printf("{name} %d\\n", int(offsetof(flash::ForwardParams, {field})));'
         for name, field in fields.items()
@@ -355,6 +357,18 @@ say(plan_and_run(0, sq=2048, right=0))
         "flash_fwd_sm90_d96_bf16",
         wide.kernel,
     ]
+
+
+def test_tiles_that_are_shared_leave_multiprocessors_to_others(
+    stub: Stub, hopper: Path, tmp_path: Path, offsets: dict[str, int]
+) -> None:
+    text = "".join(
+        f"say(plan_and_run(0, b={b}, d=128, margin={margin}))\n"
+        for b, margin in ((20, 0), (20, 32), (20, 1000), (8, 40), (2, 40))
+    )
+    grids = [x.grid for x in run_with(hopper, stub, tmp_path / "log", offsets, text)]
+    # Of 132; b calls of 4 heads have 3 tiles each, and what fits is not shared.
+    assert grids == [132, 100, 1, 92, 2 * 4 * 3]
 
 
 def test_tensor_maps_tell_sizes_and_strides(
