@@ -47,9 +47,7 @@ int64_t num_key_blocks(const BackwardParams& params, const Shape& shape) {
 
 bool is_hopper(int family) { return family >= kSm90Wide && family <= kSm90Fp8Scored; }
 
-int element_bytes(int family) {
-  return family >= kSm90Fp8Wide && family <= kSm90Fp8Scored ? 1 : 2;
-}
+int element_bytes(int family) { return family >= kSm90Fp8Wide && family <= kSm90Fp8Scored ? 1 : 2; }
 
 Shape shape_of_hopper(int family, int kind, int head_dim) {
   if (kind == FLASH_BACKWARD) {

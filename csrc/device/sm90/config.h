@@ -18,8 +18,8 @@ struct ForwardTile {
   int block_n;
   int stages;  // buffers of K, and of V: a power of two
   int q_buffers;
-  bool holds_q;      // Q goes to registers, and leaves its buffer at once
-  bool takes_turns;  // the consumers issue their products one after the other
+  bool holds_q;           // Q goes to registers, and leaves its buffer at once
+  bool takes_turns;       // the consumers issue their products one after the other
   int element_bytes = 2;  // of Q, K and V
 
   constexpr int block_m() const { return kBoxM * consumers; }
@@ -57,12 +57,9 @@ constexpr ForwardTile kForwardTiles[] = {
     {false, 192, 2, 64, 2, 1, true, false},   //
     {false, 256, 2, 64, 2, 1, false, false},  //
     {true, 64, 3, 128, 4, 2, false, true},    //
-    {false, 64, 3, 128, 2, 1, true, true, 1},
-    {false, 96, 3, 96, 2, 1, true, false, 1},
-    {false, 128, 2, 128, 2, 1, true, false, 1},
-    {false, 192, 2, 96, 2, 1, true, false, 1},
-    {false, 256, 2, 96, 2, 1, false, false, 1},
-    {true, 128, 2, 192, 2, 1, true, false, 1},
+    {false, 64, 3, 128, 2, 1, true, true, 1},   {false, 96, 3, 96, 2, 1, true, false, 1},
+    {false, 128, 2, 128, 2, 1, true, false, 1}, {false, 192, 2, 96, 2, 1, true, false, 1},
+    {false, 256, 2, 96, 2, 1, false, false, 1}, {true, 128, 2, 192, 2, 1, true, false, 1},
 };
 
 // Masks waste more of a wide tile.

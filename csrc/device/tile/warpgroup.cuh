@@ -126,8 +126,7 @@ __device__ __forceinline__ void start_pbt(Accumulators<1, kN>& o, uint32_t (&p)[
   ptx::wgmma_fence();
 #pragma unroll
   for (int k = 0; k < kSteps; ++k) {
-    ptx::Wgmma<T, 8 * kN>::with_rows(o.c[0], p[k], b.at(step_along_rows<TileB>(k)),
-                                     adds || k > 0);
+    ptx::Wgmma<T, 8 * kN>::with_rows(o.c[0], p[k], b.at(step_along_rows<TileB>(k)), adds || k > 0);
   }
   ptx::wgmma_commit();
 }
@@ -163,6 +162,15 @@ __device__ __forceinline__ void store_matrix(uint32_t smem, const Accumulators<1
       r[i] = ptx::pack<T>(from[i % 2 * 2] * f, from[i % 2 * 2 + 1] * f);
     }
     ptx::stmatrix_x4(walk<Tile>(at, 0, n), r);
+  }
+}
+
+template <int kSteps>
+__device__ __forceinline__ void copy(uint32_t (&to)[kSteps][4], const uint32_t (&from)[kSteps][4]) {
+#pragma unroll
+  for (int k = 0; k < kSteps; ++k) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) to[k][i] = from[k][i];
   }
 }
 
