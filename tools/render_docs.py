@@ -148,6 +148,10 @@ def peers_table() -> str:
     return sections("peers", peers_section)
 
 
+def fp8_table() -> str:
+    return sections("fp8", fp8_section)
+
+
 def build_table() -> str:
     return sections("build", build_section)
 
@@ -232,6 +236,41 @@ def peers_section(result: dict[str, Any]) -> str:
         header = ("Call", "Head dim", "Mask", "Length", "Ratio", *methods)
         parts.append(f"**{passes}**, geometric mean {mean:.3f}\n\n{table(header, lines)}")
     return "\n".join(parts)
+
+
+def fp8_section(result: dict[str, Any]) -> str:
+    """Heading, TFLOP/s of each method with their ratio, and errors against float64."""
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    told = f"Driver {result['driver']}, {result['power_limit']}."
+    rows = [row for row in result["rows"] if "tflops" in row]
+    errors = [row for row in result["rows"] if "error" in row]
+    methods = list(rows[0]["tflops"])
+    lines = [
+        (
+            f"{row['heads']}"
+            + (f", {row['kv_heads']} of K and V" * (row["kv_heads"] != row["heads"])),
+            str(row["head_dim"]),
+            "causal" if row["causal"] else "full",
+            str(row["seqlen"]),
+            f"{row['ratio']:.3f}" if "ratio" in row else "-",
+            *(f"{row['tflops'][m]:.0f}" if m in row["tflops"] else "-" for m in methods),
+        )
+        for row in rows
+    ]
+    found = [
+        (
+            row["inputs"],
+            "causal" if row["causal"] else "full",
+            *(f"{row['error'][m]:.2e}" for m in methods),
+        )
+        for row in errors
+    ]
+    return (
+        f"### {result['device']}, {result['date']}\n\n{versions}. {told}\n\n"
+        + table(("Heads", "Head dim", "Mask", "Length", "Ratio", *methods), lines)
+        + "\n"
+        + table(("Error: inputs", "Mask", *methods), found)
+    )
 
 
 def ratio_table(rows: list[dict[str, Any]]) -> str:
@@ -337,6 +376,7 @@ RENDERERS = {
     "bench": bench_table,
     "gpu": gpu_table,
     "peers": peers_table,
+    "fp8": fp8_table,
     "build": build_table,
     "install": install_table,
     "environments": environments_table,
