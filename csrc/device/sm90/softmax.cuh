@@ -11,11 +11,11 @@
 
 namespace flash::sm90 {
 
-// From here on the sum of a lane's p of one block makes the shift rise to the maximum. Where one key
-// has almost all of the weight, its p of 1 is exact, and any other is rounded for the product with V.
-// So this is as small as it can be without usual scores coming near: those of 0.1 % outliers, ten
-// times as large as the rest, had an error 14 to 24 % above FlashAttention-3's at 4096, and 7 to 12 %
-// at 256; 64 took 2 % more time at head dim 64.
+// From here on the sum of a lane's p of one block makes the shift rise to the maximum. Where one
+// key has almost all of the weight, its p of 1 is exact, and any other is rounded for the product
+// with V. So this is as small as it can be without usual scores coming near: those of 0.1 %
+// outliers, ten times as large as the rest, had an error 14 to 24 % above FlashAttention-3's at
+// 4096, and 7 to 12 % at 256; 64 took 2 % more time at head dim 64.
 constexpr float kMostSum = 256.0f;
 
 struct Softmax {
