@@ -294,7 +294,7 @@ def _losses_of_a_rank(rank: int, folder: str) -> None:
 
 def test_classes_may_be_spread_over_ranks(tmp_path: Path) -> None:
     torch.multiprocessing.spawn(_losses_of_a_rank, (str(tmp_path),), nprocs=2)
-    ranks = [torch.load(tmp_path / str(rank)) for rank in range(2)]
+    ranks = [torch.load(tmp_path / str(rank), weights_only=True) for rank in range(2)]
     leaf, labels = normal(5, 20).double().requires_grad_(), torch.tensor([0, 19, 10, -100, 9])
     losses, _ = loss_oracle(leaf, labels, 0.1, 1.0, 0.01)
     losses.sum().backward()
