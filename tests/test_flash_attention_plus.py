@@ -110,7 +110,9 @@ SIGNATURES: list[tuple[Any, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("function", "documented"), SIGNATURES, ids=lambda x: str(x)[:40])
+@pytest.mark.parametrize(
+    ("function", "documented"), SIGNATURES, ids=[row[0].__qualname__ for row in SIGNATURES]
+)
 def test_signatures_are_as_documented(function: Any, documented: str) -> None:
     signature = inspect.signature(function)
     bare = [p.replace(annotation=inspect.Parameter.empty) for p in signature.parameters.values()]
