@@ -168,7 +168,12 @@ def ratio_of(rounds: dict[str, list[float]]) -> dict[str, float]:
 
 
 def measure(
-    case: Case, timer: Timer, device: str = "cuda", passes: Sequence[str] = PASSES
+    case: Case,
+    timer: Timer,
+    device: str = "cuda",
+    passes: Sequence[str] = PASSES,
+    warm_up_ms: float = WARM_UP_MS,
+    total_ms: float = TOTAL_MS,
 ) -> list[dict[str, Any]]:
     """A row for each of `passes`; RuntimeError if the two methods do not agree."""
     calls = Calls(case, device)
@@ -177,7 +182,8 @@ def measure(
         raise RuntimeError(f"{case}: the results differ by {difference:.1e} of their norm")
     rows = []
     for done in passes:
-        rounds = take_turns({method: calls.of(done, method) for method in METHODS}, timer)
+        turns = {method: calls.of(done, method) for method in METHODS}
+        rounds = take_turns(turns, timer, warm_up_ms=warm_up_ms, total_ms=total_ms)
         rows.append({
             **asdict(case),
             "passes": done,

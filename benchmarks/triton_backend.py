@@ -32,7 +32,7 @@ ROTARY_SHAPE = (4, 4096, 32, 128)
 LOGITS_SHAPE = (8192, 50304)
 NORM_SHAPE = (16384, 4096)
 MAX_DIFFERENCE = 0.02
-WARM_UP_MS, TOTAL_MS = 20.0, 75.0
+TIMING = {"warm_up_ms": 10.0, "total_ms": 40.0}
 
 
 def cases() -> Iterator[gpu.Case]:
@@ -159,7 +159,7 @@ def measure(operation: Operation, timer: gpu.Timer) -> list[dict[str, Any]]:
             m: operation.functions[m] if passes == "fwd" else lambda m=m: gradients(m)
             for m in METHODS
         }
-        rounds = gpu.take_turns(calls, timer, warm_up_ms=WARM_UP_MS, total_ms=TOTAL_MS)
+        rounds = gpu.take_turns(calls, timer, **TIMING)
         ms = {m: median(times) for m, times in rounds.items()}
         rows.append({
             "operation": operation.name,
@@ -194,7 +194,7 @@ def run(out: Optional[Path]) -> Path:
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
         cpu = gpu.cpu_times()
         for case in cases():
-            rows += gpu.measure(case, timer, passes=PASSES)
+            rows += gpu.measure(case, timer, passes=PASSES, **TIMING)
             told = ", ".join(f"{row['passes']} {row['ratio']['median']:.2f}" for row in rows[-2:])
             mask = "causal" if case.causal else "full"
             print(f"{case.head_dim} {mask} {case.seqlen}: {told}", file=sys.stderr)
