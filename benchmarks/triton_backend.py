@@ -205,6 +205,7 @@ def run(out: Optional[Path]) -> Path:
             told = ", ".join(f"{method} {rate:.0f}" for method, rate in row["gb_s"].items())
             print(f"{row['operation']}, {row['passes']}: GB/s {told}", file=sys.stderr)
     machine = {**gpu.machine(), "kind": "triton", "copy_gb_s": rate}
+    del machine["kernels"]
     machine["versions"]["Triton"] = triton.__version__
     name = f"{machine['date']}-triton-{gpu.slug(machine['device'])}.json"
     result = {**machine, "cpu": cpu, "operations": ops, "rows": rows}
