@@ -20,7 +20,7 @@ from running import (
     published_results,
 )
 from torch import Tensor
-from triton_here import DEVICE, needs_triton, old_numbers
+from triton_here import DEVICE, needs_triton, old_numbers, on_device
 
 import flash_attn
 from flash_attn import backends
@@ -28,7 +28,7 @@ from flash_attn._problem import Problem as Call
 from flash_attn.modules.flash import FlashAttention
 from flash_attn.modules.mha import FlashMHA
 
-pytestmark = [needs_triton, old_numbers]
+pytestmark = [needs_triton, old_numbers, *on_device]
 
 HEAD_DIMS = (32, 40, 64, 80, 96, 128, 160, 192, 224, 256)
 

@@ -25,7 +25,7 @@ from running import (
     published_results,
 )
 from torch import Tensor
-from triton_here import DEVICE, needs_triton, old_numbers
+from triton_here import DEVICE, needs_triton, old_numbers, on_device
 
 import flash_attn
 import flash_attn_interface as fa3
@@ -33,7 +33,7 @@ from flash_attn import _support
 from flash_attn.backends import triton
 from flash_attn.flash_attn_interface import _flash_attn_forward
 
-pytestmark = [needs_triton, old_numbers]
+pytestmark = [needs_triton, old_numbers, *on_device]
 
 _ON_TRITON = {FP32: FP16, FP64: BF16}
 AnyProblem = Union[Problem, CacheProblem]

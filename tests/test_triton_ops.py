@@ -13,7 +13,7 @@ import pytest
 import torch
 from compare import check
 from torch import Tensor
-from triton_here import DEVICE, old_numbers, why_not
+from triton_here import DEVICE, old_numbers, on_device, why_not
 
 from flash_attn._rotary import batch_positions, rotate, varlen_positions
 from flash_attn.backends import triton
@@ -28,7 +28,7 @@ pytestmark = old_numbers
 compiles = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 
 
-@pytest.fixture(params=["torch", "triton"])
+@pytest.fixture(params=["torch", pytest.param("triton", marks=on_device)])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """The device whose tensors go the way that the parameter names."""
     if request.param == "torch":
