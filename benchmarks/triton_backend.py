@@ -138,11 +138,12 @@ def measure(operation: Operation, timer: gpu.Timer) -> list[dict[str, Any]]:
     import torch
 
     outs = {method: operation.outs(method) for method in METHODS}
-    douts = [torch.randn_like(x) for x in outs[EAGER]]
+    made = [torch.randn_like(x) for x in outs[EAGER]]
+    douts = {m: [dout.to(x.dtype) for dout, x in zip(made, outs[m])] for m in METHODS}
 
     def gradients(method: str) -> Any:
-        like = [dout.to(x.dtype) for dout, x in zip(douts, outs[method])]
-        return torch.autograd.grad(outs[method], operation.leaves, like, retain_graph=True)
+        given = (outs[method], operation.leaves, douts[method])
+        return torch.autograd.grad(*given, retain_graph=True)
 
     results = {m: [*(x.detach() for x in outs[m]), *gradients(m)] for m in METHODS}
     found = max(
