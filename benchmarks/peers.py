@@ -248,11 +248,11 @@ def load(fa3: Path, fa4: Optional[Path]) -> Methods:
     import torch
 
     torch.ops.load_library(str(fa3))
-    methods: Methods = {OURS: FlashAttn, "FlashAttention-3": FlashAttention3, "cuDNN": CuDnn}
+    methods: Methods = {OURS: FlashAttn, "FlashAttention-3": FlashAttention3}
     if fa4:
         add_cute(fa4)
         methods["FlashAttention-4"] = FlashAttention4
-    return methods
+    return {**methods, "cuDNN": CuDnn}
 
 
 def add_cute(folder: Path) -> None:
