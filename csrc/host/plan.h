@@ -16,6 +16,7 @@ struct Shape {
   int threads;
   int smem_bytes;
   int box_m;  // rows in one copy of Q, forward, or of dK, by TMA; 0: there are no tensor maps
+  bool makes_sums = false;  // backward: dQ is added up in memory; else it has a kernel of its own
 };
 
 // The shape of a kernel built for head dim `head_dim` and architecture `arch` (80 for 8.0).
@@ -50,5 +51,6 @@ int choose_columns(const BackwardParams& params, const Shape& shape, const Devic
 
 int64_t num_ctas(const ForwardParams& params, const Shape& shape, const Device& device);
 int64_t num_ctas(const BackwardParams& params, const Shape& shape, const Device& device);
+int64_t num_ctas_of_dq(const BackwardParams& params, const Shape& shape, const Device& device);
 
 }  // namespace flash::host
