@@ -15,7 +15,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -148,6 +148,18 @@ def peers_table() -> str:
     return sections("peers", peers_section)
 
 
+def fp8_table() -> str:
+    return sections("fp8", fp8_section)
+
+
+def training_table() -> str:
+    return sections("training", training_section)
+
+
+def triton_table() -> str:
+    return sections("triton", triton_section)
+
+
 def build_table() -> str:
     return sections("build", build_section)
 
@@ -191,7 +203,10 @@ def gpu_section(result: dict[str, Any]) -> str:
     picture = Path(result["file"]).with_suffix(".png")
     if (RESULTS / picture).exists():
         parts.append(f"![Ratios to SDPA by sequence length](results/{picture})\n")
-    methods = list(result["cpu"][0]["us"])
+    return "\n".join([*parts, cpu_table(result), *ratio_tables(result)])
+
+
+def cpu_table(result: dict[str, Any]) -> str:
     lines = [
         (
             "with gradients to come" if row["gradients"] else "without gradients",
@@ -199,11 +214,30 @@ def gpu_section(result: dict[str, Any]) -> str:
         )
         for row in result["cpu"]
     ]
-    parts.append(table(("CPU time of a forward call, us", *methods), lines))
+    methods = list(result["cpu"][0]["us"])
+    return table(("CPU time of a forward call, us", *methods), lines)
+
+
+def ratio_tables(result: dict[str, Any]) -> Iterator[str]:
+    """A heading and a table for each dtype and pass."""
     for kind in dict.fromkeys((row["dtype"], row["passes"]) for row in result["rows"]):
         rows = [row for row in result["rows"] if (row["dtype"], row["passes"]) == kind]
-        parts.append(f"**{kind[1]}, `{kind[0]}`**\n\n{ratio_table(rows)}")
-    return "\n".join(parts)
+        yield f"**{kind[1]}, `{kind[0]}`**\n\n{ratio_table(rows)}"
+
+
+def triton_section(result: dict[str, Any]) -> str:
+    """Heading, CPU time of a call, ratios to SDPA, and GB/s of the operations beside attention."""
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    told = f"Driver {result['driver']}, {result['power_limit']}."
+    copy = f"A copy: {result['copy_gb_s']:.0f} GB/s."
+    methods = list(result["operations"][0]["gb_s"])
+    lines = [
+        (row["operation"], row["passes"], *(f"{row['gb_s'][m]:.0f}" for m in methods))
+        for row in result["operations"]
+    ]
+    parts = [f"### {result['device']}, {result['date']}\n\n{versions}. {told} {copy}\n"]
+    parts += [cpu_table(result), *ratio_tables(result)]
+    return "\n".join([*parts, table(("GB/s of", "Pass", *methods), lines)])
 
 
 def peers_section(result: dict[str, Any]) -> str:
@@ -232,6 +266,63 @@ def peers_section(result: dict[str, Any]) -> str:
         header = ("Call", "Head dim", "Mask", "Length", "Ratio", *methods)
         parts.append(f"**{passes}**, geometric mean {mean:.3f}\n\n{table(header, lines)}")
     return "\n".join(parts)
+
+
+def fp8_section(result: dict[str, Any]) -> str:
+    """Heading, TFLOP/s of each method with their ratio, and errors against float64."""
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    told = f"Driver {result['driver']}, {result['power_limit']}."
+    rows = [row for row in result["rows"] if "tflops" in row]
+    errors = [row for row in result["rows"] if "error" in row]
+    methods = list(rows[0]["tflops"])
+    lines = [
+        (
+            f"{row['heads']}"
+            + (f", {row['kv_heads']} of K and V" * (row["kv_heads"] != row["heads"])),
+            str(row["head_dim"]),
+            "causal" if row["causal"] else "full",
+            str(row["seqlen"]),
+            f"{row['ratio']:.3f}" if "ratio" in row else "-",
+            *(f"{row['tflops'][m]:.0f}" if m in row["tflops"] else "-" for m in methods),
+        )
+        for row in rows
+    ]
+    found = [
+        (
+            row["inputs"],
+            "causal" if row["causal"] else "full",
+            *(f"{row['error'][m]:.2e}" for m in methods),
+        )
+        for row in errors
+    ]
+    return (
+        f"### {result['device']}, {result['date']}\n\n{versions}. {told}\n\n"
+        + table(("Heads", "Head dim", "Mask", "Length", "Ratio", *methods), lines)
+        + "\n"
+        + table(("Error: inputs", "Mask", *methods), found)
+    )
+
+
+def training_section(result: dict[str, Any]) -> str:
+    """Heading, and a line for each method: a step's time, the loss, how far it is from SDPA's."""
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    parts = [f"### {result['device']}, {result['date']}\n\n{versions}.\n"]
+    picture = Path(result["file"]).with_suffix(".png")
+    if (RESULTS / picture).exists():
+        parts.append(f"![Loss by step, and time of a step](results/{picture})\n")
+    base = result["rows"][1]
+    lines = [
+        (
+            row["method"],
+            f"{row['step_ms']:.1f}",
+            f"{row['losses'][0]:.3f}",
+            f"{row['losses'][-1]:.3f}",
+            f"{max(abs(x - y) for x, y in zip(row['losses'], base['losses'])):.4f}",
+        )
+        for row in result["rows"]
+    ]
+    header = ("Attention", "Step, ms", "First loss", "Last loss", f"Most from {base['method']}")
+    return "\n".join([*parts, table(header, lines)])
 
 
 def ratio_table(rows: list[dict[str, Any]]) -> str:
@@ -337,6 +428,9 @@ RENDERERS = {
     "bench": bench_table,
     "gpu": gpu_table,
     "peers": peers_table,
+    "fp8": fp8_table,
+    "training": training_table,
+    "triton": triton_table,
     "build": build_table,
     "install": install_table,
     "environments": environments_table,

@@ -25,6 +25,7 @@ enum FlashKind {
   FLASH_CONVERT,
   FLASH_S_DMASK,
   FLASH_FILL,
+  FLASH_DQ,
   FLASH_NUM_KINDS
 };
 

@@ -26,7 +26,8 @@ struct Shape {
   int threads;
   int smem_bytes;
   int box_m;  // rows in one copy of Q, forward, or of dK, by TMA; 0: there are no tensor maps
-  int element_bytes = 2;  // of Q, K and V
+  bool makes_sums = false;  // backward: dQ is added up in memory; else it has a kernel of its own
+  int element_bytes = 2;    // of Q, K and V
 };
 
 // The shape of a kernel built for head dim `head_dim` and architecture `arch` (80 for 8.0).
@@ -61,5 +62,6 @@ int choose_columns(const BackwardParams& params, const Shape& shape, const Devic
 
 int64_t num_ctas(const ForwardParams& params, const Shape& shape, const Device& device);
 int64_t num_ctas(const BackwardParams& params, const Shape& shape, const Device& device);
+int64_t num_ctas_of_dq(const BackwardParams& params, const Shape& shape, const Device& device);
 
 }  // namespace flash::host

@@ -38,8 +38,7 @@ Extents extents_of(const Params& params, int64_t rows_of_cache) {
 bool has_map(const Rows& x, const Extent& extent, int element_bytes = kElementBytes) {
   const auto is_right = [element_bytes](int64_t size, int64_t stride) {
     constexpr int64_t kMostElements = int64_t{1} << 39;
-    return size <= 1 ||
-           (stride > 0 && stride * element_bytes % 16 == 0 && stride < kMostElements);
+    return size <= 1 || (stride > 0 && stride * element_bytes % 16 == 0 && stride < kMostElements);
   };
   if (x.ptr == nullptr) return true;
   return reinterpret_cast<uintptr_t>(x.ptr) % 16 == 0 && is_right(extent.rows, x.row) &&
@@ -50,8 +49,8 @@ bool has_map(const Rows& x, const Extent& extent, int element_bytes = kElementBy
 bool make_map(const Rows& x, const Extent& extent, int box_rows, int dtype, TensorMap* map,
               int element_bytes = kElementBytes) {
   const auto dim = [](int64_t size) { return static_cast<uint64_t>(size < 1 ? 1 : size); };
-  const uint64_t dims[] = {dim(extent.cols * element_bytes / kElementBytes), dim(extent.rows), dim(extent.heads),
-                           dim(extent.batch)};
+  const uint64_t dims[] = {dim(extent.cols * element_bytes / kElementBytes), dim(extent.rows),
+                           dim(extent.heads), dim(extent.batch)};
   // Of a dimension of one, the stride is never used, and may be one that the driver refuses.
   const auto bytes = [element_bytes](uint64_t size, int64_t stride) {
     return size == 1 ? uint64_t{16} : static_cast<uint64_t>(element_bytes * stride);
@@ -97,6 +96,7 @@ bool make_tma_params(const BackwardParams& params, const Shape& shape, int dtype
   const Extents all = extents_of(params, params.seqs.b);
   made->call = params;
   made->scale_log2 = params.scores.softmax_scale * kLog2e;
+  made->lse_factor = -1.0f / made->scale_log2;
   return make_map(params.q, all.q, shape.block_m, dtype, &made->q) &&
          make_map(params.k, all.k, shape.block_n, dtype, &made->k) &&
          make_map(params.v, all.v, shape.block_n, dtype, &made->v) &&

@@ -94,6 +94,7 @@ struct Backward {
 std::string shape_text(const Tensor& x);
 
 void check(const Forward& call);
+void check_fp8(const Forward& call);
 void check(const Backward& call);
 
 struct ForwardResult {

@@ -290,34 +290,6 @@ void check_append(const Forward& call) {
   check_rotary(call);
 }
 
-void check_descale(const Forward& call) {
-  const char* name = call.name;
-  for (const Named& factor : {Named{"q_descale", call.descale.q}, Named{"k_descale", call.descale.k},
-                              Named{"v_descale", call.descale.v}}) {
-    if (!factor.x) continue;
-    if (!call.is_fp8()) {
-      fail(name, std::string(factor.argument) + " goes with FP8 inputs only",
-           "q of " + dtype_text(call.q));
-    }
-    if (factor.x.dtype() != Dtype::kFloat) {
-      fail(name, std::string(factor.argument) + " must have dtype float32", dtype_text(factor.x));
-    }
-    check_shape(name, factor.argument, factor.x, {call.batch_size(), call.k.size(-2)},
-                "(batch_size, num_heads_k)");
-  }
-}
-
-// What no kernel for FP8 does.
-void check_fp8(const Forward& call) {
-  const char* given = call.append.k               ? "new keys"
-                      : call.lengths.block_table  ? "a block_table"
-                      : call.scores.dropout_p > 0 ? "dropout"
-                                                  : nullptr;
-  if (given != nullptr) {
-    fail(call.name, "FP8 inputs on a GPU go with neither new keys, block_table nor dropout", given);
-  }
-}
-
 void check_grad(const char* name, const char* argument, const Tensor& grad, const Tensor& x) {
   if (!grad) return;
   const std::string like(argument + 1);
@@ -367,8 +339,7 @@ void check(const Forward& call) {
   if (call.return_softmax && call.scores.dropout_p == 0.0) {
     fail(name, "return_softmax is only supported when p_dropout > 0.0", "p_dropout 0.0");
   }
-  check_descale(call);
-  if (call.is_fp8()) check_fp8(call);
+  check_fp8(call);
   if (call.out) check_like_q(name, "out", call.out, call.q, call.v.size(-1));
 }
 

@@ -64,8 +64,8 @@ class Tensor {
   void* data() const { return tensor_.data_ptr(); }
 
   Dtype dtype() const {
-    for (Dtype dtype : {Dtype::kBfloat16, Dtype::kHalf, Dtype::kE4m3, Dtype::kFloat, Dtype::kInt,
-                        Dtype::kLong}) {
+    for (Dtype dtype :
+         {Dtype::kBfloat16, Dtype::kHalf, Dtype::kE4m3, Dtype::kFloat, Dtype::kInt, Dtype::kLong}) {
       if (tensor_.scalar_type() == code(dtype)) return dtype;
     }
     return Dtype::kOther;

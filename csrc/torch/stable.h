@@ -86,8 +86,8 @@ class Tensor {
   Dtype dtype() const {
     int32_t found = 0;
     ok(aoti_torch_get_dtype(handle_, &found), "get_dtype");
-    for (Dtype dtype : {Dtype::kBfloat16, Dtype::kHalf, Dtype::kE4m3, Dtype::kFloat, Dtype::kInt,
-                        Dtype::kLong}) {
+    for (Dtype dtype :
+         {Dtype::kBfloat16, Dtype::kHalf, Dtype::kE4m3, Dtype::kFloat, Dtype::kInt, Dtype::kLong}) {
       if (found == code(dtype)) return dtype;
     }
     return Dtype::kOther;

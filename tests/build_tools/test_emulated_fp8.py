@@ -7,7 +7,7 @@ from emulated import HEAD_DIMS, answers
 from native_tools import Stub
 
 PROGRAM = """
-from oracle import visible_keys
+from oracle import varlen_attention
 E4M3 = torch.float8_e4m3fn
 BF16 = torch.bfloat16
 
@@ -20,69 +20,73 @@ def call(q, k, v, descale, cu=(None, None), used=(None, None), max_seqlens=(None
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     right = 0 if causal else window[1]
     result = torch.ops.flash_attn_cuda.forward.default.redispatch(
-        CUDA, q, k, v, out, *[None] * 6, True, *cu, *used, None, None, None, *max_seqlens,
-        scale, window[0], right, attention_chunk, softcap, slopes, 0.0, None, False, 1, *descale)
+        CUDA, q, k, v, out, *[None] * 6, True, *cu, *used, None, None, None, *max_seqlens, scale,
+        window[0], right, attention_chunk, softcap, slopes, 0.0, None, False, 1, *descale.values())
     return result[:2]
 
-def rounded_probabilities(q, k, v, visible, scale):
-    # The formula with probabilities of e4m3, by which the error may be judged.
-    s = torch.einsum("bihd,bjhd->bhij", q.float(), k.float()) * scale
-    s = s.masked_fill(~visible, -math.inf)
-    p = torch.exp(s - s.amax(-1, keepdim=True).clamp(min=-1e30))
-    total = p.sum(-1).clamp(min=1e-30)
-    rounded = (256 * p).to(E4M3).float() / 256
-    return (torch.einsum("bhij,bjhd->bihd", rounded, v.float())
-            / total.transpose(1, 2)[..., None]).to(BF16)
+def judge(got, oracle):
+    exact, rough = oracle(dtype=torch.float64), oracle(dtype=BF16, p_dtype=E4M3)
+    check("out", got[0], exact[0], rough[0])
+    check("lse", got[1], exact[1], rough[1], atol=1e-4)
 
-def dense(d, sq, sk, hq=2, hk=1, b=2, rise=0.0, dv=None, descaled=True, **options):
+def descales(b, hk, is_given=True):
+    names = ("q_descale", "k_descale", "v_descale")
+    return {name: torch.rand(b, hk) + 0.5 if is_given else None for name in names}
+
+def dense(d, sq, sk, hq=2, hk=1, b=2, rise=0.0, sign=1.0, dv=None, descaled=True, **options):
     q, k, v = fp8(b, sq, hq, d), fp8(b, sk, hk, d), fp8(b, sk, hk, dv or d)
     if rise:  # scores that grow from block to block
-        q[..., 0] = torch.tensor(8.0).to(E4M3)
+        q[..., 0] = torch.tensor(8.0 * sign).to(E4M3)
         k[..., 0] = torch.linspace(rise, 0, sk).to(E4M3)[:, None]
-    descale = [torch.rand(b, hk) + 0.5 for _ in range(3)] if descaled else [None] * 3
-    got = call(q, k, v, descale, **options)
-    judge(got, q, k, v, descale, **options)
+    factors = descales(b, hk, descaled)
+    kept = dict(options, **factors)
+    kept["alibi_slopes"] = kept.pop("slopes", None)
+    kept["softmax_scale"] = kept.pop("scale", None)
+    judge(call(q, k, v, factors, **options), lambda **how: attention(q, k, v, **how, **kept)[:2])
 
-def judge(got, q, k, v, descale, scale=None, slopes=None, window=(-1, -1), causal=False,
-          attention_chunk=0, softcap=0.0):
-    values = []
-    for x, factor in zip((q, k, v), descale):
-        x = x.double()
-        if factor is not None:
-            x = x * factor.double().repeat_interleave(x.shape[2] // factor.shape[1], 1)[:, None, :, None]
-        values.append(x.repeat_interleave(q.shape[2] // x.shape[2], 2))
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    exact, lse = attention(*values, softmax_scale=scale, causal=causal, window=window, softcap=softcap,
-                           attention_chunk=attention_chunk, alibi_slopes=slopes, dtype=torch.float64)
-    print(float((got[0].double()-exact).norm()/exact.norm()), end=" ", file=open("/tmp/fp8err","a"))
-    visible = visible_keys(q.shape[1], k.shape[1], causal=causal, window=window,
-                           attention_chunk=attention_chunk)
-    if softcap == 0 and slopes is None:
-        rough = rounded_probabilities(*values, visible, scale)
-        print(float((rough.double()-exact).norm()/exact.norm()), file=open("/tmp/fp8err","a"))
-        check("out", got[0], exact, rough, atol=2e-3)
-    else:
-        assert float((got[0].double()-exact).norm()/exact.norm()) < 0.03
-    check("lse", got[1], lse, lse.float(), atol=1e-4)
+def packed(d, lens_q, lens_k, hq=2, hk=1, used_k=None, **options):
+    cu = [torch.tensor([0, *torch.tensor(x).cumsum(0)], dtype=torch.int32)
+          for x in (lens_q, lens_k)]
+    # Keys behind the last sequence, and behind those in use, hold anything.
+    q, k, v = fp8(sum(lens_q) + 3, hq, d), fp8(sum(lens_k) + 5, hk, d), fp8(sum(lens_k) + 5, hk, d)
+    used = None if used_k is None else torch.tensor(used_k, dtype=torch.int32)
+    ends = cu[1][:-1] + used if used_k else cu[1][1:]
+    unused = torch.ones(len(k), dtype=torch.bool)
+    for start, end in zip(cu[1], ends):
+        unused[start:end] = False
+    k.view(torch.uint8)[unused] = v.view(torch.uint8)[unused] = 0x7F  # NaN
+    factors = descales(len(lens_q), hk)
+    got = call(q, k, v, factors, cu, (None, used), (max(lens_q), max(lens_k)), **options)
+    rows = slice(0, sum(lens_q))
+    assert bool((got[0][rows.stop:] == 0).all())
+    def oracle(**how):
+        return varlen_attention(
+            q[rows], k, v, *cu, seqused_k=used, **how, **factors, **options)[:2]
+    judge((got[0][rows], got[1][:, rows]), oracle)
 """
 CASES = {
     "one_row": "dense({d}, 1, 1)",
     "ragged": "dense({d}, 200, 333)",
     "whole_blocks": "dense({d}, 256, 256, hq=4, hk=2)",
     "full": "dense({d}, 700, 600, hq=4, hk=2)",
+    "many_keys": "dense({d}, 70, 2100, b=1)",
     "no_descale": "dense({d}, 100, 200, descaled=False)",
     "causal": "dense({d}, 300, 300, causal=True)",
     "causal_many_heads": "dense({d}, 300, 300, hq=6, hk=3, b=3, causal=True)",
     "causal_more_keys": "dense({d}, 257, 640, causal=True)",
     "rows_without_keys": "dense({d}, 300, 100, causal=True)",
     "window": "dense({d}, 500, 500, window=(100, 30))",
+    "chunk": "dense({d}, 256, 512, attention_chunk=150)",
     "softcap": "dense({d}, 200, 300, softcap=10.0, causal=True)",
     "alibi": "dense({d}, 200, 290, slopes=torch.tensor([0.1, 0.4]))",
     "negative_scale": "dense({d}, 200, 300, scale=-0.1)",
     "narrow_v": "dense({d}, 150, 270, dv={d} - 24)",
     "odd_head_dim": "dense({d} - 8, 150, 270)",
     "rising_scores": "dense({d}, 200, 900, rise=60.0)",
-    "overflowing_scores": "dense({d}, 200, 900, rise=440.0)",
+    "negative_scores": "dense({d}, 200, 300, rise=100.0, sign=-1.0)",
+    "packed": "packed({d}, (100, 0, 200, 1, 64), (100, 50, 333, 257, 0))",
+    "packed_causal": "packed({d}, (130, 5, 256), (130, 300, 256), causal=True)",
+    "packed_used": "packed({d}, (130, 5, 256), (130, 300, 256), used_k=(1, 290, 0))",
 }
 
 
@@ -91,13 +95,15 @@ def told(machine: Stub, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[
     """What each case came to."""
     log = tmp_path_factory.mktemp("log") / "log"
     results, launched = answers(machine, log, PROGRAM, CASES)
-    print(launched)
+    forward = {f"flash_fwd_sm90_fp8_d{d}_e4m3" for d in HEAD_DIMS}
+    forward |= {f"flash_fwd_sm90_fp8_scored_d{d}_e4m3" for d in HEAD_DIMS}
+    assert launched == forward | {"flash_fwd_sm90_fp8_wide_d128_e4m3", "flash_fill_bf16"}
     return results
 
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("d", HEAD_DIMS)
-def test_hoppers_kernels_compute_attention(
+def test_hoppers_fp8_kernels_compute_attention(
     told: dict[tuple[int, str], str], d: int, name: str
 ) -> None:
     assert told[d, name] == ""

@@ -24,28 +24,35 @@ LOAD = (r"LDG\.E(\.\w+)*\.128", r"ld\.global(\.\w+)*\.v4")
 STORE = (r"STG\.E(\.\w+)*\.128", r"st\.global(\.\w+)*\.v4")
 # Products of warpgroups, copies by TMA, barriers that count bytes, registers handed over; none of
 # it is compiled to PTX.
-HOPPER = (
-    (r"HGMMA\.64x\d+x16\.F32", ""),
+WARPGROUPS = (
     (r"UTMALDG\.4D", ""),
     (r"SYNCS\.ARRIVE\.TRANS64", ""),
     (r"SYNCS\.PHASECHK\.TRANS64\.TRYWAIT", ""),
     (r"USETMAXREG\.DEALLOC", ""),
     (r"USETMAXREG\.TRY_ALLOC", ""),
 )
+HOPPER = ((r"HGMMA\.64x\d+x16\.F32", ""), *WARPGROUPS)
 # How O leaves, but at head dim 256, and dK and dV.
 O_BUFFER = ((r"UTMASTG\.4D", ""), (r"STSM\.16\.M\w*88\.4", ""))
 HOPPERS_FORWARD = (*HOPPER, PRODUCT, FRAGMENT, STORE)
-# Statistics of a block's rows at once, sums of dQ 16 bytes a lane, dS stored transposed.
-HOPPERS_BACKWARD = (
-    *HOPPER,
-    *O_BUFFER,
+# Products of 8-bit elements; V is transposed on its way.
+FP8_FORWARD = (
+    (r"QGMMA\.64x\d+x32\.F32\.E4M3\.E4M3", ""),
+    (r"F2FP\.SATFINITE\.E4M3\.F32", ""),
+    (r"LDSM\.16\.MT88\.4", ""),
+    *WARPGROUPS,
     STORE,
-    (r"UBLKCP\.S\.G", ""),
-    (r"REDG\.E\.ADD\.F32x4", ""),
-    (r"STSM\.16\.MT88\.4", ""),
 )
+# Statistics of a block's rows at once.
+HOPPERS_BACKWARD = (*HOPPER, *O_BUFFER, STORE, (r"UBLKCP\.S\.G", ""))
+# Up to head dim 128: sums of dQ 16 bytes a lane, dS stored transposed.
+SUMS = ((r"REDG\.E\.ADD\.F32x4", ""), (r"STSM\.16\.MT88\.4", ""))
 MUST_HAVE = {
     **{f"{family} forward": HOPPERS_FORWARD for family in ("sm90", "sm90_wide", "sm90_scored")},
+    **{
+        f"{family} forward": FP8_FORWARD
+        for family in ("sm90_fp8", "sm90_fp8_wide", "sm90_fp8_scored")
+    },
     "sm90 backward": HOPPERS_BACKWARD,
     "forward": (PRODUCT, COPY, FRAGMENT, STORE),
     "backward": (PRODUCT, COPY, FRAGMENT, STORE),
@@ -55,15 +62,21 @@ MUST_HAVE = {
     "combine": (LOAD,),
     "s_dmask": (PRODUCT,),
     "fill": (STORE,),
+    "dq": (*HOPPER, STORE),
 }
 ARITHMETIC = r"HMMA|FADD|FFMA|FMUL|MUFU|F2|LDGSTS|LDSM|REDG?\."
 # Copies of other sizes: the backward pass brings 4-byte row statistics too.
 OTHER_COPY = (r"LDGSTS(?!\.E\.BYPASS(\.\w+)*\.128$)", r"cp\.async\.ca\.")
 MAY_COPY_LESS = ("backward",)
-WARPGROUP_PRODUCT_OF_DTYPE = {"fp16": r"HGMMA\.\w+\.F32$", "bf16": r"HGMMA\.\w+\.F32\.BF16$"}
+WARPGROUP_PRODUCT_OF_DTYPE = {
+    "fp16": r"HGMMA\.\w+\.F32$",
+    "bf16": r"HGMMA\.\w+\.F32\.BF16$",
+    "e4m3": r"QGMMA\.\w+\.F32\.E4M3\.E4M3$",
+}
 PRODUCT_OF_DTYPE = {
     "fp16": (PRODUCT[0] + r"$", PRODUCT[1] + r"\.f16\.f16\.f32$"),
     "bf16": (PRODUCT[0] + r"\.BF16$", PRODUCT[1] + r"\.bf16\.bf16\.f32$"),
+    "e4m3": ("no product of warps", ""),
 }
 
 # Bytes spilled and reloaded, by kind, head dim and architecture: the most that NVRTC 12.8, 12.9,
@@ -117,15 +130,17 @@ def faults(unit: codegen.Unit, arch: Arch, code: bytes, log: str) -> Iterator[st
     found = (machine_code.ptx if arch.is_ptx else machine_code.sass)(code)
     form = 1 if arch.is_ptx else 0
     must_have = MUST_HAVE.get(f"{unit.family} {unit.kind}", MUST_HAVE[unit.kind])
-    if must_have is HOPPERS_FORWARD and unit.head_dim < 256:
+    if must_have in (HOPPERS_FORWARD, FP8_FORWARD) and unit.head_dim < 256:
         must_have += O_BUFFER
+    if must_have is HOPPERS_BACKWARD and unit.head_dim <= 128:
+        must_have += SUMS
     for wanted in must_have:
         if not machine_code.count(found, wanted[form]):
             yield f"no {wanted[form]}"
     products = machine_code.count(found, PRODUCT[form])
     if products != machine_code.count(found, PRODUCT_OF_DTYPE[unit.dtype][form]):
         yield "a product has another dtype"
-    products = machine_code.count(found, "HGMMA")
+    products = machine_code.count(found, "[HQ]GMMA")
     if products != machine_code.count(found, WARPGROUP_PRODUCT_OF_DTYPE[unit.dtype]):
         yield "a product of a warpgroup has another dtype"
     # C7510 and its kin: products that run one after the other, registers that stay where they are.

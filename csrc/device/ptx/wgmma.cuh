@@ -80,21 +80,21 @@ struct Wgmma;
 
 // TYPE with the depth as the instruction spells it, A_BY and B_BY: how it says that an operand lies
 // by rows; X0 to X5: numbers of the operands behind the accumulators.
-#define FLASH_WITH_ROWS(TYPE, A_BY, B_BY, N, X0, X1, X2, X3, X4, X5)                              \
-  __device__ static void with_rows(float (&c)[N / 8][4], uint64_t a, uint64_t b, int adds) {      \
-    asm volatile("{.reg .pred adds; setp.ne.s32 adds, " X2                                        \
-                 ", 0; wgmma.mma_async.sync.aligned.m64n" #N TYPE " {" FLASH_NAMES_##N "}, " X0   \
-                 ", " X1 ", adds, 1, 1" A_BY B_BY ";}"                                            \
-                 : FLASH_OPERANDS_##N                                                             \
-                 : "l"(a), "l"(b), "r"(adds));                                                    \
-  }                                                                                               \
-  __device__ static void with_rows(float (&c)[N / 8][4], const uint32_t (&a)[4], uint64_t b,      \
-                                   int adds) {                                                    \
-    asm volatile("{.reg .pred adds; setp.ne.s32 adds, " X5                                        \
-                 ", 0; wgmma.mma_async.sync.aligned.m64n" #N TYPE " {" FLASH_NAMES_##N "}, {" X0  \
-                 ", " X1 ", " X2 ", " X3 "}, " X4 ", adds, 1, 1" B_BY ";}"                        \
-                 : FLASH_OPERANDS_##N                                                             \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(adds));                \
+#define FLASH_WITH_ROWS(TYPE, A_BY, B_BY, N, X0, X1, X2, X3, X4, X5)                        \
+  __device__ static void with_rows(float(&c)[N / 8][4], uint64_t a, uint64_t b, int adds) { \
+    asm volatile("{.reg .pred adds; setp.ne.s32 adds, " X2                                  \
+                 ", 0; wgmma.mma_async.sync.aligned.m64n" #N TYPE " {" FLASH_NAMES_##N      \
+                 "}, " X0 ", " X1 ", adds, 1, 1" A_BY B_BY ";}"                             \
+                 : FLASH_OPERANDS_##N                                                       \
+                 : "l"(a), "l"(b), "r"(adds));                                              \
+  }                                                                                         \
+  __device__ static void with_rows(float(&c)[N / 8][4], const uint32_t(&a)[4], uint64_t b,  \
+                                   int adds) {                                              \
+    asm volatile("{.reg .pred adds; setp.ne.s32 adds, " X5                                  \
+                 ", 0; wgmma.mma_async.sync.aligned.m64n" #N TYPE " {" FLASH_NAMES_##N      \
+                 "}, {" X0 ", " X1 ", " X2 ", " X3 "}, " X4 ", adds, 1, 1" B_BY ";}"        \
+                 : FLASH_OPERANDS_##N                                                       \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(adds));          \
   }
 
 #define FLASH_WGMMA(TAG, TYPE, N, X0, X1, X2, X3, X4, X5)                                         \
@@ -129,10 +129,10 @@ FLASH_WGMMA_OF(Half, "f16")
 FLASH_WGMMA_OF(Bfloat16, "bf16")
 
 // Of 8-bit elements both operands lie by rows.
-#define FLASH_WGMMA_E4M3(N, X0, X1, X2, X3, X4, X5)                                 \
-  template <>                                                                       \
-  struct Wgmma<E4m3, N> {                                                           \
-    FLASH_WITH_ROWS("k32.f32.e4m3.e4m3", "", "", N, X0, X1, X2, X3, X4, X5)         \
+#define FLASH_WGMMA_E4M3(N, X0, X1, X2, X3, X4, X5)                         \
+  template <>                                                               \
+  struct Wgmma<E4m3, N> {                                                   \
+    FLASH_WITH_ROWS("k32.f32.e4m3.e4m3", "", "", N, X0, X1, X2, X3, X4, X5) \
   };
 FLASH_WGMMA_E4M3(64, "%32", "%33", "%34", "%35", "%36", "%37")
 FLASH_WGMMA_E4M3(96, "%48", "%49", "%50", "%51", "%52", "%53")

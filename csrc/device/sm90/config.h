@@ -18,8 +18,8 @@ struct ForwardTile {
   int block_n;
   int stages;  // buffers of K, and of V: a power of two
   int q_buffers;
-  bool holds_q;      // Q goes to registers, and leaves its buffer at once
-  bool takes_turns;  // the consumers issue their products one after the other
+  bool holds_q;           // Q goes to registers, and leaves its buffer at once
+  bool takes_turns;       // the consumers issue their products one after the other
   int element_bytes = 2;  // of Q, K and V
 
   constexpr int block_m() const { return kBoxM * consumers; }
@@ -57,12 +57,9 @@ constexpr ForwardTile kForwardTiles[] = {
     {false, 192, 2, 64, 2, 1, true, false},   //
     {false, 256, 2, 64, 2, 1, false, false},  //
     {true, 64, 3, 128, 4, 2, false, true},    //
-    {false, 64, 3, 128, 2, 1, true, true, 1},
-    {false, 96, 3, 96, 2, 1, true, false, 1},
-    {false, 128, 2, 128, 2, 1, true, false, 1},
-    {false, 192, 2, 96, 2, 1, true, false, 1},
-    {false, 256, 2, 96, 2, 1, false, false, 1},
-    {true, 128, 2, 192, 2, 1, true, false, 1},
+    {false, 64, 3, 128, 2, 1, true, true, 1},   {false, 96, 3, 96, 2, 1, true, false, 1},
+    {false, 128, 2, 128, 2, 1, true, false, 1}, {false, 192, 2, 96, 2, 1, true, false, 1},
+    {false, 256, 2, 96, 2, 1, false, false, 1}, {true, 128, 2, 192, 2, 1, true, false, 1},
 };
 
 // Masks waste more of a wide tile.
@@ -78,8 +75,8 @@ constexpr ForwardTile forward_tile(Serves serves, int head_dim, int element_byte
 
 // How the two consumers of the backward kernel share out the work on a block of keys.
 enum Share {
-  kByKeys,       // 64 keys each: their dK and dV
-  kByGradients,  // all 64 keys: dV and dK
+  kByKeys,       // 64 keys each: their dK and dV, and shares of dQ, which are added up in memory
+  kByGradients,  // all 64 keys: dV and dK; dQ has a kernel of its own
 };
 
 struct BackwardTile {
@@ -95,14 +92,16 @@ struct BackwardTile {
   constexpr int registers_of_others() const { return 24; }
   // In shared memory: whole panels of 64.
   constexpr int columns() const { return (head_dim + 63) / 64 * 64; }
+  // Of P, in float, where one consumer hands it to the other.
   constexpr int p_bytes() const { return share == kByGradients ? block_m * block_n * 4 : 0; }
-  constexpr int ds_bytes() const { return block_m * block_n * 2; }
+  // Of dS, where dQ is made of it.
+  constexpr int ds_bytes() const { return share == kByKeys ? block_m * block_n * 2 : 0; }
   constexpr int statistics_bytes() const { return stages * block_m * 2 * 4; }
   constexpr int bounds_bytes() const { return block_n * 2 * 4; }
-  // K and V; Q and dO in stages; two buffers of dS; P, where one consumer hands it to the other;
-  // lse and delta; which queries see a key; barriers and records.
+  // K and V; Q and dO in stages; two buffers of dS, or of P; lse and delta; which queries see a
+  // key; barriers and records.
   constexpr int smem_bytes() const {
-    return 2 * (block_n + stages * block_m) * columns() * 2 + 2 * ds_bytes() + p_bytes() +
+    return 2 * (block_n + stages * block_m) * columns() * 2 + 2 * (ds_bytes() + p_bytes()) +
            statistics_bytes() + bounds_bytes() + 512;
   }
 };
@@ -117,6 +116,37 @@ constexpr BackwardTile kBackwardTiles[] = {
 
 constexpr BackwardTile backward_tile(int head_dim) {
   for (const BackwardTile& tile : kBackwardTiles) {
+    if (tile.head_dim == head_dim) return tile;
+  }
+  return {};
+}
+
+// The kernel of dQ, where it has one. The same boxes of Q and keys as above are copied at once.
+struct QueriesTile {
+  int head_dim;
+  int block_n;   // keys of a step
+  int k_stages;  // buffers of K, and of V: powers of two
+  int v_stages;
+
+  constexpr int consumers() const { return 2; }
+  constexpr int block_m() const { return kBoxM * consumers(); }
+  constexpr int threads() const { return 128 * (1 + consumers()); }
+  constexpr int registers_of_consumer() const { return 240; }
+  constexpr int registers_of_others() const { return 24; }
+  constexpr int columns() const { return (head_dim + 63) / 64 * 64; }
+  // Q and dO; K and V in stages; barriers and records.
+  constexpr int smem_bytes() const {
+    return (2 * block_m() + (k_stages + v_stages) * block_n) * columns() * 2 + 512;
+  }
+};
+
+constexpr QueriesTile kQueriesTiles[] = {
+    {192, 64, 2, 2},  //
+    {256, 64, 2, 1},  //
+};
+
+constexpr QueriesTile queries_tile(int head_dim) {
+  for (const QueriesTile& tile : kQueriesTiles) {
     if (tile.head_dim == head_dim) return tile;
   }
   return {};

@@ -1,70 +1,17 @@
 // A warpgroup that computes: 64 rows of each of the CTA's tiles.
 #pragma once
 
-#include "attn/scores.cuh"
 #include "ptx/tma.cuh"
-#include "sm90/producer.cuh"
-#include "sm90/fp8_transpose.cuh"
-#include "sm90/recompute.cuh"
 #include "sm90/fp8_softmax.cuh"
+#include "sm90/fp8_transpose.cuh"
+#include "sm90/producer.cuh"
+#include "sm90/recompute.cuh"
+#include "sm90/transform.cuh"
+#include "sm90/turns.cuh"
 #include "tile/store.cuh"
 #include "tile/warpgroup.cuh"
 
 namespace flash::sm90 {
-
-// Warpgroups that issue their products one after the other, so that the softmax of one runs beside
-// the products of another.
-template <int kConsumers>
-struct Turns {
-  static constexpr int kFirstBarrier = 1 + kConsumers;
-  int consumer;
-
-  __device__ void begin() const {
-    if (consumer == kConsumers - 1) pass();
-  }
-  __device__ void take() const { ptx::named_barrier_sync(kFirstBarrier + consumer, 256); }
-  __device__ void pass() const {
-    ptx::named_barrier_arrive(kFirstBarrier + (consumer + 1) % kConsumers, 256);
-  }
-  // The last turn was passed to the first consumer.
-  __device__ void end() const {
-    if (consumer == 0) take();
-  }
-};
-
-// Softcap and ALiBi, as attn::transform() has them. That one divides by a call of a function, which
-// must not be while products of the warpgroup are under way. `distance`: from the key of this
-// lane's first entry to its query.
-template <int kN>
-__device__ __forceinline__ void transform(tile::Accumulators<1, kN>& s, const attn::ScoreRule& rule,
-                                          int distance) {
-  const float factor = rule.softcap > 0.0f ? __fdividef(rule.scale, rule.softcap) : rule.scale;
-  const auto each = [&](const auto& change) {
-#pragma unroll
-    for (int n = 0; n < kN; ++n) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) change(s.c[0][n][i], 8 * n + i % 2, i / 2);
-    }
-  };
-  each([&](float& x, int, int) { x *= factor; });
-  if (rule.softcap > 0.0f) {
-    each([&](float& x, int, int) { x = rule.softcap * attn::tanh(x); });
-  }
-  if (rule.slope != 0.0f) {
-    each([&](float& x, int col, int h) { x -= rule.slope * abs(distance + 8 * h - col); });
-  }
-}
-
-template <bool kFirst, class First, class Second>
-struct ChoiceOf {
-  using Type = First;
-};
-template <class First, class Second>
-struct ChoiceOf<false, First, Second> {
-  using Type = Second;
-};
-template <bool kFirst, class First, class Second>
-using Choice = typename ChoiceOf<kFirst, First, Second>::Type;
 
 template <class Cfg>
 class Consumer {
@@ -249,11 +196,7 @@ class Consumer {
   // 8-bit elements are packed already.
   __device__ __forceinline__ void pack(const AccS& s) {
     if constexpr (Cfg::kIsFp8) {
-#pragma unroll
-      for (int k = 0; k < Cfg::kDepthOfP / 16; ++k) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) p_[k][i] = next_p_[k][i];
-      }
+      tile::copy(p_, next_p_);
     } else {
       tile::pack<T>(p_, s);
     }
@@ -301,17 +244,14 @@ class Consumer {
     if (!is_whole && (mask.lowest(row0 + 63) > col0 || mask.highest(row0) < col0 + kBlockN)) {
       attn::hide(s, mask, row, col);
     }
-    const auto look_ahead = [&] {
-      // One more: this block will be counted too.
-      lazy_left_ = lazy_run(t, key_block - 1) + 1;
-      is_cut_ = key_block == t.end - 1 && t.tail < kBlockN;
-    };
     if constexpr (Cfg::kIsFp8) {
-      if (!is_whole) look_ahead();
+      if (!is_whole) lazy_left_ = lazy_run(t, key_block - 1) + 1;
       softmax_.absorb(s, next_p_, scale);
     } else {
       softmax_.absorb(s, scale);
-      look_ahead();
+      // One more: this block will be counted too.
+      lazy_left_ = lazy_run(t, key_block - 1) + 1;
+      is_cut_ = key_block == t.end - 1 && t.tail < kBlockN;
     }
   }
 
@@ -441,7 +381,7 @@ class Consumer {
   uint32_t p_[Cfg::kDepthOfP / 16][4];
   uint32_t next_p_[Cfg::kIsFp8 ? Cfg::kDepthOfP / 16 : 1][4];
   uint32_t q_[Cfg::kDepth / 16][4];  // where the tile's Q is held
-  Choice<Cfg::kIsFp8, Fp8Softmax, Softmax> softmax_;
+  typename SoftmaxOf<Cfg::kIsFp8>::Type softmax_;
   uint32_t tile_ = 0;   // of the scores, counted from the start
   uint32_t block_ = 0;  // of P, counted likewise: its product with V is due
   int left_;            // blocks of the tile whose scores are due, descending

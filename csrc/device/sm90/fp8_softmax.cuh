@@ -78,4 +78,13 @@ struct Fp8Softmax : Softmax {
   }
 };
 
+template <bool kIsFp8>
+struct SoftmaxOf {
+  using Type = Softmax;
+};
+template <>
+struct SoftmaxOf<true> {
+  using Type = Fp8Softmax;
+};
+
 }  // namespace flash::sm90

@@ -6,7 +6,8 @@
 // chosen so that nobody must shuffle:
 //
 // - Of 16 keys a row has 0 1 8 9, 2 3 10 11, ...: as a lane holds P (tile::pack_e4m3).
-// - Of 16 head dims even ones stand in front of odd ones, each in the order 0 4 1 5 2 6 3 7, so that
+// - Of 16 head dims even ones stand in front of odd ones, each in the order 0 4 1 5 2 6 3 7, so
+// that
 //   stores meet no bank conflict; in_order_of_columns() undoes it by naming registers.
 #pragma once
 
@@ -17,8 +18,9 @@
 
 namespace flash::sm90 {
 
-// A warp's share of a block, 16 head dims at a time. A few loads come first, then what is to be done
-// with them: one after the other, their latencies would make this the slowest part of the kernel.
+// A warp's share of a block, 16 head dims at a time. A few loads come first, then what is to be
+// done with them: one after the other, their latencies would make this the slowest part of the
+// kernel.
 template <class Cfg>
 __device__ inline void transpose_block(uint32_t from, uint32_t to, int warp) {
   using TileK = typename Cfg::TileK;

@@ -135,9 +135,10 @@ float element(uint64_t descriptor, int across, int depth, bool by_columns, Forma
   const uint32_t stride = (descriptor >> 32 & 0x3FFF) << 4;
   const uint32_t bytes = bytes_of(format);
   if (by_columns && bytes == 1) stop("8-bit elements lie by rows");
-  const uint32_t address = by_columns ? start + across / 64 * lead + across % 64 * 2 +
-                                            depth % 8 * 128 + depth / 8 * stride
-                                      : start + across / 8 * stride + across % 8 * 128 + depth * bytes;
+  const uint32_t address =
+      by_columns
+          ? start + across / 64 * lead + across % 64 * 2 + depth % 8 * 128 + depth / 8 * stride
+          : start + across / 8 * stride + across % 8 * 128 + depth * bytes;
   uint16_t bits = 0;
   memcpy(&bits, at(swizzle(address), bytes), bytes);
   return to_float(bits, format);
