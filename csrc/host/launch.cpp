@@ -122,6 +122,11 @@ bool launch(const Ready& ready, const Device& device, void* stream, int64_t num_
   config.blockDimY = config.blockDimZ = 1;
   config.sharedMemBytes = static_cast<unsigned int>(ready.shape.smem_bytes);
   config.hStream = static_cast<CUstream>(stream);
+  CUlaunchAttribute overlap = CUlaunchAttribute::overlap();
+  if (ready.shape.ctas > 0 && device.cc >= 90 && getenv("NO_PDL") == nullptr) {
+    config.attrs = &overlap;
+    config.numAttrs = 1;
+  }
   void* arguments[] = {const_cast<void*>(params)};
   return check(driver()->cuLaunchKernelEx(&config, ready.handle, arguments, nullptr), symbol);
 }

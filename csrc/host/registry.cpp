@@ -12,10 +12,11 @@ namespace {
 constexpr const char* kHeader = "flash-attn-kernels 1";
 constexpr int kMaxKernels = 1024;
 
-const char* const kKindNames[] = {"forward",  "combine", "append",  "delta",
-                                  "backward", "convert", "s_dmask", "fill"};
+const char* const kKindNames[] = {"forward", "combine", "append", "delta", "backward",
+                                  "convert", "s_dmask", "fill",   "decode"};
 const char* const kDtypeNames[] = {"fp16", "bf16"};
-const char* const kFamilyNames[] = {"sm80", "sm90_wide", "sm90", "sm90_scored", "common"};
+const char* const kFamilyNames[] = {"sm80",   "sm90_wide",   "sm90",  "sm90_scored",
+                                    "decode", "decode_wide", "common"};
 
 Kernel* g_kernels;  // the table is opened once and stays
 int g_num_kernels;

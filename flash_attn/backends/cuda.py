@@ -29,7 +29,17 @@ _HOST_LIBRARY = _PACKAGE / "libflash_attn_host.so"
 _KERNELS = _PACKAGE / "kernels"
 _STABLE = "_shim_stable.so"
 # csrc/host/api.h numbers kinds and dtypes in this order.
-_KINDS = ("forward", "combine", "append", "delta", "backward", "convert", "s_dmask", "fill")
+_KINDS = (
+    "forward",
+    "combine",
+    "append",
+    "delta",
+    "backward",
+    "convert",
+    "s_dmask",
+    "fill",
+    "decode",
+)
 _DTYPES = _support.HALF_DTYPES
 # Bits of csrc/host/api.h and the features that they stand for.
 _FEATURE_BITS = (

@@ -10,7 +10,7 @@ from pathlib import Path
 from native_tools import ROOT, Stub, codegen, lay_out_kernels, lines_of, native, needs
 
 HERE = Path(__file__).parent
-FAMILIES = ("sm90", "sm90_wide", "sm90_scored")
+FAMILIES = ("sm90", "sm90_wide", "sm90_scored", "decode", "decode_wide")
 # Forward: with turns, and wide; with Q in registers; with one buffer of Q. Backward: steps of 128
 # queries; of 64; consumers that share keys.
 HEAD_DIMS = (64, 128, 256)
@@ -41,12 +41,17 @@ print(json.dumps(told))
 """
 
 
+def _namespace(unit: codegen.Unit) -> str:
+    return "decode" if unit.kind == "decode" else "sm90"
+
+
 def kernel_source(units: list[codegen.Unit]) -> str:
     """Units in one file, and a table of them by name."""
     params = {unit.symbol: codegen.kind_in(unit.family, unit.kind).params for unit in units}
     cases = "".join(
         f'  if (called == "{unit.symbol}") {{\n'
         f"    const auto& params = *static_cast<const flash::{params[unit.symbol]}*>(given);\n"
+        f"    g_storage = flash::{_namespace(unit)}::storage;\n"
         f"    return run_grid(grid, threads, [&] {{ {unit.symbol}(params); }});\n"
         "  }\n"
         for unit in units
@@ -59,10 +64,14 @@ def kernel_source(units: list[codegen.Unit]) -> str:
 namespace flash::sm90 {{
 __attribute__((aligned(1024))) __shared__ unsigned char storage[emulator::kSmemBytes];
 }}
+namespace flash::decode {{
+__attribute__((aligned(1024))) __shared__ unsigned char storage[emulator::kSmemBytes];
+}}
+static unsigned char* g_storage;  // of the kernel that runs
 {"".join(unit.source for unit in units)}
 static void run_grid(unsigned grid, unsigned threads, const std::function<void()>& kernel) {{
   for (unsigned i = 0; i < grid; ++i) {{
-    emulator::g_smem = flash::sm90::storage;
+    emulator::g_smem = g_storage;
     emulator::run_cta(i, grid, threads, kernel);
   }}
 }}

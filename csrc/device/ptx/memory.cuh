@@ -142,6 +142,10 @@ __device__ inline uint64_t atomic_compare_exchange(uint64_t* gmem, uint64_t expe
   return before;
 }
 
+// Orders what this thread did, or saw of others at a barrier, before what it does next, for all
+// threads of the device.
+__device__ inline void fence() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
+
 // Adds to memory without a reply.
 __device__ inline void red_add_f32(float* gmem, float x) {
   asm volatile("red.global.add.f32 [%0], %1;" ::"l"(gmem), "f"(x) : "memory");
@@ -165,6 +169,20 @@ __device__ inline void wait_until_equal(const int32_t* gmem, int x) {
 // Adds to a counter, behind what this thread did before, and what it saw of others at a barrier.
 __device__ inline void red_release_add(int32_t* gmem, int x) {
   asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(gmem), "r"(x) : "memory");
+}
+
+// Waits for the kernel in front on the stream, if this one was allowed to begin beside its end; and
+// lets the one behind begin, if it is.
+__device__ inline void wait_for_kernel_in_front() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+__device__ inline void let_kernel_behind_begin() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
 }
 
 }  // namespace flash::ptx

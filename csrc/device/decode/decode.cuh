@@ -1,0 +1,201 @@
+// Attention of few queries over a long cache, at the speed of memory.
+//
+// The rows of a tile are queries times the heads of a group, so that a key is read once for all of
+// them; 16 rows or 64. A CTA has four warps and a ring of blocks of K and V. With 16 rows each warp
+// has keys of its own, a softmax of its own and waits for its own copies alone; at the end of a
+// sequence the warps merge. With 64 rows they share the keys and have 16 rows each.
+//
+//   find this CTA's share of all blocks (work.cuh)
+//   start copies of the first blocks
+//   for each (sequence, key-value head) of the share:
+//     load Q, rotated if asked for
+//     for each block: wait for it; start the copies of another; S = Q K^T; softmax; O += P V
+//     merge the warps; store O, or a part of it; whoever stores the last part merges (merge.cuh)
+//
+// Copies run ahead over the borders of sequences, so memory never waits. New rows of the cache are
+// taken in on the way (keys.cuh): one launch does all. Bound by memory: docs/kernels/decode.md.
+// Sources: Flash-Decoding; Stream-K (arXiv:2301.03598).
+#pragma once
+
+#include "attn/scores.cuh"
+#include "decode/config.h"
+#include "decode/keys.cuh"
+#include "decode/merge.cuh"
+#include "tile/products.cuh"
+
+namespace flash::decode {
+
+template <class T_, int kHeadDim_, int kRows_>
+struct Config {
+  using T = T_;
+  static constexpr Tile kTile = tile(kRows_, kHeadDim_, sm80::kArch);
+  static constexpr int kHeadDim = kHeadDim_;
+  static constexpr int kRows = kRows_;
+  static constexpr int kWarps = kTile.warps;
+  static constexpr int kThreads = kTile.threads();
+  static constexpr int kBlockN = kTile.block_n;
+  static constexpr int kStages = kTile.stages;
+  static constexpr int kScratchBytes = kTile.scratch_bytes();
+  static constexpr int kRowWarps = kRows / 16;             // warps with the same keys
+  static constexpr int kKeyGroups = kWarps / kRowWarps;    // of warps with the same rows
+  static constexpr int kGroupKeys = kBlockN / kKeyGroups;  // of a block
+  static constexpr int kHeld = kHeadDim <= 128 ? kHeadDim / 16 : 0;
+  static_assert(kRowWarps == 1 || kKeyGroups == 1, "warps share either rows or keys");
+  using TileQ = tile::SmemTile<kRows, kHeadDim>;
+  using TileK = tile::SmemTile<kGroupKeys, kHeadDim>;
+  using HeldQ = tile::HeldA<1, kHeld>;
+  using AccS = tile::Accumulators<1, kGroupKeys / 8>;
+  using AccO = tile::Accumulators<1, kHeadDim / 8>;
+  using Softmax = attn::Softmax<1>;
+};
+
+// Q of one pair to shared memory. Rows and columns that are not there become zeros.
+template <class Cfg>
+__device__ inline void load_queries(const DecodeParams& params, const attn::Sequence& seq,
+                                    int head_k, uint32_t smem, int thread) {
+  using TileQ = typename Cfg::TileQ;
+  constexpr int kChunks = TileQ::kCols / tile::kChunk;
+  const ForwardParams& call = params.call;
+  const int rows = num_rows(call, seq);
+  const auto from = [&](const Row& row) {
+    return attn::rows_of_q(call.q, call.seqs, seq, row.head) + row.position * call.q.row;
+  };
+  for (int at = thread; at < TileQ::kRows * kChunks; at += Cfg::kThreads) {
+    const int r = at / kChunks;
+    const int col = at % kChunks * tile::kChunk;
+    uint4 x = make_uint4(0, 0, 0, 0);
+    if (r < rows && col < call.d) {
+      x = *reinterpret_cast<const uint4*>(from(Row(call, head_k, r)) + col);
+    }
+    ptx::st_shared_128(smem + TileQ::offset(r, at % kChunks), x);
+  }
+  if (!params.added.rotary_cos) return;
+  __syncthreads();
+  for (int r = thread / 32; r < rows; r += Cfg::kWarps) {
+    const Row row(call, head_k, r);
+    const auto put = [&](int col, uint4 x) {
+      ptx::st_shared_128(smem + TileQ::offset(r, col / tile::kChunk), x);
+    };
+    const int position = attn::position_of_query(params.added, call.seqs, seq.index, row.position);
+    attn::move_row<typename Cfg::T>(put, from(row), call.d, position, params.added, thread % 32);
+  }
+}
+
+// What becomes of the scores of a lane's two rows. Keys are named by their slots.
+struct RowRules {
+  int low[2], high[2];  // slots that the row sees
+  int position[2];
+  float slope[2];
+  int all_low, all_high;  // slots that every row sees
+
+  __device__ RowRules(const ForwardParams& call, const attn::Sequence& seq, int head_k, int row) {
+    const attn::Mask mask(call.scores, seq.sq, seq.sk);
+    const int last = max(seq.sq - 1, 0);
+    all_low = seq.skip + mask.lowest(last);
+    all_high = seq.skip + mask.highest(0);
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const Row at(call, head_k, row + 8 * h);
+      const int i = min(at.position, last);
+      low[h] = seq.skip + mask.lowest(i);
+      high[h] = seq.skip + mask.highest(i);
+      position[h] = seq.skip + i + mask.diagonal;
+      slope[h] = 0.0f;
+      if (call.scores.alibi_slopes && at.position == i) {
+        slope[h] = call.scores.alibi_slopes[seq.index * call.scores.alibi_batch_stride + at.head];
+      }
+    }
+  }
+
+  // Softcap and ALiBi; the first entry of this lane is at slot `col`.
+  template <int kN>
+  __device__ void transform(tile::Accumulators<1, kN>& s, const Scores& scores, int col) const {
+    const float inverse_cap = 1.0f / scores.softcap;
+#pragma unroll
+    for (int n = 0; n < kN; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        float x = s.c[0][n][i] * scores.softmax_scale;
+        if (scores.softcap > 0.0f) x = scores.softcap * attn::tanh(x * inverse_cap);
+        s.c[0][n][i] = x - slope[i / 2] * abs(position[i / 2] - (col + 8 * n + i % 2));
+      }
+    }
+  }
+
+  template <int kN>
+  __device__ void hide(tile::Accumulators<1, kN>& s, int col) const {
+#pragma unroll
+    for (int n = 0; n < kN; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int slot = col + 8 * n + i % 2;
+        if (slot < low[i / 2] || slot >= high[i / 2]) s.c[0][n][i] = -attn::infinity();
+      }
+    }
+  }
+};
+
+template <class Cfg>
+__device__ inline void decode(const DecodeParams& params) {
+  using T = typename Cfg::T;
+  using TileQ = typename Cfg::TileQ;
+  using TileK = typename Cfg::TileK;
+  extern __shared__ __align__(128) unsigned char storage[];
+  constexpr int kRingBytes = Cfg::kStages * KeyRing<Cfg>::kStageBytes;
+  unsigned char* scratch = storage + kRingBytes;
+  auto* statistics = reinterpret_cast<float2*>(scratch + Cfg::kScratchBytes);
+  int* flag = reinterpret_cast<int*>(statistics + Cfg::kWarps * 16);
+  const ForwardParams& call = params.call;
+  const int thread = threadIdx.x;
+  const int lane = thread % 32;
+  const int warp_row = thread / 32 % Cfg::kRowWarps * 16;
+  const int warp_key = thread / 32 / Cfg::kRowWarps * Cfg::kGroupKeys;
+
+  ptx::let_kernel_behind_begin();
+  ptx::wait_for_kernel_in_front();
+  Walk<Cfg::kBlockN> walk(params);
+  if (walk.left == 0) return;
+  KeyRing<Cfg> ring(params, walk, ptx::smem_address(storage), thread);
+#pragma unroll 1
+  for (int i = 0; i < Cfg::kStages - 1; ++i) ring.start();
+
+  const bool is_plain = attn::is_plain(call.scores);
+  const float scale_log2 = is_plain ? call.scores.softmax_scale * attn::kLog2e : attn::kLog2e;
+  const uint32_t q = ptx::smem_address(scratch);
+  while (walk.left > 0) {
+    if (thread == 0 && !walk.is_whole()) {
+      attn::Counter{call.next_tile + walk.parts().first}.open(params.call_number);
+    }
+    load_queries<Cfg>(params, walk.seq, walk.head, q, thread);
+    __syncthreads();
+    typename Cfg::HeldQ held;
+    held.template load<TileQ>(q, warp_row, lane);
+    const RowRules rules(call, walk.seq, walk.head, warp_row + lane / 4);
+    typename Cfg::AccO o;
+    typename Cfg::Softmax softmax;
+    o.clear();
+    softmax.clear();
+    const int count = walk.here();
+    int first = walk.block * Cfg::kBlockN + warp_key;
+    for (int i = 0; i < count; ++i, first += Cfg::kBlockN) {
+      ring.wait();
+      ring.start();
+      typename Cfg::AccS s;
+      s.clear();
+      tile::multiply_abt<T, TileQ, TileK>(s, q, ring.k(), warp_row, 0, lane, held);
+      const int col = first + lane % 4 * 2;
+      if (!is_plain) rules.transform(s, call.scores, col);
+      if (first < rules.all_low || first + Cfg::kGroupKeys > rules.all_high) rules.hide(s, col);
+      softmax.follow(o, s, scale_log2);
+      softmax.exponentiate(s, scale_log2);
+      tile::multiply_pb<T, TileK>(o, s, ring.v(), lane);
+      ring.pass();
+    }
+    __syncthreads();  // everyone is done with Q
+    finish<Cfg>(params, walk, o, softmax, scratch, statistics, flag, thread);
+    walk.advance(count);
+    __syncthreads();  // and with scratch
+  }
+}
+
+}  // namespace flash::decode
