@@ -161,6 +161,8 @@ bool forward(const Call& call, const ForwardParams& params) {
 bool decode(const Call& call, const DecodeParams& given) {
   DecodeParams params = given;
   params.call_number = next_call_number();
+  params.group = static_cast<uint32_t>(params.call.hq / params.call.hk);
+  params.group_inverse = 65536 / params.group + 1;
   Ready ready;
   return call.prepare(FLASH_DECODE, &ready, &params.call) &&
          call.run(ready, num_shares(params.call, ready.shape, call.on), &params) &&

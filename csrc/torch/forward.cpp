@@ -149,7 +149,9 @@ ForwardResult run(Forward& call) {
     params.lse_partial = pointer<float>(lse_partial);
   }
   if (workspace.decodes) {
-    const DecodeParams with_rows = {params, added, 0};
+    DecodeParams with_rows = {};
+    with_rows.call = params;
+    with_rows.added = added;
     run_or_throw(call.name, flash_decode(device, stream, dtype, &with_rows));
   } else {
     run_or_throw(call.name, flash_forward(device, stream, dtype, &params));

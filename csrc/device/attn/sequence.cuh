@@ -42,6 +42,8 @@ struct Sequence {
   int64_t first_q;  // row of a packed q, else 0
   int64_t first_k;  // row of a packed k, else keys to skip
 
+  __device__ Sequence() {}
+
   __device__ Sequence(const Sequences& all, int index) : index(index), cache_row(index) {
     const int32_t* cu_q = all.cu_seqlens_q;
     const int32_t* cu_k = all.cu_seqlens_k;

@@ -2,7 +2,7 @@
 // host.
 #pragma once
 
-#include "device/sm80/config.h"
+#include "device/common/arch.h"
 
 namespace flash::decode {
 
@@ -15,11 +15,10 @@ struct Tile {
   int ctas;    // an SM
 
   constexpr int threads() const { return warps * 32; }
-  constexpr int panel() const { return head_dim % 64 == 0 ? 64 : 32; }
-  // Q; behind it, O of all warps, a panel at a time.
+  // Q; behind it, eight rows of O of every warp.
   constexpr int scratch_bytes() const {
     const int q = rows * head_dim * 2;
-    const int o = warps * 16 * panel() * 4;
+    const int o = warps * 8 * head_dim * 4;
     return q > o ? q : o;
   }
   // The ring, scratch, two statistics of each warp's rows, and a flag.
@@ -54,18 +53,19 @@ constexpr Tile kTiles[] = {
     {64, 128, 4, 64, 3, 2},  //
     {64, 128, 4, 64, 2, 2},  //
     {64, 128, 4, 64, 2, 1},  //
-    {64, 192, 4, 64, 4, 1},  //
-    {64, 192, 4, 64, 2, 1},  //
+    {64, 192, 4, 32, 8, 1},  //
+    {64, 192, 4, 32, 5, 1},  //
     {64, 192, 4, 32, 2, 1},  //
-    {64, 256, 4, 64, 3, 1},  //
-    {64, 256, 4, 64, 2, 1},  //
+    {64, 256, 4, 32, 6, 1},  //
+    {64, 256, 4, 32, 4, 1},  //
     {64, 256, 4, 32, 2, 1},  //
 };
 
 constexpr Tile tile(int rows, int head_dim, int cc) {
   for (const Tile& tile : kTiles) {
     const int smem = tile.ctas * (tile.smem_bytes() + 1024);
-    if (tile.rows == rows && tile.head_dim == head_dim && smem <= sm80::smem_of_sm(cc)) return tile;
+    if (tile.rows == rows && tile.head_dim == head_dim && smem <= common::smem_of_sm(cc))
+      return tile;
   }
   return {};
 }

@@ -28,7 +28,7 @@ namespace flash::decode {
 template <class T_, int kHeadDim_, int kRows_>
 struct Config {
   using T = T_;
-  static constexpr Tile kTile = tile(kRows_, kHeadDim_, sm80::kArch);
+  static constexpr Tile kTile = tile(kRows_, kHeadDim_, common::kArch);
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kRows = kRows_;
   static constexpr int kWarps = kTile.warps;
@@ -49,37 +49,64 @@ struct Config {
   using Softmax = attn::Softmax<1>;
 };
 
-// Q of one pair to shared memory. Rows and columns that are not there become zeros.
+// Q of one pair on its way to shared memory. Rows and columns that are not there become zeros.
 template <class Cfg>
-__device__ inline void load_queries(const DecodeParams& params, const attn::Sequence& seq,
-                                    int head_k, uint32_t smem, int thread) {
+struct Queries {
   using TileQ = typename Cfg::TileQ;
-  constexpr int kChunks = TileQ::kCols / tile::kChunk;
-  const ForwardParams& call = params.call;
-  const int rows = num_rows(call, seq);
-  const auto from = [&](const Row& row) {
+  static constexpr int kChunks = TileQ::kCols / tile::kChunk;
+  static constexpr int kMine = TileQ::kRows * kChunks / Cfg::kThreads;  // chunks of a thread
+  static constexpr int kAtOnce = kMine < 4 ? kMine : 4;
+  uint4 x[kAtOnce];
+
+  __device__ static const uint16_t* row(const DecodeParams& params, const attn::Sequence& seq,
+                                        const Row& row) {
+    const ForwardParams& call = params.call;
     return attn::rows_of_q(call.q, call.seqs, seq, row.head) + row.position * call.q.row;
-  };
-  for (int at = thread; at < TileQ::kRows * kChunks; at += Cfg::kThreads) {
-    const int r = at / kChunks;
-    const int col = at % kChunks * tile::kChunk;
-    uint4 x = make_uint4(0, 0, 0, 0);
-    if (r < rows && col < call.d) {
-      x = *reinterpret_cast<const uint4*>(from(Row(call, head_k, r)) + col);
+  }
+
+  // The first ones, or those from `first` on.
+  __device__ void load(const DecodeParams& params, const attn::Sequence& seq, int head_k,
+                       int thread, int first = 0) {
+    const int rows = num_rows(params, seq);
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int at = thread + (first + i) * Cfg::kThreads;
+      const int r = at / kChunks;
+      const int col = at % kChunks * tile::kChunk;
+      x[i] = make_uint4(0, 0, 0, 0);
+      if (r < rows && col < params.call.d) {
+        const uint16_t* from = row(params, seq, Row(params, head_k, r));
+        x[i] = *reinterpret_cast<const uint4*>(from + col);
+      }
     }
-    ptx::st_shared_128(smem + TileQ::offset(r, at % kChunks), x);
   }
-  if (!params.added.rotary_cos) return;
-  __syncthreads();
-  for (int r = thread / 32; r < rows; r += Cfg::kWarps) {
-    const Row row(call, head_k, r);
-    const auto put = [&](int col, uint4 x) {
-      ptx::st_shared_128(smem + TileQ::offset(r, col / tile::kChunk), x);
-    };
-    const int position = attn::position_of_query(params.added, call.seqs, seq.index, row.position);
-    attn::move_row<typename Cfg::T>(put, from(row), call.d, position, params.added, thread % 32);
+
+  // All of them, behind load().
+  __device__ void store(const DecodeParams& params, const attn::Sequence& seq, int head_k,
+                        uint32_t smem, int thread) {
+#pragma unroll 1
+    for (int first = 0; first < kMine; first += kAtOnce) {
+      if (first > 0) load(params, seq, head_k, thread, first);
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        const int at = thread + (first + i) * Cfg::kThreads;
+        ptx::st_shared_128(smem + TileQ::offset(at / kChunks, at % kChunks), x[i]);
+      }
+    }
+    if (!params.added.rotary_cos) return;
+    __syncthreads();
+    for (int r = thread / 32; r < num_rows(params, seq); r += Cfg::kWarps) {
+      const Row it(params, head_k, r);
+      const auto put = [&](int col, uint4 x) {
+        ptx::st_shared_128(smem + TileQ::offset(r, col / tile::kChunk), x);
+      };
+      const int position =
+          attn::position_of_query(params.added, params.call.seqs, seq.index, it.position);
+      attn::move_row<typename Cfg::T>(put, row(params, seq, it), params.call.d, position,
+                                      params.added, thread % 32);
+    }
   }
-}
+};
 
 // What becomes of the scores of a lane's two rows. Keys are named by their slots.
 struct RowRules {
@@ -88,14 +115,15 @@ struct RowRules {
   float slope[2];
   int all_low, all_high;  // slots that every row sees
 
-  __device__ RowRules(const ForwardParams& call, const attn::Sequence& seq, int head_k, int row) {
+  __device__ RowRules(const DecodeParams& params, const attn::Sequence& seq, int head_k, int row) {
+    const ForwardParams& call = params.call;
     const attn::Mask mask(call.scores, seq.sq, seq.sk);
     const int last = max(seq.sq - 1, 0);
     all_low = seq.skip + mask.lowest(last);
     all_high = seq.skip + mask.highest(0);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const Row at(call, head_k, row + 8 * h);
+      const Row at(params, head_k, row + 8 * h);
       const int i = min(at.position, last);
       low[h] = seq.skip + mask.lowest(i);
       high[h] = seq.skip + mask.highest(i);
@@ -141,10 +169,11 @@ __device__ inline void decode(const DecodeParams& params) {
   using TileQ = typename Cfg::TileQ;
   using TileK = typename Cfg::TileK;
   extern __shared__ __align__(128) unsigned char storage[];
-  constexpr int kRingBytes = Cfg::kStages * KeyRing<Cfg>::kStageBytes;
-  unsigned char* scratch = storage + kRingBytes;
+  unsigned char* scratch = storage + Cfg::kStages * KeyRing<Cfg>::kStageBytes;
   auto* statistics = reinterpret_cast<float2*>(scratch + Cfg::kScratchBytes);
+  const WarpRows<Cfg> warp_rows{statistics, reinterpret_cast<float*>(scratch)};
   int* flag = reinterpret_cast<int*>(statistics + Cfg::kWarps * 16);
+  const uint32_t q = ptx::smem_address(scratch);
   const ForwardParams& call = params.call;
   const int thread = threadIdx.x;
   const int lane = thread % 32;
@@ -155,22 +184,26 @@ __device__ inline void decode(const DecodeParams& params) {
   ptx::wait_for_kernel_in_front();
   Walk<Cfg::kBlockN> walk(params);
   if (walk.left == 0) return;
+  Queries<Cfg> queries;
+  queries.load(params, walk.seq, walk.head, thread);
   KeyRing<Cfg> ring(params, walk, ptx::smem_address(storage), thread);
 #pragma unroll 1
   for (int i = 0; i < Cfg::kStages - 1; ++i) ring.start();
 
   const bool is_plain = attn::is_plain(call.scores);
   const float scale_log2 = is_plain ? call.scores.softmax_scale * attn::kLog2e : attn::kLog2e;
-  const uint32_t q = ptx::smem_address(scratch);
-  while (walk.left > 0) {
-    if (thread == 0 && !walk.is_whole()) {
-      attn::Counter{call.next_tile + walk.parts().first}.open(params.call_number);
-    }
-    load_queries<Cfg>(params, walk.seq, walk.head, q, thread);
+  for (;;) {
+    queries.store(params, walk.seq, walk.head, q, thread);
+    const bool is_whole = walk.is_whole();
+    const Parts parts = is_whole ? Parts{0, 1, 0} : walk.parts();
     __syncthreads();
+    // By a warp that has the least to do here.
+    if (!is_whole && thread == Cfg::kThreads - 1) {
+      attn::Counter{call.next_tile + parts.first}.open(params.call_number);
+    }
     typename Cfg::HeldQ held;
     held.template load<TileQ>(q, warp_row, lane);
-    const RowRules rules(call, walk.seq, walk.head, warp_row + lane / 4);
+    const RowRules rules(params, walk.seq, walk.head, warp_row + lane / 4);
     typename Cfg::AccO o;
     typename Cfg::Softmax softmax;
     o.clear();
@@ -192,9 +225,11 @@ __device__ inline void decode(const DecodeParams& params) {
       ring.pass();
     }
     __syncthreads();  // everyone is done with Q
-    finish<Cfg>(params, walk, o, softmax, scratch, statistics, flag, thread);
+    finish<Cfg>(params, walk, o, softmax, warp_rows, is_whole, parts, flag, thread);
     walk.advance(count);
-    __syncthreads();  // and with scratch
+    if (walk.left == 0) return;
+    queries.load(params, walk.seq, walk.head, thread);
+    __syncthreads();  // everyone is done with scratch
   }
 }
 

@@ -21,15 +21,15 @@ struct KeyRing {
   static constexpr int kPanels = TileK::kCols / TileK::kPanel;
   static constexpr int kStageBytes = Cfg::kKeyGroups * 2 * TileK::kBytes;
   static constexpr uint64_t kNoRow = 0;   // becomes zeros
-  static constexpr uint64_t kNewRow = 1;  // is stored by others
+  static constexpr uint64_t kNewRow = 1;  // is stored by add()
   static_assert(kLoadRows <= 16 && kLoadRows % kRowsPerPass == 0, "a lane finds one row");
 
   const DecodeParams& params;
   Walk<Cfg::kBlockN> walk;
   const int lane, warp;
-  const uint32_t smem;
+  const uint32_t smem;   // of this warp's keys in the first stage
   uint32_t read, write;  // stages, as offsets
-  int page;              // of this lane's row of the next block, as the block table has it
+  int page, in_page;     // of this lane's row of the next block, as the block table has it
 
   __device__ KeyRing(const DecodeParams& params, const Walk<Cfg::kBlockN>& walk, uint32_t smem,
                      int thread)
@@ -37,10 +37,11 @@ struct KeyRing {
         walk(walk),
         lane(thread % 32),
         warp(thread / 32),
-        smem(smem),
+        smem(smem + warp / Cfg::kRowWarps * 2 * TileK::kBytes),
         read(0),
         write(0),
-        page(0) {
+        page(0),
+        in_page(0) {
     look_up();
   }
 
@@ -49,14 +50,14 @@ struct KeyRing {
     if (walk.left > 0) {
       load();
       walk.advance(1);
-      if (walk.left > 0) look_up();
+      look_up();
     }
     ptx::cp_async_commit();
-    write = write + kStageBytes == Cfg::kStages * kStageBytes ? 0 : write + kStageBytes;
+    write = behind(write);
   }
 
   // Waits for the oldest block; the one in front of it may be overwritten from here on.
-  __device__ void wait() {
+  __device__ void wait() const {
     ptx::cp_async_wait<Cfg::kStages - 2>();
     if constexpr (Cfg::kKeyGroups == 1) {
       __syncthreads();
@@ -66,15 +67,13 @@ struct KeyRing {
   }
 
   // Where it stands, for this warp.
-  __device__ uint32_t k() const { return tile_of(read); }
-  __device__ uint32_t v() const { return tile_of(read) + TileK::kBytes; }
-  __device__ void pass() {
-    read = read + kStageBytes == Cfg::kStages * kStageBytes ? 0 : read + kStageBytes;
-  }
+  __device__ uint32_t k() const { return smem + read; }
+  __device__ uint32_t v() const { return smem + read + TileK::kBytes; }
+  __device__ void pass() { read = behind(read); }
 
  private:
-  __device__ uint32_t tile_of(uint32_t stage) const {
-    return smem + stage + warp / Cfg::kRowWarps * 2 * TileK::kBytes;
+  __device__ static uint32_t behind(uint32_t stage) {
+    return stage == (Cfg::kStages - 1) * kStageBytes ? 0 : stage + kStageBytes;
   }
 
   __device__ int first_row() const { return warp % Cfg::kRowWarps * kLoadRows; }  // of the tile
@@ -92,8 +91,10 @@ struct KeyRing {
 
   __device__ void look_up() {
     const Sequences& seqs = params.call.seqs;
-    if (seqs.block_table == nullptr || !has_slot()) return;
-    page = seqs.block_table[walk.seq.cache_row * seqs.block_table_stride + slot() / seqs.page_size];
+    if (seqs.block_table == nullptr || walk.left == 0 || !has_slot()) return;
+    const uint32_t index = static_cast<uint32_t>(slot()) / static_cast<uint32_t>(seqs.page_size);
+    in_page = slot() - index * seqs.page_size;
+    page = seqs.block_table[walk.seq.cache_row * seqs.block_table_stride + index];
   }
 
   // This lane's row: of K in the lower half of the warp, of V in the upper one.
@@ -106,7 +107,7 @@ struct KeyRing {
     int64_t at = walk.head * x.head;
     if (seqs.block_table) {
       // An index outside the cache is clamped: nothing outside it is ever read.
-      at += min(max(page, 0), seqs.num_pages - 1) * x.batch + slot() % seqs.page_size * x.row;
+      at += min(max(page, 0), seqs.num_pages - 1) * x.batch + in_page * x.row;
     } else {
       at += (seqs.cu_seqlens_k ? 0 : walk.seq.cache_row * x.batch) +
             (walk.seq.first_k - walk.seq.skip + slot()) * x.row;
@@ -116,12 +117,11 @@ struct KeyRing {
 
   __device__ void load() const {
     const uint64_t mine = find_row();
-    copy(tile_of(write), mine, 0, params.call.d);
-    copy(tile_of(write) + TileK::kBytes, mine, 16, params.call.dv);
-    if (first_slot() + kLoadRows > first_new() && first_slot() < end_slot()) {
-      const int end = min(kLoadRows, end_slot() - first_slot());
-      for (int r = max(first_new() - first_slot(), 0); r < end; ++r) add(r);
-    }
+    copy(smem + write, mine, 0, params.call.d);
+    copy(smem + write + TileK::kBytes, mine, 16, params.call.dv);
+    if (!appends(params) || !__any_sync(kAllLanes, mine == kNewRow)) return;
+    const int end = min(kLoadRows, end_slot() - first_slot());
+    for (int r = max(first_new() - first_slot(), 0); r < end; ++r) add(r);
   }
 
   // Rows whose addresses lanes [source, + kLoadRows) have.
@@ -147,23 +147,28 @@ struct KeyRing {
     const int sequence = walk.seq.index;
     const int slot = first_slot() + r;
     const int row = slot - first_new();
-    const auto add_to = [&](const Rows& cache, const Rows& rows, uint32_t tile, int width,
-                            int position) {
-      uint16_t* to = attn::cache_slot(cache, params.call.seqs, sequence, slot, walk.head);
+#pragma unroll 1
+    for (int i = 0; i < 2; ++i) {
+      const bool is_k = i == 0;
+      const int width = is_k ? params.call.d : params.call.dv;
+      const uint32_t tile = smem + write + (is_k ? 0 : TileK::kBytes);
+      uint16_t* to = attn::cache_slot(is_k ? params.call.k : params.call.v, params.call.seqs,
+                                      sequence, slot, walk.head);
       const auto put = [&](int col, uint4 x) {
         ptx::st_shared_128(tile + TileK::offset(first_row() + r, col / tile::kChunk), x);
         if (to) *reinterpret_cast<uint4*>(to + col) = x;
       };
-      const uint16_t* from = attn::row_of(rows, added.cu_seqlens, sequence, row, walk.head);
+      const uint16_t* from =
+          attn::row_of(is_k ? added.k : added.v, added.cu_seqlens, sequence, row, walk.head);
+      const int position =
+          is_k ? attn::position_of_key(added, params.call.seqs, sequence, row) : -1;
       attn::move_row<T>(put, from, width, position, added, lane);
+      // Columns behind the head dim.
       const int unused = width / tile::kChunk + lane;
       if (unused < TileK::kCols / tile::kChunk) {
         ptx::st_shared_128(tile + TileK::offset(first_row() + r, unused), make_uint4(0, 0, 0, 0));
       }
-    };
-    const int position = attn::position_of_key(added, params.call.seqs, sequence, row);
-    add_to(params.call.k, added.k, tile_of(write), params.call.d, position);
-    add_to(params.call.v, added.v, tile_of(write) + TileK::kBytes, params.call.dv, -1);
+    }
   }
 };
 

@@ -11,15 +11,15 @@ namespace flash::decode {
 struct Row {
   int position, head;
 
-  __device__ Row(const ForwardParams& call, int head_k, int index) {
-    const uint32_t group = call.hq / call.hk;
-    position = static_cast<uint32_t>(index) / group;
+  __device__ Row(const DecodeParams& params, int head_k, uint32_t index) {
+    const uint32_t group = params.group;
+    position = index * params.group_inverse >> 16;
     head = head_k * group + index - position * group;
   }
 };
 
-__device__ inline int num_rows(const ForwardParams& call, const attn::Sequence& seq) {
-  return call.hq / call.hk * seq.sq;
+__device__ inline int num_rows(const DecodeParams& params, const attn::Sequence& seq) {
+  return params.group * seq.sq;
 }
 
 // Four columns of a row that is complete.
@@ -37,19 +37,34 @@ __device__ inline void store_lse(const ForwardParams& call, const attn::Sequence
       sum == 0.0f ? attn::infinity() : (shift + ptx::lg2(sum)) * attn::kLn2;
 }
 
-// Where parts of a pair stand: a share has room for one of a pair that begins in it, and one of a
-// pair that does not.
+// Where the parts of a pair stand. Where pairs are cut anywhere, a share has two rooms: one for a
+// pair that began in front of it, then one for a pair that goes on behind it.
 struct PartRows {
   float* o;
   float2* statistics;
+  uint32_t rooms;  // of a share
+  uint32_t rows;   // of a room
+  uint32_t width;
 
-  __device__ PartRows(const ForwardParams& call, const Parts& parts, int part) {
-    const int64_t share = parts.first + part;
-    const int64_t slot = call.num_splits > 0 ? share : 2 * share + (part == 0 ? 1 : 0);
-    const int64_t row = slot * (call.hq / call.hk) * call.seqs.sq;
-    o = call.o_partial + row * call.dv;
-    statistics = reinterpret_cast<float2*>(call.lse_partial) + row;
+  __device__ PartRows(const DecodeParams& params, const Parts& parts)
+      : rooms(params.call.num_splits > 0 ? 1 : 2),
+        rows(params.group * params.call.seqs.sq),
+        width(params.call.dv) {
+    const int64_t first = static_cast<int64_t>(parts.first * rooms) * rows;
+    o = params.call.o_partial + first * width;
+    statistics = reinterpret_cast<float2*>(params.call.lse_partial) + first;
   }
+
+  // Row `row` of a part.
+  __device__ float* o_of(uint32_t part, uint32_t row) const {
+    return o + static_cast<int64_t>(room(part)) * (rows * width) + row * width;
+  }
+  __device__ float2* statistics_of(uint32_t part, uint32_t row) const {
+    return statistics + room(part) * rows + row;
+  }
+
+ private:
+  __device__ uint32_t room(uint32_t part) const { return max(part * rooms, rooms - 1); }
 };
 
 // Sums of parts whose shifts differ.
@@ -78,167 +93,139 @@ struct Sum {
 
 // Merges all parts of a pair.
 template <class Cfg>
-__device__ inline void merge_parts(const ForwardParams& call, const attn::Sequence& seq, int head_k,
-                                   const Parts& parts, int thread) {
-  constexpr int kAtOnce = 8;
-  const int quads = call.dv / 4;
-  const int rows = num_rows(call, seq);
-  for (int at = thread; at < rows * quads; at += Cfg::kThreads) {
-    const int r = at / quads;
-    const int col = at % quads * 4;
+__device__ inline void merge_parts(const DecodeParams& params, const attn::Sequence& seq,
+                                   int head_k, const Parts& parts, int thread) {
+  constexpr int kAtOnce = 16;
+  constexpr int kQuads = Cfg::kHeadDim / 4;
+  const ForwardParams& call = params.call;
+  const PartRows from(params, parts);
+  const int rows = num_rows(params, seq);
+  for (int at = thread; at < rows * kQuads; at += Cfg::kThreads) {
+    const int r = at / kQuads;
+    const int col = at % kQuads * 4;
+    if (col >= call.dv) continue;
     Sum total;
+#pragma unroll 1
     for (int first = 0; first < parts.count; first += kAtOnce) {
       float2 statistics[kAtOnce];
       float4 x[kAtOnce];
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) {
-        const PartRows from(call, parts, min(first + i, parts.count - 1));
-        statistics[i] = from.statistics[r];
-        x[i] = *reinterpret_cast<const float4*>(from.o + static_cast<int64_t>(r) * call.dv + col);
+        const int part = min(first + i, parts.count - 1);
+        statistics[i] = *from.statistics_of(part, r);
+        x[i] = *reinterpret_cast<const float4*>(from.o_of(part, r) + col);
       }
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) {
         if (first + i < parts.count) total.add(statistics[i], x[i]);
       }
     }
-    const Row row(call, head_k, r);
+    const Row row(params, head_k, r);
     store<typename Cfg::T>(call, seq, row, col, total.normalised());
     if (col == 0) store_lse(call, seq, row, total.shift, total.sum);
   }
 }
 
-// Statistics of the rows of all warps, in shared memory.
+// What warps have of a pair, in shared memory: their rows' statistics, and eight rows of O at a
+// time.
 template <class Cfg>
-struct Statistics {
-  float2* of;  // [kWarps][16]
-
-  // A row's largest shift, and its sum, over the warps with other keys.
-  __device__ float2 merged(int row) const {
-    const int warp = row / 16;
-    float2 all = of[warp * 16 + row % 16];
-#pragma unroll
-    for (int group = 1; group < Cfg::kKeyGroups; ++group) {
-      const float2 x = of[(group * Cfg::kRowWarps + warp) * 16 + row % 16];
-      const float to = fmaxf(all.x, x.x);
-      all.y = all.y * ptx::ex2(all.x - to) + x.y * ptx::ex2(x.x - to);
-      all.x = to;
-    }
-    return all;
-  }
-};
-
-// O of all warps, a panel of columns at a time, in shared memory: [kWarps * 16][kCols] floats.
-template <class Cfg>
-struct Panel {
-  static constexpr int kCols = Cfg::TileQ::kPanel;
-  float* at;
+struct WarpRows {
+  float2* statistics;  // [kWarps][16]
+  float* o;            // [kWarps][8][kHeadDim]
 
   // Groups of eight columns change places, so that four rows meet no bank conflict.
-  __device__ float* entry(int row, int col) const {
-    return at + row * kCols + (col ^ (row & 3) * 8);
+  __device__ float* entry(int warp, int row, int col) const {
+    return o + (warp * 8 + row) * Cfg::kHeadDim + (col ^ (row & 3) * 8);
   }
 
-  __device__ void put(const typename Cfg::AccO& o, const float (&factor)[2], int panel, int warp,
+  // Rows [8 half, + 8) of this warp's 16.
+  template <int half>
+  __device__ void put(const typename Cfg::AccO& acc, const typename Cfg::Softmax& softmax, int warp,
                       int lane) const {
+    const int row = lane / 4;
 #pragma unroll
-    for (int p = 0; p < Cfg::kHeadDim / kCols; ++p) {
-      if (p != panel) continue;
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-#pragma unroll
-        for (int n = 0; n < kCols / 8; ++n) {
-          const float(&x)[4] = o.c[0][p * (kCols / 8) + n];
-          *reinterpret_cast<float2*>(entry(warp * 16 + 8 * h + lane / 4, 8 * n + lane % 4 * 2)) =
-              make_float2(x[2 * h] * factor[h], x[2 * h + 1] * factor[h]);
-        }
-      }
+    for (int n = 0; n < Cfg::kHeadDim / 8; ++n) {
+      *reinterpret_cast<float2*>(entry(warp, row, 8 * n + lane % 4 * 2)) =
+          make_float2(acc.c[0][n][2 * half], acc.c[0][n][2 * half + 1]);
+    }
+    if (lane % 4 == 0) {
+      statistics[warp * 16 + 8 * half + row] =
+          make_float2(softmax.shift[0][half], softmax.sum[0][half]);
     }
   }
 
-  // Four columns of a row, over the warps with other keys.
-  __device__ float4 sum(int row, int col) const {
-    float4 all = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+  // Four columns of a row of the tile, over the warps with other keys.
+  __device__ Sum sum(int row, int col) const {
+    Sum total;
 #pragma unroll
     for (int group = 0; group < Cfg::kKeyGroups; ++group) {
-      const float4 x = *reinterpret_cast<const float4*>(entry(group * Cfg::kRows + row, col));
-      all.x += x.x;
-      all.y += x.y;
-      all.z += x.z;
-      all.w += x.w;
+      const int warp = group * Cfg::kRowWarps + row / 16;
+      total.add(statistics[warp * 16 + row % 16],
+                *reinterpret_cast<const float4*>(entry(warp, row % 8, col)));
     }
-    return all;
+    return total;
   }
 };
+
+// Eight rows of every warp leave: as results, or as a part of them.
+template <class Cfg, int half>
+__device__ inline void finish_rows(const DecodeParams& params, const Walk<Cfg::kBlockN>& walk,
+                                   const WarpRows<Cfg>& from, bool is_whole, const Parts& parts,
+                                   int rows, int thread) {
+  constexpr int kQuads = Cfg::kHeadDim / 4;
+  const ForwardParams& call = params.call;
+  for (int at = thread; at < Cfg::kRowWarps * 8 * kQuads; at += Cfg::kThreads) {
+    const int col = at % kQuads * 4;
+    const int r = at / kQuads / 8 * 16 + 8 * half + at / kQuads % 8;
+    if (r >= rows || col >= call.dv) continue;
+    const Sum total = from.sum(r, col);
+    if (is_whole) {
+      const Row row(params, walk.head, r);
+      store<typename Cfg::T>(call, walk.seq, row, col, total.normalised());
+      if (col == 0) store_lse(call, walk.seq, row, total.shift, total.sum);
+    } else {
+      const PartRows to(params, parts);
+      *reinterpret_cast<float4*>(to.o_of(parts.index, r) + col) = total.o;
+      if (col == 0) *to.statistics_of(parts.index, r) = make_float2(total.shift, total.sum);
+    }
+  }
+}
 
 // What the CTA has of a pair leaves: as results if that is all of it, else as a part, and the last
 // part that comes makes results of all. Everyone is done with scratch.
 template <class Cfg>
 __device__ inline void finish(const DecodeParams& params, const Walk<Cfg::kBlockN>& walk,
                               const typename Cfg::AccO& o, typename Cfg::Softmax& softmax,
-                              void* scratch, float2* statistics, int* flag, int thread) {
-  const ForwardParams& call = params.call;
-  const Statistics<Cfg> stats{statistics};
-  const Panel<Cfg> buffer{static_cast<float*>(scratch)};
-  const int warp = thread / 32;
-  const int lane = thread % 32;
-  const int rows = num_rows(call, walk.seq);
-  const bool is_whole = walk.is_whole();
-  const Parts parts = is_whole ? Parts{0, 1, 0} : walk.parts();
+                              const WarpRows<Cfg>& scratch, bool is_whole, const Parts& parts,
+                              int* flag, int thread) {
+  const int rows = num_rows(params, walk.seq);
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     softmax.sum[0][h] += __shfl_xor_sync(kAllLanes, softmax.sum[0][h], 1);
     softmax.sum[0][h] += __shfl_xor_sync(kAllLanes, softmax.sum[0][h], 2);
-    if (lane % 4 == 0) {
-      stats.of[warp * 16 + 8 * h + lane / 4] = make_float2(softmax.shift[0][h], softmax.sum[0][h]);
-    }
   }
+  scratch.template put<0>(o, softmax, thread / 32, thread % 32);
   __syncthreads();
-  float factor[2];
-#pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    const float2 all = stats.merged(warp % Cfg::kRowWarps * 16 + 8 * h + lane / 4);
-    factor[h] = ptx::ex2(softmax.shift[0][h] - all.x);
-    if (is_whole) factor[h] = all.y == 0.0f ? 0.0f : __fdividef(factor[h], all.y);
-  }
-  constexpr int kQuads = Panel<Cfg>::kCols / 4;
-  for (int panel = 0; panel * Panel<Cfg>::kCols < call.dv; ++panel) {
-    if (panel > 0) __syncthreads();
-    buffer.put(o, factor, panel, warp, lane);
+  finish_rows<Cfg, 0>(params, walk, scratch, is_whole, parts, rows, thread);
+  if (rows > 8) {
     __syncthreads();
-    const int col = panel * Panel<Cfg>::kCols + thread % kQuads * 4;
-    for (int r = thread / kQuads; r < rows; r += Cfg::kThreads / kQuads) {
-      if (col >= call.dv) continue;
-      const float4 x = buffer.sum(r, thread % kQuads * 4);
-      const Row row(call, walk.head, r);
-      if (is_whole) {
-        store<typename Cfg::T>(call, walk.seq, row, col, x);
-      } else {
-        const PartRows to(call, parts, parts.index);
-        *reinterpret_cast<float4*>(to.o + static_cast<int64_t>(r) * call.dv + col) = x;
-      }
-      if (col == 0) {
-        const float2 all = stats.merged(r);
-        if (is_whole) {
-          store_lse(call, walk.seq, row, all.x, all.y);
-        } else {
-          PartRows(call, parts, parts.index).statistics[r] = all;
-        }
-      }
-    }
+    scratch.template put<1>(o, softmax, thread / 32, thread % 32);
+    __syncthreads();
+    finish_rows<Cfg, 1>(params, walk, scratch, is_whole, parts, rows, thread);
   }
   if (is_whole) return;
-  const attn::Counter counter{call.next_tile + parts.first};
+  const attn::Counter counter{params.call.next_tile + parts.first};
   __syncthreads();
   if (thread == 0) {
     ptx::fence();
-    *flag = static_cast<int>(counter.count()) + 1 == parts.count;
-    ptx::fence();
+    const bool is_last = static_cast<int>(counter.count()) + 1 == parts.count;
+    if (is_last) ptx::fence();
+    *flag = is_last;
   }
   __syncthreads();
-  if (*flag) {
-    merge_parts<Cfg>(call, walk.seq, walk.head, parts, thread);
-    if (thread == 0) counter.close();
-  }
+  if (*flag == 0) return;
+  merge_parts<Cfg>(params, walk.seq, walk.head, parts, thread);
+  if (thread == 0) counter.close();
 }
 
 }  // namespace flash::decode

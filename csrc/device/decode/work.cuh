@@ -7,6 +7,7 @@
 
 #include "attn/mask.cuh"
 #include "attn/sequence.cuh"
+#include "ptx/memory.cuh"
 
 namespace flash::decode {
 
@@ -17,6 +18,8 @@ __device__ inline bool appends(const DecodeParams& params) { return params.added
 // Slots of the cache that a sequence's queries see, or that its new keys fill, in blocks.
 struct Span {
   int begin, end;
+
+  __device__ Span() {}
 
   __device__ Span(const DecodeParams& params, const attn::Sequence& seq, int block_n) {
     const attn::Mask mask(params.call.scores, seq.sq, seq.sk);
@@ -36,21 +39,28 @@ struct Span {
     if (end == begin && seq.sq > 0) ++end;
   }
 
-  __device__ int size() const { return end - begin; }
+  __device__ uint32_t size() const { return end - begin; }
 };
 
-// The first `extra` of `num` shares have one block more than the others.
+// Equal shares: the first `extra` have one block more than the others.
 struct Deal {
-  int num, each, extra;
+  uint32_t num, each, extra;
 
-  __device__ Deal(int num_ctas, int num_blocks)
-      : num(min(num_ctas, max(num_blocks, 1))), each(num_blocks / num), extra(num_blocks % num) {}
+  __device__ Deal() {}
 
-  __device__ int first_of(int share) const { return share * each + min(share, extra); }
+  __device__ Deal(uint32_t num_ctas, uint32_t num_blocks)
+      : num(min(num_ctas, num_blocks)), each(1), extra(0) {
+    if (num_blocks <= num_ctas) return;
+    each = num_blocks / num;
+    extra = num_blocks - each * num;
+  }
+
+  __device__ uint32_t first_of(uint32_t share) const { return share * each + min(share, extra); }
 
   // Who has a block.
-  __device__ int owner_of(int block) const {
-    const int in_front = extra * (each + 1);
+  __device__ uint32_t owner_of(uint32_t block) const {
+    if (each == 1 && extra == 0) return block;
+    const uint32_t in_front = extra * (each + 1);
     return block < in_front ? block / (each + 1) : extra + (block - in_front) / each;
   }
 };
@@ -72,39 +82,34 @@ struct Walk {
   int block;  // the next one, of those of the pair
   int left;   // blocks of the share from there on
   Deal deal;
-  int index;  // of the pair's first block in the line
+  uint32_t index;  // of the pair's first block in the line
 
-  __device__ explicit Walk(const DecodeParams& params)
-      : params(params),
-        seq(params.call.seqs, 0),
-        span(params, seq, kBlockN),
-        head(0),
-        block(0),
-        left(0),
-        deal(1, 0),
-        index(0) {
+  __device__ explicit Walk(const DecodeParams& params) : params(params), left(0) {
+    const uint32_t share = blockIdx.x;
     if (params.call.num_splits > 0) {
-      take_split();
+      take_split(share);
     } else {
-      take_share();
+      take_share(share);
     }
   }
 
   // Blocks of the pair that are in the share.
   __device__ int here() const { return min(left, span.end - block); }
 
-  __device__ bool is_whole() const { return here() == span.size(); }
+  __device__ bool is_whole() const { return here() == static_cast<int>(span.size()); }
 
   __device__ Parts parts() const {
-    const int splits = params.call.num_splits;
+    const uint32_t splits = params.call.num_splits;
+    const uint32_t share = blockIdx.x;
     if (splits > 0) {
-      const int each = (span.size() + splits - 1) / splits;
+      const uint32_t each = (span.size() + splits - 1) / splits;
       const int split = (block - span.begin) / each;
-      return {static_cast<int>(blockIdx.x) - split, (span.size() + each - 1) / each, split};
+      return {static_cast<int>(share) - split, static_cast<int>((span.size() + each - 1) / each),
+              split};
     }
     const int first = deal.owner_of(index);
     const int last = deal.owner_of(index + span.size() - 1);
-    return {first, last - first + 1, static_cast<int>(blockIdx.x) - first};
+    return {first, last - first + 1, static_cast<int>(share) - first};
   }
 
   // Behind `count` blocks of the pair, which are all of them or the last of the share.
@@ -128,61 +133,64 @@ struct Walk {
     span = Span(params, seq, kBlockN);
   }
 
-  // Blocks of one head.
-  __device__ int blocks_of(int sequence) const {
-    const attn::Sequence it(params.call.seqs, sequence);
-    return Span(params, it, kBlockN).size();
-  }
-
   // One of num_splits parts of a pair.
-  __device__ void take_split() {
-    const int splits = params.call.num_splits;
-    const int pair = blockIdx.x / splits;
-    const int split = blockIdx.x % splits;
-    head = pair % params.call.hk;
-    find(pair / params.call.hk);
-    const int each = (span.size() + splits - 1) / splits;
-    block = span.begin + split * each;
-    left = max(min(each, span.end - block), 0);
+  __device__ void take_split(uint32_t share) {
+    const uint32_t splits = params.call.num_splits;
+    const uint32_t pair = share / splits;
+    const uint32_t sequence = pair / params.call.hk;
+    head = pair - sequence * params.call.hk;
+    find(sequence);
+    const uint32_t each = (span.size() + splits - 1) / splits;
+    block = span.begin + (share - pair * splits) * each;
+    left = max(min(static_cast<int>(each), span.end - block), 0);
   }
 
-  // Every warp does the same, a sequence a lane.
-  __device__ void take_share() {
+  // Blocks of the sequence's pairs.
+  __device__ uint32_t num_blocks() const { return span.size() * params.call.hk; }
+
+  // Every warp does the same: each lane counts the blocks of a few sequences, in their order.
+  __device__ void take_share(uint32_t share) {
     const int b = params.call.seqs.b;
     const int lane = threadIdx.x % 32;
-    int total = 0;
-#pragma unroll 4
-    for (int i = lane; i < b; i += 32) total += blocks_of(i);
-#pragma unroll
-    for (int step = 1; step < 32; step *= 2) total += __shfl_xor_sync(kAllLanes, total, step);
-    deal = Deal(gridDim.x, total * params.call.hk);
-    const int share = blockIdx.x;
-    const int first = deal.first_of(share);
-    left = share < deal.num ? deal.first_of(share + 1) - first : 0;
-    if (left == 0) return;
-    // The sequence that has the share's first block.
-    int sequence = lane;
-    int behind = 0;  // blocks up to this lane's sequence and with it
-    uint32_t found = 0;
-    for (;; sequence += 32) {
-      int sum = sequence < b ? blocks_of(sequence) * params.call.hk : 0;
-#pragma unroll
-      for (int step = 1; step < 32; step *= 2) {
-        const int other = __shfl_up_sync(kAllLanes, sum, step);
-        if (lane >= step) sum += other;
-      }
-      behind += sum;
-      found = __ballot_sync(kAllLanes, behind > first);
-      if (found != 0) break;
-      behind = __shfl_sync(kAllLanes, behind, 31);
+    const int each = (b + 31) / 32;
+    uint32_t mine = 0;
+    for (int i = lane * each; i < min(b, (lane + 1) * each); ++i) {
+      find(i);
+      mine += num_blocks();
     }
-    const int source = __ffs(found) - 1;
-    find(__shfl_sync(kAllLanes, sequence, source));
-    const int size = span.size();
-    const int at = first - (__shfl_sync(kAllLanes, behind, source) - size * params.call.hk);
-    head = at / size;
-    block = span.begin + at % size;
-    index = first - at % size;
+    uint32_t up_to_here = mine;
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) {
+      const uint32_t other = __shfl_up_sync(kAllLanes, up_to_here, step);
+      if (lane >= step) up_to_here += other;
+    }
+    deal = Deal(gridDim.x, __shfl_sync(kAllLanes, up_to_here, 31));
+    if (share >= deal.num) return;
+    const uint32_t first = deal.first_of(share);
+    left = deal.first_of(share + 1) - first;
+    const int source = __ffs(__ballot_sync(kAllLanes, up_to_here > first)) - 1;
+    uint32_t in_front = __shfl_sync(kAllLanes, up_to_here - mine, source);
+    if (each == 1) {
+      take_from(source);
+    } else {
+      for (find(source * each); in_front + num_blocks() <= first; find(seq.index + 1)) {
+        in_front += num_blocks();
+      }
+    }
+    head = (first - in_front) / span.size();
+    const uint32_t of_head = first - in_front - head * span.size();
+    block = span.begin + of_head;
+    index = first - of_head;
+  }
+
+  // The sequence that lane `source` has found.
+  __device__ void take_from(int source) {
+    seq.index = source;
+    seq.first_q = __shfl_sync(kAllLanes, seq.first_q, source);
+    seq.first_k = __shfl_sync(kAllLanes, seq.first_k, source);
+    for (int* x : {&seq.cache_row, &seq.sq, &seq.sk, &seq.skip, &span.begin, &span.end}) {
+      *x = __shfl_sync(kAllLanes, *x, source);
+    }
   }
 };
 
