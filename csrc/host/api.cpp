@@ -208,7 +208,7 @@ bool append(const Call& call, const AppendParams& params) {
 
 void plan_decode(const Shape& shape, const Device& on, ForwardParams* params,
                  FlashWorkspace* workspace) {
-  workspace->decodes = true;
+  workspace->decodes = 1;
   if (params->num_splits != 0)
     params->num_splits = limit_splits(params->num_splits, *params, shape);
   if (params->num_splits == 1) return;

@@ -39,8 +39,7 @@ struct FlashWorkspace {
   int64_t statistics;
   int64_t turns;      // of 4 bytes each
   int64_t next_tile;  // at a multiple of 8 bytes
-  // Whether flash_decode() is to run the call, which has few queries and many keys.
-  bool decodes;
+  int64_t decodes;    // 1: the call has few queries, and flash_decode() is to run it
 };
 
 FLASH_API const char* flash_last_error();

@@ -24,7 +24,7 @@ struct Shape {
   int block_n;
   int threads;
   int smem_bytes;
-  int box_m;  // rows in one copy of Q, forward, or of dK, by TMA; 0: there are no tensor maps
+  int box_m;     // rows in one copy of Q, forward, or of dK, by TMA; 0: there are no tensor maps
   int ctas = 0;  // an SM, of kernels whose CTAs have shares of the work
 };
 

@@ -118,7 +118,7 @@ ForwardResult run(Forward& call) {
   params.v = rows_of(v.tensor());
   const NewRows added = new_rows_of(&call.append, call.scores.mask);
   if (call.append.k) {
-    if (!workspace.decodes) rotated = append_rows(call, params, added, stream);
+    if (workspace.decodes == 0) rotated = append_rows(call, params, added, stream);
     params.seqs.cu_seqlens_k_new = added.cu_seqlens;
     params.seqs.sk_new = added.cu_seqlens == nullptr ? added.count : 0;
   }
@@ -148,7 +148,7 @@ ForwardResult run(Forward& call) {
     params.o_partial = pointer<float>(o_partial);
     params.lse_partial = pointer<float>(lse_partial);
   }
-  if (workspace.decodes) {
+  if (workspace.decodes != 0) {
     DecodeParams with_rows = {};
     with_rows.call = params;
     with_rows.added = added;
