@@ -117,14 +117,23 @@ struct KeyRing {
 
   __device__ void load() const {
     const uint64_t mine = find_row();
-    copy(smem + write, mine, 0, params.call.d);
-    copy(smem + write + TileK::kBytes, mine, 16, params.call.dv);
-    if (!appends(params) || !__any_sync(kAllLanes, mine == kNewRow)) return;
+    const bool is_there = mine > kNewRow || lane % 16 >= kLoadRows;
+    const bool is_full = params.call.d == TileK::kCols && params.call.dv == TileK::kCols &&
+                         __all_sync(kAllLanes, is_there);
+    if (is_full) {
+      copy<true>(smem + write, mine, 0, TileK::kCols);
+      copy<true>(smem + write + TileK::kBytes, mine, 16, TileK::kCols);
+      return;
+    }
+    copy<false>(smem + write, mine, 0, params.call.d);
+    copy<false>(smem + write + TileK::kBytes, mine, 16, params.call.dv);
+    if (!__any_sync(kAllLanes, mine == kNewRow)) return;
     const int end = min(kLoadRows, end_slot() - first_slot());
     for (int r = max(first_new() - first_slot(), 0); r < end; ++r) add(r);
   }
 
-  // Rows whose addresses lanes [source, + kLoadRows) have.
+  // Rows whose addresses lanes [source, + kLoadRows) have. Full: all of them are there.
+  template <bool is_full>
   __device__ void copy(uint32_t tile, uint64_t mine, int source, int num_cols) const {
     const int col = lane % TileK::kPanelChunks * tile::kChunk;
 #pragma unroll
@@ -134,9 +143,11 @@ struct KeyRing {
       const uint32_t to = tile + TileK::offset(first_row() + r, lane % TileK::kPanelChunks);
 #pragma unroll
       for (int panel = 0; panel < kPanels; ++panel) {
-        const bool valid = from != kNoRow && col + panel * TileK::kPanel < num_cols;
         const auto* chunk = reinterpret_cast<const uint16_t*>(from) + col + panel * TileK::kPanel;
-        if (from != kNewRow) ptx::cp_async_16(to + panel * TileK::kPanelBytes, chunk, valid);
+        const bool valid = is_full || (from != kNoRow && col + panel * TileK::kPanel < num_cols);
+        if (is_full || from != kNewRow) {
+          ptx::cp_async_16(to + panel * TileK::kPanelBytes, chunk, valid);
+        }
       }
     }
   }

@@ -162,3 +162,4 @@ inline uint32_t __ballot_sync(uint32_t, bool x) {
   return votes;
 }
 inline bool __any_sync(uint32_t mask, bool x) { return __ballot_sync(mask, x) != 0; }
+inline bool __all_sync(uint32_t mask, bool x) { return __ballot_sync(mask, x) == mask; }
