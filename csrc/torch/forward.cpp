@@ -126,12 +126,13 @@ ForwardResult run(Forward& call) {
   const Tensor& q = other_q ? other_q : call.q;
   const int64_t dv = call.v.size(-1);
   Written out(call.out, call.q, dv);
-  Lse made = make_lse(call, workspace.next_tile);
+  // Floats behind the log-sum-exp would keep the parts of a decode call alive with it.
+  Lse made = make_lse(call, workspace.decodes != 0 ? 0 : workspace.next_tile);
   ForwardResult result = {Tensor(), std::move(made.lse), Tensor()};
   params.q = rows_of(q);
   params.o = rows_of(out.tensor());
   params.lse = pointer<float>(result.softmax_lse);
-  if (workspace.next_tile > 0) params.next_tile = reinterpret_cast<uint64_t*>(made.scratch);
+  if (made.scratch != nullptr) params.next_tile = reinterpret_cast<uint64_t*>(made.scratch);
   params.lse_head = result.softmax_lse.stride(-2);
   params.lse_batch = call.is_packed_q() ? 0 : result.softmax_lse.stride(0);
   if (call.return_softmax) {
@@ -140,13 +141,16 @@ ForwardResult run(Forward& call) {
     params.s_dmask_rows = static_cast<int32_t>(result.s_dmask.size(2));
     params.s_dmask_cols = static_cast<int32_t>(result.s_dmask.size(3));
   }
-  Tensor o_partial;
-  Tensor lse_partial;
+  Tensor parts;
   if (workspace.o_partial > 0) {
-    o_partial = empty({workspace.o_partial}, Dtype::kFloat, q);
-    lse_partial = empty({workspace.lse_partial}, Dtype::kFloat, q);
-    params.o_partial = pointer<float>(o_partial);
-    params.lse_partial = pointer<float>(lse_partial);
+    // An allocation costs a microsecond: one for all.
+    const int64_t counters = workspace.decodes != 0 ? workspace.next_tile : 0;
+    parts = empty({workspace.o_partial + workspace.lse_partial + counters}, Dtype::kFloat, q);
+    params.o_partial = pointer<float>(parts);
+    params.lse_partial = params.o_partial + workspace.o_partial;
+    if (counters > 0) {
+      params.next_tile = reinterpret_cast<uint64_t*>(params.lse_partial + workspace.lse_partial);
+    }
   }
   if (workspace.decodes != 0) {
     DecodeParams with_rows = {};

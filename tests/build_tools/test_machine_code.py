@@ -55,6 +55,7 @@ MUST_HAVE = {
     "combine": (LOAD,),
     "s_dmask": (PRODUCT,),
     "fill": (STORE,),
+    "decode": (PRODUCT, COPY, FRAGMENT, LOAD, STORE),
 }
 ARITHMETIC = r"HMMA|FADD|FFMA|FMUL|MUFU|F2|LDGSTS|LDSM|REDG?\."
 # Copies of other sizes: the backward pass brings 4-byte row statistics too.

@@ -39,7 +39,9 @@ struct Config {
   static constexpr int kRowWarps = kRows / 16;             // warps with the same keys
   static constexpr int kKeyGroups = kWarps / kRowWarps;    // of warps with the same rows
   static constexpr int kGroupKeys = kBlockN / kKeyGroups;  // of a block
-  static constexpr int kHeld = kHeadDim <= 128 ? kHeadDim / 16 : 0;
+  // Steps of Q that stay in registers, where there are some.
+  static constexpr int kHeld = kRows == 16 && kHeadDim <= 128 ? kHeadDim / 16 : 0;
+  static constexpr bool kLoadsEarly = kHeadDim <= 128;  // Q of the next pair
   static_assert(kRowWarps == 1 || kKeyGroups == 1, "warps share either rows or keys");
   using TileQ = tile::SmemTile<kRows, kHeadDim>;
   using TileK = tile::SmemTile<kGroupKeys, kHeadDim>;
@@ -55,7 +57,7 @@ struct Queries {
   using TileQ = typename Cfg::TileQ;
   static constexpr int kChunks = TileQ::kCols / tile::kChunk;
   static constexpr int kMine = TileQ::kRows * kChunks / Cfg::kThreads;  // chunks of a thread
-  static constexpr int kAtOnce = kMine < 4 ? kMine : 4;
+  static constexpr int kAtOnce = Cfg::kHeadDim > 128 ? 2 : kMine < 4 ? kMine : 4;
   uint4 x[kAtOnce];
 
   __device__ static const uint16_t* row(const DecodeParams& params, const attn::Sequence& seq,
@@ -163,6 +165,16 @@ struct RowRules {
   }
 };
 
+// Brings all parameters to this multiprocessor at once. Each line of them that is met on the way
+// would cost a trip to L2.
+__device__ inline void fetch(const DecodeParams& params, int lane) {
+  constexpr int kLine = 64;
+  constexpr int kLines = (sizeof(DecodeParams) + kLine - 1) / kLine;
+  static_assert(kLines <= 32, "a lane takes a line");
+  const auto* words = reinterpret_cast<const uint32_t*>(&params);
+  ptx::touch(words[min(lane, kLines - 1) * (kLine / 4)]);
+}
+
 template <class Cfg>
 __device__ inline void decode(const DecodeParams& params) {
   using T = typename Cfg::T;
@@ -181,14 +193,17 @@ __device__ inline void decode(const DecodeParams& params) {
   const int warp_key = thread / 32 / Cfg::kRowWarps * Cfg::kGroupKeys;
 
   ptx::let_kernel_behind_begin();
+  fetch(params, lane);
   ptx::wait_for_kernel_in_front();
   Walk<Cfg::kBlockN> walk(params);
   if (walk.left == 0) return;
-  Queries<Cfg> queries;
-  queries.load(params, walk.seq, walk.head, thread);
   KeyRing<Cfg> ring(params, walk, ptx::smem_address(storage), thread);
+  Queries<Cfg> queries;
 #pragma unroll 1
-  for (int i = 0; i < Cfg::kStages - 1; ++i) ring.start();
+  for (int i = 0; i < Cfg::kStages - 1; ++i) {
+    ring.start();
+    if (i == 0) queries.load(params, walk.seq, walk.head, thread);
+  }
 
   const bool is_plain = attn::is_plain(call.scores);
   const float scale_log2 = is_plain ? call.scores.softmax_scale * attn::kLog2e : attn::kLog2e;
@@ -225,10 +240,14 @@ __device__ inline void decode(const DecodeParams& params) {
       ring.pass();
     }
     __syncthreads();  // everyone is done with Q
-    finish<Cfg>(params, walk, o, softmax, warp_rows, is_whole, parts, flag, thread);
+    const attn::Sequence seq = walk.seq;
+    const int head = walk.head;
     walk.advance(count);
-    if (walk.left == 0) return;
-    queries.load(params, walk.seq, walk.head, thread);
+    const bool is_last = walk.left == 0;
+    if (Cfg::kLoadsEarly && !is_last) queries.load(params, walk.seq, walk.head, thread);
+    finish<Cfg>(params, seq, head, o, softmax, warp_rows, is_whole, parts, flag, thread);
+    if (is_last) return;
+    if (!Cfg::kLoadsEarly) queries.load(params, walk.seq, walk.head, thread);
     __syncthreads();  // everyone is done with scratch
   }
 }

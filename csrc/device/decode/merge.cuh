@@ -67,22 +67,31 @@ struct PartRows {
   __device__ uint32_t room(uint32_t part) const { return max(part * rooms, rooms - 1); }
 };
 
-// Sums of parts whose shifts differ.
+// A sum of parts whose shifts differ.
 struct Sum {
   float shift = attn::kLowestShift;
   float sum = 0.0f;
   float4 o = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
 
-  __device__ void add(float2 statistics, float4 x) {
-    const float to = fmaxf(shift, statistics.x);
+  // Several parts at once: their exponentials do not wait for one another.
+  template <int kParts>
+  __device__ void add(const float2 (&statistics)[kParts], const float4 (&x)[kParts]) {
+    float to = shift;
+#pragma unroll
+    for (int i = 0; i < kParts; ++i) to = fmaxf(to, statistics[i].x);
     const float kept = ptx::ex2(shift - to);
-    const float weight = ptx::ex2(statistics.x - to);
     shift = to;
-    sum = sum * kept + statistics.y * weight;
-    o.x = o.x * kept + x.x * weight;
-    o.y = o.y * kept + x.y * weight;
-    o.z = o.z * kept + x.z * weight;
-    o.w = o.w * kept + x.w * weight;
+    sum *= kept;
+    o = make_float4(o.x * kept, o.y * kept, o.z * kept, o.w * kept);
+#pragma unroll
+    for (int i = 0; i < kParts; ++i) {
+      const float weight = ptx::ex2(statistics[i].x - to);
+      sum += statistics[i].y * weight;
+      o.x += x[i].x * weight;
+      o.y += x[i].y * weight;
+      o.z += x[i].z * weight;
+      o.w += x[i].w * weight;
+    }
   }
 
   __device__ float4 normalised() const {
@@ -111,14 +120,13 @@ __device__ inline void merge_parts(const DecodeParams& params, const attn::Seque
       float4 x[kAtOnce];
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) {
+        // Behind the last one it counts as a part without keys.
         const int part = min(first + i, parts.count - 1);
-        statistics[i] = *from.statistics_of(part, r);
+        statistics[i] = make_float2(attn::kLowestShift, 0.0f);
+        if (first + i < parts.count) statistics[i] = *from.statistics_of(part, r);
         x[i] = *reinterpret_cast<const float4*>(from.o_of(part, r) + col);
       }
-#pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
-        if (first + i < parts.count) total.add(statistics[i], x[i]);
-      }
+      total.add(statistics, x);
     }
     const Row row(params, head_k, r);
     store<typename Cfg::T>(call, seq, row, col, total.normalised());
@@ -156,22 +164,25 @@ struct WarpRows {
 
   // Four columns of a row of the tile, over the warps with other keys.
   __device__ Sum sum(int row, int col) const {
-    Sum total;
+    float2 of_warp[Cfg::kKeyGroups];
+    float4 x[Cfg::kKeyGroups];
 #pragma unroll
     for (int group = 0; group < Cfg::kKeyGroups; ++group) {
       const int warp = group * Cfg::kRowWarps + row / 16;
-      total.add(statistics[warp * 16 + row % 16],
-                *reinterpret_cast<const float4*>(entry(warp, row % 8, col)));
+      of_warp[group] = statistics[warp * 16 + row % 16];
+      x[group] = *reinterpret_cast<const float4*>(entry(warp, row % 8, col));
     }
+    Sum total;
+    total.add(of_warp, x);
     return total;
   }
 };
 
 // Eight rows of every warp leave: as results, or as a part of them.
 template <class Cfg, int half>
-__device__ inline void finish_rows(const DecodeParams& params, const Walk<Cfg::kBlockN>& walk,
-                                   const WarpRows<Cfg>& from, bool is_whole, const Parts& parts,
-                                   int rows, int thread) {
+__device__ inline void finish_rows(const DecodeParams& params, const attn::Sequence& seq,
+                                   int head_k, const WarpRows<Cfg>& from, bool is_whole,
+                                   const Parts& parts, int rows, int thread) {
   constexpr int kQuads = Cfg::kHeadDim / 4;
   const ForwardParams& call = params.call;
   for (int at = thread; at < Cfg::kRowWarps * 8 * kQuads; at += Cfg::kThreads) {
@@ -180,9 +191,9 @@ __device__ inline void finish_rows(const DecodeParams& params, const Walk<Cfg::k
     if (r >= rows || col >= call.dv) continue;
     const Sum total = from.sum(r, col);
     if (is_whole) {
-      const Row row(params, walk.head, r);
-      store<typename Cfg::T>(call, walk.seq, row, col, total.normalised());
-      if (col == 0) store_lse(call, walk.seq, row, total.shift, total.sum);
+      const Row row(params, head_k, r);
+      store<typename Cfg::T>(call, seq, row, col, total.normalised());
+      if (col == 0) store_lse(call, seq, row, total.shift, total.sum);
     } else {
       const PartRows to(params, parts);
       *reinterpret_cast<float4*>(to.o_of(parts.index, r) + col) = total.o;
@@ -194,11 +205,11 @@ __device__ inline void finish_rows(const DecodeParams& params, const Walk<Cfg::k
 // What the CTA has of a pair leaves: as results if that is all of it, else as a part, and the last
 // part that comes makes results of all. Everyone is done with scratch.
 template <class Cfg>
-__device__ inline void finish(const DecodeParams& params, const Walk<Cfg::kBlockN>& walk,
+__device__ inline void finish(const DecodeParams& params, const attn::Sequence& seq, int head_k,
                               const typename Cfg::AccO& o, typename Cfg::Softmax& softmax,
                               const WarpRows<Cfg>& scratch, bool is_whole, const Parts& parts,
                               int* flag, int thread) {
-  const int rows = num_rows(params, walk.seq);
+  const int rows = num_rows(params, seq);
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     softmax.sum[0][h] += __shfl_xor_sync(kAllLanes, softmax.sum[0][h], 1);
@@ -206,12 +217,12 @@ __device__ inline void finish(const DecodeParams& params, const Walk<Cfg::kBlock
   }
   scratch.template put<0>(o, softmax, thread / 32, thread % 32);
   __syncthreads();
-  finish_rows<Cfg, 0>(params, walk, scratch, is_whole, parts, rows, thread);
+  finish_rows<Cfg, 0>(params, seq, head_k, scratch, is_whole, parts, rows, thread);
   if (rows > 8) {
     __syncthreads();
     scratch.template put<1>(o, softmax, thread / 32, thread % 32);
     __syncthreads();
-    finish_rows<Cfg, 1>(params, walk, scratch, is_whole, parts, rows, thread);
+    finish_rows<Cfg, 1>(params, seq, head_k, scratch, is_whole, parts, rows, thread);
   }
   if (is_whole) return;
   const attn::Counter counter{params.call.next_tile + parts.first};
@@ -224,7 +235,7 @@ __device__ inline void finish(const DecodeParams& params, const Walk<Cfg::kBlock
   }
   __syncthreads();
   if (*flag == 0) return;
-  merge_parts<Cfg>(params, walk.seq, walk.head, parts, thread);
+  merge_parts<Cfg>(params, seq, head_k, parts, thread);
   if (thread == 0) counter.close();
 }
 

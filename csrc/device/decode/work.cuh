@@ -154,6 +154,7 @@ struct Walk {
     const int lane = threadIdx.x % 32;
     const int each = (b + 31) / 32;
     uint32_t mine = 0;
+#pragma unroll 1
     for (int i = lane * each; i < min(b, (lane + 1) * each); ++i) {
       find(i);
       mine += num_blocks();
@@ -173,8 +174,10 @@ struct Walk {
     if (each == 1) {
       take_from(source);
     } else {
-      for (find(source * each); in_front + num_blocks() <= first; find(seq.index + 1)) {
+      find(source * each);
+      while (in_front + num_blocks() <= first) {
         in_front += num_blocks();
+        find(seq.index + 1);
       }
     }
     head = (first - in_front) / span.size();
