@@ -148,6 +148,10 @@ def peers_table() -> str:
     return sections("peers", peers_section)
 
 
+def decode_table() -> str:
+    return sections("decode", decode_section)
+
+
 def build_table() -> str:
     return sections("build", build_section)
 
@@ -232,6 +236,29 @@ def peers_section(result: dict[str, Any]) -> str:
         header = ("Call", "Head dim", "Mask", "Length", "Ratio", *methods)
         parts.append(f"**{passes}**, geometric mean {mean:.3f}\n\n{table(header, lines)}")
     return "\n".join(parts)
+
+
+def decode_section(result: dict[str, Any]) -> str:
+    """Heading, and a line for each case: its share of the ceiling, microseconds of all methods."""
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    told = f"Driver {result['driver']}, {result['power_limit']}."
+    mean = math.exp(sum(math.log(row["ratio"]) for row in result["rows"]) / len(result["rows"]))
+    methods = list(dict.fromkeys(method for row in result["rows"] for method in row["us"]))
+    lines = [
+        (
+            row["kind"],
+            str(row["batch"]),
+            str(row["seqlen"]),
+            f"{row['of_ceiling']:.3f}",
+            f"{row['ratio']:.2f}",
+            *(f"{row['us'][m]:.1f}" if m in row["us"] else "-" for m in methods),
+        )
+        for row in result["rows"]
+    ]
+    header = ("Call", "Batch", "Keys", "Of the ceiling", "Ratio", *(f"{m}, us" for m in methods))
+    ceiling = f"Reading: {result['read_gbps']:.0f} GB/s. Geometric mean of the ratios: {mean:.2f}."
+    title = f"### {result['device']}, {result['date']}"
+    return f"{title}\n\n{versions}. {told} {ceiling}\n\n{table(header, lines)}"
 
 
 def ratio_table(rows: list[dict[str, Any]]) -> str:
@@ -337,6 +364,7 @@ RENDERERS = {
     "bench": bench_table,
     "gpu": gpu_table,
     "peers": peers_table,
+    "decode": decode_table,
     "build": build_table,
     "install": install_table,
     "environments": environments_table,

@@ -28,10 +28,11 @@ struct Chunk {
   }
 };
 
-// (first, second) turned by the angle of a cosine and a sine.
+// (first, second) turned by the angle of a cosine and a sine. Roundings are spelled out, so that
+// every kernel gives the same bits.
 __device__ inline void turn(float& first, float& second, float cos, float sin) {
-  const float turned = first * cos - second * sin;
-  second = first * sin + second * cos;
+  const float turned = fmaf(first, cos, -(second * sin));
+  second = fmaf(first, sin, second * cos);
   first = turned;
 }
 

@@ -41,7 +41,7 @@ struct Config {
   static constexpr int kGroupKeys = kBlockN / kKeyGroups;  // of a block
   // Steps of Q that stay in registers, where there are some.
   static constexpr int kHeld = kRows == 16 && kHeadDim <= 128 ? kHeadDim / 16 : 0;
-  static constexpr bool kLoadsEarly = kHeadDim <= 128;  // Q of the next pair
+  static constexpr bool kLoadsEarly = kHeld > 0;  // Q of the next pair
   static_assert(kRowWarps == 1 || kKeyGroups == 1, "warps share either rows or keys");
   using TileQ = tile::SmemTile<kRows, kHeadDim>;
   using TileK = tile::SmemTile<kGroupKeys, kHeadDim>;
