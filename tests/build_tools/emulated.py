@@ -10,10 +10,12 @@ from pathlib import Path
 from native_tools import ROOT, Stub, codegen, lay_out_kernels, lines_of, native, needs
 
 HERE = Path(__file__).parent
-FAMILIES = ("sm90", "sm90_wide", "sm90_scored", "decode", "decode_wide")
+FAMILIES = ("sm90", "sm90_wide", "sm90_scored")
 # Forward: with turns, and wide; with Q in registers; with one buffer of Q. Backward: steps of 128
 # queries; of 64; consumers that share keys.
 HEAD_DIMS = (64, 128, 256)
+# Panels of 32 columns; of 64; chunks of Q that threads have no equal shares of; Q from shared memory.
+DECODE_HEAD_DIMS = (96, 128, 192, 256)
 
 # What programs of cases begin and end with.
 HEAD = """
@@ -83,12 +85,16 @@ void run_kernel(const char* name, unsigned grid, unsigned threads, const void* g
 
 
 def build_driver(folder: Path, head_dims: tuple[int, ...], dtype: str = "bf16") -> Path:
-    """The stub driver with sm90's kernels and what they need, in `folder`."""
+    """The stub driver with sm90's and the decode kernels and what they need, in `folder`."""
     units = [
         unit
         for unit in codegen.units()
-        if (unit.family in FAMILIES and unit.head_dim in head_dims and unit.dtype == dtype)
-        or (unit.kind in ("fill", "delta") and unit.dtype == dtype)
+        if unit.dtype == dtype
+        and (
+            (unit.family in FAMILIES and unit.head_dim in head_dims)
+            or (unit.kind == "decode" and unit.head_dim in DECODE_HEAD_DIMS)
+            or unit.kind in ("fill", "delta")
+        )
     ]
     source = folder / "kernels.cpp"
     source.write_text(kernel_source(units), "utf-8")
@@ -141,7 +147,11 @@ def run(package: Stub, driver: Stub, log: Path, program: str, **environment: str
 
 
 def answers(
-    machine: Stub, log: Path, program: str, cases: dict[str, str]
+    machine: Stub,
+    log: Path,
+    program: str,
+    cases: dict[str, str],
+    head_dims: tuple[int, ...] = HEAD_DIMS,
 ) -> tuple[dict[tuple[int, str], str], set[str]]:
     """What each case came to, "" or its error, and the kernels that ran.
 
@@ -149,7 +159,7 @@ def answers(
     several rounds, and little L2 cache, so that heads come in sections.
     """
     results = {}
-    for d in HEAD_DIMS:
+    for d in head_dims:
         rows = "".join(
             f"    {name!r}: lambda: {text.format(d=d)},\n" for name, text in cases.items()
         )

@@ -7,7 +7,7 @@ have four shares, so that sequences are cut, and what is left of a share is seve
 from __future__ import annotations
 
 import pytest
-from emulated import HEAD_DIMS, answers
+from emulated import DECODE_HEAD_DIMS, answers
 from native_tools import Stub
 
 PROGRAM = """
@@ -65,15 +65,15 @@ CASES = {
 def told(machine: Stub, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, str], str]:
     """What each case came to."""
     log = tmp_path_factory.mktemp("log") / "log"
-    results, launched = answers(machine, log, PROGRAM, CASES)
-    narrow = {f"flash_fwd_decode_d{d}_bf16" for d in HEAD_DIMS}
-    wide = {f"flash_fwd_decode_wide_d{d}_bf16" for d in HEAD_DIMS}
+    results, launched = answers(machine, log, PROGRAM, CASES, DECODE_HEAD_DIMS)
+    narrow = {f"flash_fwd_decode_d{d}_bf16" for d in DECODE_HEAD_DIMS}
+    wide = {f"flash_fwd_decode_wide_d{d}_bf16" for d in DECODE_HEAD_DIMS}
     assert launched == narrow | wide | {"flash_fill_bf16"}
     return results
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("d", HEAD_DIMS)
+@pytest.mark.parametrize("d", DECODE_HEAD_DIMS)
 def test_decode_kernels_compute_attention(
     told: dict[tuple[int, str], str], d: int, name: str
 ) -> None:

@@ -56,7 +56,8 @@ template <class Cfg>
 struct Queries {
   using TileQ = typename Cfg::TileQ;
   static constexpr int kChunks = TileQ::kCols / tile::kChunk;
-  static constexpr int kMine = TileQ::kRows * kChunks / Cfg::kThreads;  // chunks of a thread
+  static constexpr int kAll = TileQ::kRows * kChunks;
+  static constexpr int kMine = (kAll + Cfg::kThreads - 1) / Cfg::kThreads;  // chunks of a thread
   static constexpr int kAtOnce = Cfg::kHeadDim > 128 ? 2 : kMine < 4 ? kMine : 4;
   uint4 x[kAtOnce];
 
@@ -92,7 +93,7 @@ struct Queries {
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) {
         const int at = thread + (first + i) * Cfg::kThreads;
-        ptx::st_shared_128(smem + TileQ::offset(at / kChunks, at % kChunks), x[i]);
+        if (at < kAll) ptx::st_shared_128(smem + TileQ::offset(at / kChunks, at % kChunks), x[i]);
       }
     }
     if (!params.added.rotary_cos) return;
