@@ -112,8 +112,8 @@ bool takes(int family, const ForwardParams& params) {
   }
   if (!is_hopper(family)) return true;
   if (family != kSm90Scored && !is_plain(params.scores)) return false;
-  // Below two narrow tiles of rows a wide one has more that are empty.
-  if (family == kSm90Wide && (has_mask(params.scores) || seqs.sq < 256)) return false;
+  // A wide tile has more rows that are empty, and more keys that a mask hides.
+  if (family == kSm90Wide && seqs.sq < (has_mask(params.scores) ? 2048 : 256)) return false;
   return has_rows(seqs) && seqs.block_table == nullptr && params.scores.rng_state == nullptr &&
          params.num_splits <= 1 && have_tensor_maps(params);
 }

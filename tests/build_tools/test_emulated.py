@@ -71,6 +71,7 @@ CASES = {
     "rows_without_keys": "dense({d}, 300, 100, causal=True)",
     "window": "dense({d}, 500, 500, window=(100, 30))",
     "window_left": "dense({d}, 300, 700, window=(64, -1))",
+    "window_of_many_rows": "dense({d}, 2048, 2048, hq=1, hk=1, window=(100, 0))",
     "chunk": "dense({d}, 256, 512, attention_chunk=150)",
     "softcap": "dense({d}, 200, 300, softcap=10.0, causal=True)",
     "alibi": "dense({d}, 200, 290, slopes=torch.tensor([0.1, 0.4]))",

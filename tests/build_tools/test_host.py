@@ -98,13 +98,14 @@ RUN = """
 from native_tools import ForwardHead
 class Call(ctypes.Structure):
     _fields_ = [("head", ForwardHead), ("rest", ctypes.c_ubyte * 800)]
-def plan_and_run(device, d=64, stream=77, splits=1, b=2, sq=300, sk=300, given=(), **rows):
+def plan_and_run(
+    device, d=64, stream=77, splits=1, b=2, sq=300, sk=300, right=-1, given=(), **rows
+):
     # Only sizes matter to the plan; offsets are asked of the compiler below.
     call = Call()
-    for name, value in dict(b=b, sq=sq, sk=sk, hq=4, hk=2, d=d, dv=d, cache_rows=b).items():
+    sizes = dict(b=b, sq=sq, sk=sk, hq=4, hk=2, d=d, dv=d, cache_rows=b)
+    for name, value in dict(sizes, window_left=-1, window_right=right).items():
         ctypes.c_int32.from_buffer(call, OFFSETS[name]).value = value
-    for name in ("window_left", "window_right"):
-        ctypes.c_int32.from_buffer(call, OFFSETS[name]).value = -1
     ctypes.c_float.from_buffer(call, OFFSETS["softmax_scale"]).value = 0.125
     for name in given:
         ctypes.c_uint64.from_buffer(call, OFFSETS[name]).value = 4096
@@ -360,23 +361,27 @@ def test_a_call_that_is_not_split_after_all_has_a_cta_for_each_tile(
     assert (found.kernel, found.grid) == ("flash_fwd_sm90_d128_bf16", 40 * 4 * 3)
 
 
-def test_wide_tiles_are_for_long_calls_without_masks(
+def test_wide_tiles_are_for_long_calls(
     stub: Stub, hopper: Path, tmp_path: Path, offsets: dict[str, int]
 ) -> None:
     text = """
 say(plan_and_run(0))
 say(plan_and_run(0, sq=255))
+say(plan_and_run(0, sq=2047, right=0))
 say(plan_and_run(0, given=['alibi_slopes']))
 say(plan_and_run(0, d=72))
+say(plan_and_run(0, sq=2048, right=0))
 """
-    wide, *narrow = run_with(hopper, stub, tmp_path / "log", offsets, text)
+    wide, *others = run_with(hopper, stub, tmp_path / "log", offsets, text)
     assert (wide.kernel, wide.block) == ("flash_fwd_sm90_wide_d64_bf16", 4 * 128)
     assert wide.grid == 2 * 4 * 2  # 300 rows in tiles of 192
     assert wide.smem == (3 * 192 + 2 * 4 * 128) * 64 * 2 + 2 * 192 * 4 + 1024
-    assert [x.kernel for x in narrow] == [
+    assert [x.kernel for x in others] == [
+        "flash_fwd_sm90_d64_bf16",
         "flash_fwd_sm90_d64_bf16",
         "flash_fwd_sm90_scored_d64_bf16",
         "flash_fwd_sm90_d96_bf16",
+        wide.kernel,
     ]
 
 
@@ -441,7 +446,7 @@ print(host.flash_forward_kernel(512, 1, 90, 0))
     child = stub.run(program(stub, text), tmp_path / "log")
     assert child.stdout.split() == [
         "flash_fwd_sm90_wide_d64_bf16",
-        "flash_fwd_sm90_d64_bf16",
+        "flash_fwd_sm90_wide_d64_bf16",
         "flash_fwd_sm90_scored_d64_bf16",
         "flash_fwd_sm80_d64_bf16",
         "flash_fwd_sm80_d64_bf16",

@@ -35,13 +35,26 @@ __device__ inline void tma_store(const TensorMap& map, uint32_t smem, int col, i
       : "memory");
 }
 
+// The same by some threads only, without a branch: control flow stays the same for all.
+__device__ inline void tma_store_if(bool is_due, const TensorMap& map, uint32_t smem, int col,
+                                    int row, int head, int batch) {
+  asm volatile(
+      "{.reg .pred due; setp.ne.s32 due, %6, 0;"
+      " @due cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5}], [%1];}" ::
+          "l"(&map),
+      "r"(smem), "r"(col), "r"(row), "r"(head), "r"(batch), "r"(static_cast<int>(is_due))
+      : "memory");
+}
+
 __device__ inline void tma_store_commit() {
   asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 }
 
-// Waits until this thread's stores have read their shared memory.
+// Waits until this thread's stores, but for those of the last `kCommitted` groups, have read their
+// shared memory.
+template <int kCommitted = 0>
 __device__ inline void tma_store_wait_read() {
-  asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kCommitted) : "memory");
 }
 
 // Waits until this thread's stores are done.

@@ -29,12 +29,13 @@ struct ForwardTile {
   // In shared memory: whole panels of 64.
   constexpr int columns() const { return (head_dim + 63) / 64 * 64; }
   // Where Q leaves its buffer early, the next tile's scores are computed beside the end of this
-  // one, and O has a buffer to leave by. Else it leaves from registers.
+  // one, and O has a buffer to leave by. Else it leaves panel by panel, by way of two.
   constexpr bool has_o_buffer() const { return holds_q || q_buffers > 1; }
-  // Q, O, K and V in stages; two floats a row; barriers and tiles.
+  constexpr int o_columns() const { return has_o_buffer() ? columns() : 2 * 64; }
+  // Q, K and V in stages, O; two floats a row; barriers and tiles.
   constexpr int smem_bytes() const {
-    return ((q_buffers + has_o_buffer()) * block_m() + 2 * stages * block_n) * columns() * 2 +
-           block_m() * 8 + 1024;
+    return (q_buffers * block_m() + 2 * stages * block_n) * columns() * 2 +
+           block_m() * o_columns() * 2 + block_m() * 8 + 1024;
   }
 };
 

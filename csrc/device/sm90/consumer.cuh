@@ -58,6 +58,7 @@ template <class Cfg>
 class Consumer {
   using T = typename Cfg::T;
   using TileQ = typename Cfg::TileQ;
+  using TileO = typename Cfg::TileO;
   using TileK = typename Cfg::TileK;
   using AccS = typename Cfg::AccS;
   static constexpr int kBlockN = Cfg::kBlockN;
@@ -66,6 +67,7 @@ class Consumer {
  public:
   __device__ __forceinline__ Consumer(const TmaForwardParams& params, const Pipeline<Cfg>& pipe)
       : params_(params.call),
+        o_map_(params.o),
         scale_log2_(params.scale_log2),
         pipe_(pipe),
         consumer_(ptx::uniform(threadIdx.x / 128 - 1)) {}
@@ -100,7 +102,7 @@ class Consumer {
     last_step();
   }
 
-  // Tile after tile, where there is no room for the next Q or for O.
+  // Tile after tile, where there is no room for the next Q, nor for all of O.
   __device__ __forceinline__ void run_apart() {
     for (uint32_t tile = 0; pipe_.tile(tile).end > 0; ++tile) {
       open(tile);
@@ -110,6 +112,7 @@ class Consumer {
       ++block_;
       pipe_.tiles().wait_full(tile + 1);
     }
+    ptx::tma_store_wait();
   }
 
   // Goes on to a tile's scores.
@@ -260,7 +263,7 @@ class Consumer {
 
   // False: the scores stand as they were, for the ordinary way.
   __device__ __forceinline__ bool absorb_lazily(AccS& s) {
-    if (softmax_.template absorb_lazily<T>(s, scale_log2_)) return true;
+    if (softmax_.absorb_lazily(s, scale_log2_)) return true;
     recompute<Cfg>(s, params_, pipe_.tile(tile_), q_in_memory(), warp_row(),
                    (pipe_.tile(tile_).begin + left_ - 1) * kBlockN, lane());
     is_careful_ = true;  // such scores are likely to grow again
@@ -303,22 +306,46 @@ class Consumer {
     const uint32_t factors = pipe_.factor_buffer(consumer_) + (warp_row() + lane() / 4) * 4;
     __syncwarp();
     const float factor[2] = {ptx::ld_shared_f32(factors), ptx::ld_shared_f32(factors + 32)};
-    const int row = t.row0 + 64 * consumer_ + warp_row();
-    uint16_t* to = static_cast<uint16_t*>(params_.o.ptr) + t.batch_q * params_.o.batch +
-                   t.head * params_.o.head + (int64_t{t.first_q} + row) * params_.o.row;
     if constexpr (Cfg::kHasOBuffer) {
       const uint32_t smem = pipe_.o_buffer(consumer_);
-      tile::store_matrix<T, TileQ>(smem, o_, factor, warp_row(), lane());
-      if (!is_stored_whole(params_, t, consumer_)) {
-        __syncwarp();
-        tile::copy_out_rows<TileQ, 16>(to, params_.o.row, smem, warp_row(), t.sq - row, params_.dv,
-                                       lane());
-      }
+      tile::store_matrix<T, TileO>(smem, o_, factor, warp_row(), lane());
+      if (!is_stored_whole(params_, t, consumer_)) store_rows<TileO>(t, smem, 0);
       ptx::fence_async_proxy();
     } else {
-      tile::store_rows<T>(to, params_.o.row, o_, factor, t.sq - row, params_.dv, lane());
+      store_panels(t, factor);
     }
     pipe_.o(consumer_).arrive_full(tile);
+  }
+
+  // O panel by panel: while one leaves, the next is written.
+  __device__ __forceinline__ void store_panels(const Tile& t, const float (&factor)[2]) const {
+    using Panel = tile::SmemTile<64, 64>;
+    const bool is_whole = is_stored_whole(params_, t, consumer_);
+#pragma unroll
+    for (int panel = 0; panel < kHeadDim / 64; ++panel) {
+      const uint32_t smem = pipe_.o_buffer(consumer_) + panel % 2 * Panel::kBytes;
+      ptx::tma_store_wait_read<1>();
+      ptx::named_barrier_sync(1 + consumer_, 128);
+      tile::store_matrix<T, Panel>(smem, o_, factor, warp_row(), lane(), 8 * panel);
+      if (!is_whole) store_rows<Panel>(t, smem, panel * 64);
+      ptx::fence_async_proxy();
+      ptx::named_barrier_sync(1 + consumer_, 128);
+      ptx::tma_store_if(is_whole && thread() == 0 && panel * 64 < params_.dv, o_map_, smem,
+                        panel * 64, t.first_q + t.row0 + 64 * consumer_, t.head, t.batch_q);
+      ptx::tma_store_commit();
+    }
+  }
+
+  // This warp's rows of O from shared memory, its columns from `col` on: those that are the
+  // sequence's own.
+  template <class SmemTile>
+  __device__ void store_rows(const Tile& t, uint32_t smem, int col) const {
+    const int row = t.row0 + 64 * consumer_ + warp_row();
+    uint16_t* to = static_cast<uint16_t*>(params_.o.ptr) + t.batch_q * params_.o.batch +
+                   t.head * params_.o.head + (int64_t{t.first_q} + row) * params_.o.row + col;
+    __syncwarp();
+    tile::copy_out_rows<SmemTile, 16>(to, params_.o.row, smem, warp_row(), t.sq - row,
+                                      params_.dv - col, lane());
   }
 
   // `is_last`: this warp has read the tile's Q for the last time.
@@ -341,6 +368,7 @@ class Consumer {
   __device__ static int warp_row() { return thread() / 32 * 16; }
 
   const ForwardParams& params_;
+  const TensorMap& o_map_;
   const float scale_log2_;
   const Pipeline<Cfg>& pipe_;
   const int consumer_;

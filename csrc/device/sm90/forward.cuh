@@ -8,7 +8,7 @@
 //     O += P V(j + 1)                  asynchronous
 //     softmax: S -> p                  as soon as S is there, beside the product with V
 //     P = p; O is rescaled only where a maximum grew by much
-//   O / sum -> Q's buffer -> TMA       beside the next tile
+//   O / sum -> shared memory -> TMA    beside the next tile
 //
 // Q stays in registers where it fits. Who waits for whom: pipeline.cuh. What bounds it, and what
 // was measured: docs/kernels/sm90.md. Sources: FlashAttention-3 (arXiv:2407.08608).

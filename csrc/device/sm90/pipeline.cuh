@@ -21,6 +21,7 @@ struct ForwardConfig {
   static constexpr int kQBuffers = kTile.q_buffers;
   static constexpr bool kHasOBuffer = kTile.has_o_buffer();
   using TileQ = tile::SmemTile<64, kTile.columns()>;  // of one consumer
+  using TileO = tile::SmemTile<64, kTile.o_columns()>;
   using TileK = tile::SmemTile<kBlockN, kTile.columns()>;
   using AccS = tile::Accumulators<1, kBlockN / 8>;
   using AccO = tile::Accumulators<1, kHeadDim / 8>;
@@ -82,10 +83,10 @@ template <class Cfg>
 struct Pipeline {
   static constexpr int kTiles = 4;
   static constexpr int kConsumers = Cfg::kConsumers;
-  static constexpr int kQBytes =
-      (Cfg::kQBuffers + Cfg::kHasOBuffer) * kConsumers * Cfg::TileQ::kBytes;
+  static constexpr int kQBytes = Cfg::kQBuffers * kConsumers * Cfg::TileQ::kBytes;
+  static constexpr int kOBytes = kConsumers * Cfg::TileO::kBytes;
   static constexpr int kKBytes = Cfg::kStages * Cfg::TileK::kBytes;
-  static constexpr int kLses = kQBytes + 2 * kKBytes;
+  static constexpr int kLses = kQBytes + kOBytes + 2 * kKBytes;
   static constexpr int kBarriers = kLses + Cfg::kBlockM * 8;
   using QRing = Ring<Cfg::kQBuffers>;
   using ORing = Ring<1>;
@@ -105,11 +106,10 @@ struct Pipeline {
     return smem + (tile % Cfg::kQBuffers * kConsumers + consumer) * Cfg::TileQ::kBytes;
   }
   __device__ uint32_t o_buffer(int consumer) const {
-    static_assert(Cfg::kHasOBuffer, "O leaves from registers");
-    return smem + (Cfg::kQBuffers * kConsumers + consumer) * Cfg::TileQ::kBytes;
+    return smem + kQBytes + consumer * Cfg::TileO::kBytes;
   }
   __device__ uint32_t k_buffer(uint32_t block) const {
-    return smem + kQBytes + block % Cfg::kStages * Cfg::TileK::kBytes;
+    return smem + kQBytes + kOBytes + block % Cfg::kStages * Cfg::TileK::kBytes;
   }
   __device__ uint32_t v_buffer(uint32_t block) const { return k_buffer(block) + kKBytes; }
 

@@ -14,8 +14,15 @@ inline void bulk_load(uint32_t smem, const void* gmem, int bytes, uint32_t barri
 inline void tma_store(const TensorMap& map, uint32_t smem, int col, int row, int head, int batch) {
   emulator::tma_store(smem, map, {col, row, head, batch});
 }
+inline void tma_store_if(bool is_due, const TensorMap& map, uint32_t smem, int col, int row,
+                         int head, int batch) {
+  if (is_due) tma_store(map, smem, col, row, head, batch);
+}
 inline void tma_store_commit() {}
-inline void tma_store_wait_read() { emulator::tma_store_wait(); }
+template <int kCommitted = 0>
+inline void tma_store_wait_read() {
+  emulator::tma_store_wait();
+}
 inline void tma_store_wait() { emulator::tma_store_wait(); }
 inline void tma_prefetch(const TensorMap&) {}
 inline void fence_async_proxy() {}
