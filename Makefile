@@ -40,6 +40,7 @@ test-gpu: $(VENV)/.test ## run the tests that need a GPU (see TORCH)
 	@$(BIN)/python -c 'import torch; assert torch.cuda.is_available()' 2>/dev/null || \
 		{ echo "make test-gpu: torch sees no GPU here; on a GPU machine, TORCH=torch" >&2; exit 1; }
 	$(BIN)/python -m pytest -m gpu $(ARGS)
+	FLASH_ATTN_BACKEND=triton $(BIN)/python -m pytest -m gpu tests/test_triton.py tests/test_flash_attention_plus.py
 
 lint: $(VENV)/.lint ## check format, style, types, spelling and rendered tables
 	@status=0; \

@@ -167,20 +167,28 @@ def ratio_of(rounds: dict[str, list[float]]) -> dict[str, float]:
     return {"median": median(ratios), "min": min(ratios), "max": max(ratios)}
 
 
-def measure(case: Case, timer: Timer, device: str = "cuda") -> list[dict[str, Any]]:
-    """A row for each pass; RuntimeError if the two methods do not agree."""
+def measure(
+    case: Case,
+    timer: Timer,
+    device: str = "cuda",
+    passes: Sequence[str] = PASSES,
+    warm_up_ms: float = WARM_UP_MS,
+    total_ms: float = TOTAL_MS,
+) -> list[dict[str, Any]]:
+    """A row for each of `passes`; RuntimeError if the two methods do not agree."""
     calls = Calls(case, device)
     difference = calls.difference()
     if not difference <= MAX_DIFFERENCE:
         raise RuntimeError(f"{case}: the results differ by {difference:.1e} of their norm")
     rows = []
-    for passes in PASSES:
-        rounds = take_turns({method: calls.of(passes, method) for method in METHODS}, timer)
+    for done in passes:
+        turns = {method: calls.of(done, method) for method in METHODS}
+        rounds = take_turns(turns, timer, warm_up_ms=warm_up_ms, total_ms=total_ms)
         rows.append({
             **asdict(case),
-            "passes": passes,
+            "passes": done,
             "ms": {method: median(times) for method, times in rounds.items()},
-            "tflops": {m: case.flops(passes) / median(t) * 1e-9 for m, t in rounds.items()},
+            "tflops": {m: case.flops(done) / median(t) * 1e-9 for m, t in rounds.items()},
             "ratio": ratio_of(rounds),
             "difference": difference,
         })  # fmt: skip
@@ -242,7 +250,8 @@ def machine() -> dict[str, Any]:
     import flash_attn
 
     table = Path(flash_attn.__file__).parent / "kernels" / "index.txt"
-    images = {tuple(line.split()[4:6]) for line in table.read_text("utf-8").splitlines()[1:]}
+    lines = table.read_text("utf-8").splitlines()[1:] if table.exists() else []
+    images = {tuple(line.split()[4:6]) for line in lines}
     return {
         "kind": "gpu",
         "date": datetime.date.today().isoformat(),
@@ -273,9 +282,10 @@ def write(result: dict[str, Any], out: Path | None) -> Path:
     """The result as JSON, a row a line, numbers of four digits."""
     path = out or RESULTS / f"{result['date']}-{slug(result['device'])}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    head = {key: value for key, value in result.items() if key not in ("cpu", "rows")}
+    tables = ("cpu", "operations", "rows")
+    head = {key: rounded(value) for key, value in result.items() if key not in tables}
     parts = [json.dumps(head, indent=1)[:-2]]
-    for key in ("cpu", "rows"):
+    for key in tables:
         if key not in result:
             continue
         lines = ",\n".join(f"  {json.dumps(rounded(row))}" for row in result[key])

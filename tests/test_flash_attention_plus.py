@@ -20,7 +20,7 @@ from running import (
     published_results,
 )
 from torch import Tensor
-from triton_here import DEVICE, needs_triton, old_numbers
+from triton_here import DEVICE, needs_triton, old_numbers, on_device
 
 import flash_attn
 from flash_attn import backends
@@ -28,7 +28,7 @@ from flash_attn._problem import Problem as Call
 from flash_attn.modules.flash import FlashAttention
 from flash_attn.modules.mha import FlashMHA
 
-pytestmark = [needs_triton, old_numbers]
+pytestmark = [needs_triton, old_numbers, *on_device]
 
 HEAD_DIMS = (32, 40, 64, 80, 96, 128, 160, 192, 224, 256)
 
@@ -110,7 +110,9 @@ SIGNATURES: list[tuple[Any, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("function", "documented"), SIGNATURES, ids=lambda x: str(x)[:40])
+@pytest.mark.parametrize(
+    ("function", "documented"), SIGNATURES, ids=[row[0].__qualname__ for row in SIGNATURES]
+)
 def test_signatures_are_as_documented(function: Any, documented: str) -> None:
     signature = inspect.signature(function)
     bare = [p.replace(annotation=inspect.Parameter.empty) for p in signature.parameters.values()]

@@ -25,14 +25,15 @@ from running import (
     published_results,
 )
 from torch import Tensor
-from triton_here import DEVICE, needs_triton, old_numbers
+from triton_here import DEVICE, needs_triton, old_numbers, on_device
 
 import flash_attn
 import flash_attn_interface as fa3
 from flash_attn import _support
+from flash_attn.backends import triton
 from flash_attn.flash_attn_interface import _flash_attn_forward
 
-pytestmark = [needs_triton, old_numbers]
+pytestmark = [needs_triton, old_numbers, *on_device]
 
 _ON_TRITON = {FP32: FP16, FP64: BF16}
 AnyProblem = Union[Problem, CacheProblem]
@@ -156,3 +157,29 @@ def test_the_log_names_the_backend(
     x: Tensor = torch.zeros(1, 5, 3, 24, dtype=BF16, device=DEVICE)
     flash_attn.flash_attn_func(x, x, x)
     assert " on triton: " in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings(r"ignore::DeprecationWarning:torch\..*")
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_a_compiled_call_runs_on_the_same_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[str] = []
+
+    def noted(name: str) -> Any:
+        real = getattr(triton, name)
+        return lambda call, op: ran.append(name) or real(call, op)
+
+    for name in ("forward", "backward"):
+        monkeypatch.setattr(triton, name, noted(name))
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return flash_attn.flash_attn_func(q, k, v, causal=True)
+
+    problem = Problem(sq=40, sk=70, hq=4, hk=2, dtype=BF16, causal=True)
+    results = []
+    for function in (call, torch.compile(call, fullgraph=True, backend="aot_eager")):
+        tensors = problem.tensors(DEVICE)
+        leaves = [x.requires_grad_() for x in tensors.leaves]
+        out = function(*leaves)
+        results.append((out.detach(), *torch.autograd.grad(out, leaves, tensors.dout)))
+    assert ran == ["forward", "backward"] * 2
+    assert all(torch.equal(eager, compiled) for eager, compiled in zip(*results))

@@ -13,7 +13,7 @@ import pytest
 import torch
 from compare import check
 from torch import Tensor
-from triton_here import DEVICE, old_numbers, why_not
+from triton_here import DEVICE, old_numbers, on_device, why_not
 
 from flash_attn._rotary import batch_positions, rotate, varlen_positions
 from flash_attn.backends import triton
@@ -28,7 +28,7 @@ pytestmark = old_numbers
 compiles = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 
 
-@pytest.fixture(params=["torch", "triton"])
+@pytest.fixture(params=["torch", pytest.param("triton", marks=on_device)])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """The device whose tensors go the way that the parameter names."""
     if request.param == "torch":
@@ -294,7 +294,7 @@ def _losses_of_a_rank(rank: int, folder: str) -> None:
 
 def test_classes_may_be_spread_over_ranks(tmp_path: Path) -> None:
     torch.multiprocessing.spawn(_losses_of_a_rank, (str(tmp_path),), nprocs=2)
-    ranks = [torch.load(tmp_path / str(rank)) for rank in range(2)]
+    ranks = [torch.load(tmp_path / str(rank), weights_only=True) for rank in range(2)]
     leaf, labels = normal(5, 20).double().requires_grad_(), torch.tensor([0, 19, 10, -100, 9])
     losses, _ = loss_oracle(leaf, labels, 0.1, 1.0, 0.01)
     losses.sum().backward()

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from flash_attn._problem import Forward, Mask, Scores
-from flash_attn.backends import triton
+from flash_attn.backends import cuda, triton
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Interpreters before this one lack constants that kernels compute (3.0), or make numbers of arrays
@@ -38,5 +38,16 @@ def why_not() -> str:
     return ""
 
 
-needs_triton = pytest.mark.skipif(bool(why_not()), reason=why_not() or "it runs")
+def why_not_attention() -> str:
+    """The same of attention: CUDA tensors never come here where compiled kernels serve them."""
+    if DEVICE == "cuda" and cuda.IS_DIRECT:
+        return "compiled kernels serve this GPU; set FLASH_ATTN_BACKEND=triton"
+    return why_not()
+
+
+needs_triton = pytest.mark.skipif(
+    bool(why_not_attention()), reason=why_not_attention() or "they run"
+)
 old_numbers = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
+# What a test of the kernels is marked with: on a GPU it is one of `make test-gpu`.
+on_device = [pytest.mark.gpu] if DEVICE == "cuda" else []

@@ -15,7 +15,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -152,6 +152,10 @@ def decode_table() -> str:
     return sections("decode", decode_section)
 
 
+def triton_table() -> str:
+    return sections("triton", triton_section)
+
+
 def build_table() -> str:
     return sections("build", build_section)
 
@@ -195,7 +199,10 @@ def gpu_section(result: dict[str, Any]) -> str:
     picture = Path(result["file"]).with_suffix(".png")
     if (RESULTS / picture).exists():
         parts.append(f"![Ratios to SDPA by sequence length](results/{picture})\n")
-    methods = list(result["cpu"][0]["us"])
+    return "\n".join([*parts, cpu_table(result), *ratio_tables(result)])
+
+
+def cpu_table(result: dict[str, Any]) -> str:
     lines = [
         (
             "with gradients to come" if row["gradients"] else "without gradients",
@@ -203,11 +210,30 @@ def gpu_section(result: dict[str, Any]) -> str:
         )
         for row in result["cpu"]
     ]
-    parts.append(table(("CPU time of a forward call, us", *methods), lines))
+    methods = list(result["cpu"][0]["us"])
+    return table(("CPU time of a forward call, us", *methods), lines)
+
+
+def ratio_tables(result: dict[str, Any]) -> Iterator[str]:
+    """A heading and a table for each dtype and pass."""
     for kind in dict.fromkeys((row["dtype"], row["passes"]) for row in result["rows"]):
         rows = [row for row in result["rows"] if (row["dtype"], row["passes"]) == kind]
-        parts.append(f"**{kind[1]}, `{kind[0]}`**\n\n{ratio_table(rows)}")
-    return "\n".join(parts)
+        yield f"**{kind[1]}, `{kind[0]}`**\n\n{ratio_table(rows)}"
+
+
+def triton_section(result: dict[str, Any]) -> str:
+    """Heading, CPU time of a call, ratios to SDPA, and GB/s of the operations beside attention."""
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    told = f"Driver {result['driver']}, {result['power_limit']}."
+    copy = f"A copy: {result['copy_gb_s']:.0f} GB/s."
+    methods = list(result["operations"][0]["gb_s"])
+    lines = [
+        (row["operation"], row["passes"], *(f"{row['gb_s'][m]:.0f}" for m in methods))
+        for row in result["operations"]
+    ]
+    parts = [f"### {result['device']}, {result['date']}\n\n{versions}. {told} {copy}\n"]
+    parts += [cpu_table(result), *ratio_tables(result)]
+    return "\n".join([*parts, table(("GB/s of", "Pass", *methods), lines)])
 
 
 def peers_section(result: dict[str, Any]) -> str:
@@ -365,6 +391,7 @@ RENDERERS = {
     "gpu": gpu_table,
     "peers": peers_table,
     "decode": decode_table,
+    "triton": triton_table,
     "build": build_table,
     "install": install_table,
     "environments": environments_table,

@@ -23,40 +23,45 @@ class Config(NamedTuple):
     num_stages: int
 
 
-# Best first, by kernel and padded head dim; a device takes the first one that fits it. Small tiles
-# for the interpreter, so that small tests have many.
+# Small tiles for the interpreter, so that small tests have many.
 _INTERPRETED = (Config(64, 32, 4, 1),)
 _INTERPRETED_DECODE = (Config(16, 32, 4, 1),)
-_CONFIGS: dict[tuple[str, int], tuple[Config, ...]] = {
-    ("forward", 64): (Config(128, 128, 8, 3), Config(128, 64, 4, 3)),
-    ("forward", 128): (Config(128, 128, 8, 3), Config(128, 64, 8, 3)),
-    ("forward", 256): (Config(128, 64, 8, 2),),
-    ("decode", 64): (Config(16, 128, 4, 3),),
-    ("decode", 128): (Config(16, 128, 4, 3), Config(16, 64, 4, 3)),
-    ("decode", 256): (Config(16, 64, 4, 2),),
-    ("keys", 64): (Config(64, 128, 8, 3),),
-    ("keys", 128): (Config(64, 128, 8, 2),),
-    ("keys", 256): (Config(32, 64, 8, 1),),
-    ("queries", 64): (Config(128, 64, 4, 3),),
-    ("queries", 128): (Config(128, 64, 8, 2),),
-    ("queries", 256): (Config(64, 32, 8, 1),),
+# By kernel and padded head dim. "forward", "keys" and "queries" of 64 and 128 are the best of an
+# H100 (docs/kernels/triton.md has the others); those of 256 were chosen by what the compiler says
+# of registers, "decode" by what shared memory holds. A GPU that lacks memory for one takes the
+# first smaller one that fits.
+_CONFIGS: dict[tuple[str, int], Config] = {
+    ("forward", 64): Config(64, 64, 4, 3),
+    ("forward", 128): Config(128, 128, 8, 2),
+    ("forward", 256): Config(128, 64, 8, 2),
+    ("decode", 64): Config(16, 128, 4, 3),
+    ("decode", 128): Config(16, 128, 4, 3),
+    ("decode", 256): Config(16, 64, 4, 2),
+    ("keys", 64): Config(64, 64, 4, 2),
+    ("keys", 128): Config(64, 64, 4, 2),
+    ("keys", 256): Config(32, 64, 8, 2),
+    ("queries", 64): Config(64, 64, 4, 2),
+    ("queries", 128): Config(64, 64, 4, 2),
+    ("queries", 256): Config(64, 64, 8, 2),
 }
-_LAST_RESORT = (Config(64, 32, 4, 2), Config(32, 32, 4, 1), Config(16, 32, 4, 1))
+_SMALLER = (Config(64, 64, 4, 2), Config(64, 32, 4, 2), Config(32, 32, 4, 1), Config(16, 32, 4, 1))
+_SMALLER_DECODE = (Config(16, 64, 4, 2), Config(16, 32, 4, 1))
 
 
 def configs(kind: str, d: int, dv: int) -> tuple[Config, ...]:
     """Tile sizes to try for a kernel: "forward", "decode" (the same for few rows), "keys" or
     "queries".
     """
+    is_decode = kind == "decode"
     if IS_INTERPRETED:
-        return _INTERPRETED_DECODE if kind == "decode" else _INTERPRETED
+        return _INTERPRETED_DECODE if is_decode else _INTERPRETED
     width = max(64, padded(d), padded(dv))
-    return _CONFIGS[kind, width] + _LAST_RESORT
+    return (_CONFIGS[kind, width], *(_SMALLER_DECODE if is_decode else _SMALLER))
 
 
 def padded(d: int) -> int:
-    """The head dim as tiles have it: a power of two, 16 or more."""
-    return max(16, triton.next_power_of_2(d))
+    """A row of d numbers as tiles have it: a power of two, 16 or more."""
+    return max(16, 1 << (d - 1).bit_length())
 
 
 _FITTING: dict[tuple[Any, ...], Config] = {}
@@ -82,7 +87,7 @@ def launch(
     known = _FITTING.get(key)
     with _on(device):
         for config in (known,) if known else tiles:
-            num_blocks = triton.cdiv(length, getattr(config, size))
+            num_blocks = -(-length // getattr(config, size))
             try:
                 kernel[(num_blocks * others,)](
                     **args,

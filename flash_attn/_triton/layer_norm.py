@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import Optional
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
-from flash_attn._triton.launch import Config, launch, num_processors
+from flash_attn._triton.launch import Config, launch, num_processors, padded
 from flash_attn._triton.numbers import kernel, narrow, wide
 
 MAX_WIDTH = 32768  # a program holds a row
@@ -84,7 +83,8 @@ def gradient_kernel(
 
 
 def _tiles(width: int) -> tuple[Config, ...]:
-    return (Config(1, 16, min(max(width // 256, 1), 16), 1),)
+    # 4, 8 and 16 warps for 4096 columns are not apart (docs/kernels/triton.md).
+    return (Config(1, 16, min(max(width // 512, 1), 16), 1),)
 
 
 def norm(
@@ -113,10 +113,10 @@ def norm(
         "num_columns": n,
         "eps": eps,
         "shift": shift,
-        "WIDTH": triton.next_power_of_2(n),
+        "WIDTH": padded(n),
         "IS_RMS": is_rms,
     }  # fmt: skip
-    launch(norm_kernel, _tiles(args["WIDTH"]), "rows", 1, num_rows, x.device, args)
+    launch(norm_kernel, _tiles(padded(n)), "rows", 1, num_rows, x.device, args)
     return y, z, mean, rstd
 
 
@@ -135,9 +135,10 @@ def gradients(
     num_rows, n = z.shape
     dx = z.new_empty(z.shape, dtype=dx_dtype)
     programs = max(1, min(num_rows, 4 * num_processors(z.device)))
-    parts = (programs, n)
-    dweights = None if weight is None else z.new_zeros(parts, dtype=torch.float32)
-    dbiases = z.new_zeros(parts, dtype=torch.float32) if has_bias else None
+    num_sums = (weight is not None) + has_bias
+    parts = z.new_empty((num_sums, programs, n), dtype=torch.float32)
+    dweights = None if weight is None else parts[0]
+    dbiases = parts[-1] if has_bias else None
     args = {
         "dx": dx, "dz": dz, "dy": dy, "z": z, "weight": weight, "mean": mean, "rstd": rstd,
         "dweights": dweights, "dbiases": dbiases,
@@ -147,9 +148,9 @@ def gradients(
         "num_rows": num_rows,
         "rows_each": -(-num_rows // programs),
         "shift": shift,
-        "WIDTH": triton.next_power_of_2(n),
+        "WIDTH": padded(n),
         "IS_RMS": mean is None,
     }  # fmt: skip
-    launch(gradient_kernel, _tiles(args["WIDTH"]), "rows", 1, programs, z.device, args)
-    dweight, dbias = (None if part is None else part.sum(0) for part in (dweights, dbiases))
-    return dx, dweight, dbias
+    launch(gradient_kernel, _tiles(padded(n)), "rows", 1, programs, z.device, args)
+    sums = parts.sum(1)
+    return dx, None if weight is None else sums[0], sums[-1] if has_bias else None

@@ -11,7 +11,7 @@ from flash_attn._triton.launch import Config, launch, padded, strides
 from flash_attn._triton.numbers import kernel, narrow, wide
 from flash_attn._triton.sequences import span
 
-_TILES = (Config(32, 16, 4, 1), Config(8, 16, 4, 1))
+_TILES = (Config(32, 16, 2, 1),)  # measured: docs/kernels/triton.md
 
 
 @kernel
@@ -44,18 +44,26 @@ def rotary_kernel(
     s = tl.load(sin + position * sin_s + pair * sin_d, mask=is_there, other=0.0).to(tl.float32)
     if IS_CONJUGATE:
         s = -s
-    if IS_INTERLEAVED:
-        first, second = 2 * pair, 2 * pair + 1
-    else:
-        first, second = pair, pair + HALF
     at = wide(start + i)[:, None]
     x += wide(b) * x_b + wide(head) * x_h + at * x_s
     out += wide(b) * out_b + wide(head) * out_h + at * out_s
-    x_0 = tl.load(x + first * x_d, mask=is_there, other=0.0).to(tl.float32)
-    x_1 = tl.load(x + second * x_d, mask=is_there, other=0.0).to(tl.float32)
-    turned_0, turned_1 = x_0 * c - x_1 * s, x_0 * s + x_1 * c
-    tl.store(out + first * out_d, narrow(turned_0, out.dtype.element_ty), mask=is_there)
-    tl.store(out + second * out_d, narrow(turned_1, out.dtype.element_ty), mask=is_there)
+    if IS_INTERLEAVED:  # whole rows are read and written, so that neighbours go together
+        feature = tl.arange(0, 2 * BLOCK_HALF)[None, :]
+        is_feature = (i < rows)[:, None] & (feature < 2 * HALF)
+        whole = tl.load(x + feature * x_d, mask=is_feature, other=0.0)
+        x_0, x_1 = tl.split(tl.reshape(whole, [ROWS, BLOCK_HALF, 2]))
+    else:
+        x_0 = tl.load(x + pair * x_d, mask=is_there, other=0.0)
+        x_1 = tl.load(x + (pair + HALF) * x_d, mask=is_there, other=0.0)
+    x_0, x_1 = x_0.to(tl.float32), x_1.to(tl.float32)
+    turned_0 = narrow(x_0 * c - x_1 * s, out.dtype.element_ty)
+    turned_1 = narrow(x_0 * s + x_1 * c, out.dtype.element_ty)
+    if IS_INTERLEAVED:
+        whole = tl.reshape(tl.join(turned_0, turned_1), [ROWS, 2 * BLOCK_HALF])
+        tl.store(out + feature * out_d, whole, mask=is_feature)
+    else:
+        tl.store(out + pair * out_d, turned_0, mask=is_there)
+        tl.store(out + (pair + HALF) * out_d, turned_1, mask=is_there)
 
 
 def rotate_into(

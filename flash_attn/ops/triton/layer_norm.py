@@ -285,9 +285,10 @@ def _check(
     rowscale: Optional[Tensor],
 ) -> None:
     affine = {"weight": weight, "bias": bias, "weight1": weight1, "bias1": bias1}
-    rules = {name: (value, x.shape[-1:]) for name, value in affine.items()}
-    rules.update(residual=(residual, x.shape), x1=(x1, x.shape), rowscale=(rowscale, x.shape[:-1]))
-    for argument, (value, shape) in rules.items():
+    rules = [(name, value, x.shape[-1:]) for name, value in affine.items()]
+    rules += [("residual", residual, x.shape), ("x1", x1, x.shape)]
+    rules += [("rowscale", rowscale, x.shape[:-1])]
+    for argument, value, shape in rules:
         if value is not None and value.shape != shape:
             raise ValueError(
                 f"layer_norm_fn: {argument} has shape {tuple(value.shape)}; beside x of shape "
