@@ -1,21 +1,26 @@
-"""Attention on a Hopper GPU against FlashAttention-3 and cuDNN, in one run.
+"""Attention on a Hopper GPU against FlashAttention-3, FlashAttention-4 and cuDNN, in one run.
 
-    python benchmarks/peers.py run --fa3 LIBRARY    measure; writes results/<date>-peers-<gpu>.json
+    python benchmarks/peers.py run --fa3 LIBRARY [--fa4 SITE]
+                                                    measure; writes results/<date>-peers-<gpu>.json
     python benchmarks/peers.py plot RESULT.json     draw what was measured beside it, as a PNG
 
 LIBRARY is FlashAttention-3's compiled extension (`flash_attn_3/_C.so` of a wheel that has one).
+SITE is a folder that flash-attn-4 and what it needs were installed into.
 README.md beside this file has the method.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import random
+import site
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from itertools import product
 from pathlib import Path
 from statistics import median
@@ -144,14 +149,27 @@ class FlashAttn(Autograd):
     """The public functions."""
 
     def attend(self) -> Any:
-        from flash_attn import flash_attn_func, flash_attn_varlen_func
+        import flash_attn
 
+        return self.attend_by(flash_attn)
+
+    def attend_by(self, functions: Any) -> Any:
+        """`functions`: what has flash_attn_func and flash_attn_varlen_func."""
         case = self.inputs.case
         rule: dict[str, Any] = {"causal": case.causal, "window_size": case.window_size}
         if not case.lengths:
-            return flash_attn_func(*self.inputs.qkv, **rule)
-        starts, longest = self.inputs.cu_seqlens, max(case.lengths)
-        return flash_attn_varlen_func(*self.inputs.qkv, starts, starts, longest, longest, **rule)
+            return functions.flash_attn_func(*self.inputs.qkv, **rule)
+        for side in "qk":
+            rule[f"cu_seqlens_{side}"] = self.inputs.cu_seqlens
+            rule[f"max_seqlen_{side}"] = max(case.lengths)
+        return functions.flash_attn_varlen_func(*self.inputs.qkv, **rule)
+
+
+class FlashAttention4(FlashAttn):
+    """The functions of the same names of `flash_attn.cute`, which give the log-sum-exp too."""
+
+    def attend(self) -> Any:
+        return self.attend_by(importlib.import_module("flash_attn.cute"))[0]
 
 
 class CuDnn(Autograd):
@@ -222,16 +240,32 @@ class FlashAttention3(Method):
         return made
 
 
-METHODS: dict[str, type[Method]] = {
-    OURS: FlashAttn,
-    "FlashAttention-3": FlashAttention3,
-    "cuDNN": CuDnn,
-}
+Methods = dict[str, type[Method]]
 
 
-def ready(inputs: Inputs) -> dict[str, Any]:
+def load(fa3: Path, fa4: Optional[Path]) -> Methods:
+    """Ours, and those of the libraries given."""
+    import torch
+
+    torch.ops.load_library(str(fa3))
+    methods: Methods = {OURS: FlashAttn, "FlashAttention-3": FlashAttention3}
+    if fa4:
+        add_cute(fa4)
+        methods["FlashAttention-4"] = FlashAttention4
+    return {**methods, "cuDNN": CuDnn}
+
+
+def add_cute(folder: Path) -> None:
+    """Lets `flash_attn.cute` be imported from a folder, all else of that name being ours."""
+    import flash_attn
+
+    site.addsitedir(str(folder))
+    flash_attn.__path__.append(str(folder / "flash_attn"))
+
+
+def ready(inputs: Inputs, methods: Methods) -> dict[str, Any]:
     """The methods that take a case, run once."""
-    return {name: made(inputs) for name, made in METHODS.items() if made.takes(inputs.case)}
+    return {name: made(inputs) for name, made in methods.items() if made.takes(inputs.case)}
 
 
 def difference(methods: dict[str, Any]) -> float:
@@ -256,9 +290,9 @@ def take_turns(calls: dict[str, Callable[[], Any]], timer: gpu.Timer) -> dict[st
     return gpu.take_turns(calls, timer, orders, WARM_UP_MS, TOTAL_MS)
 
 
-def measure(case: Case, timer: gpu.Timer) -> list[dict[str, Any]]:
+def measure(case: Case, timer: gpu.Timer, known: Methods) -> list[dict[str, Any]]:
     """A row for each pass; RuntimeError if the methods do not agree."""
-    methods = ready(Inputs(case))
+    methods = ready(Inputs(case), known)
     found = difference(methods)
     if not found <= gpu.MAX_DIFFERENCE:
         raise RuntimeError(f"{case}: the results differ by {found:.1e} of their norm")
@@ -282,20 +316,22 @@ def measure(case: Case, timer: gpu.Timer) -> list[dict[str, Any]]:
     return rows
 
 
-def run(fa3: Path, out: Optional[Path]) -> Path:
+def run(fa3: Path, fa4: Optional[Path], out: Optional[Path]) -> Path:
     """Measures everything on the current GPU and writes the result."""
     import torch
 
-    torch.ops.load_library(str(fa3))
-    timer, rows = gpu.CudaTimer(), []
+    methods, timer, rows = load(fa3, fa4), gpu.CudaTimer(), []
     for case in cases():
-        rows += measure(case, timer)
+        rows += measure(case, timer, methods)
         told = ", ".join(f"{row['passes']} {row['ratio']:.3f}" for row in rows[-2:])
         mask = "causal" if case.causal else "full"
         print(f"{case.kind} {case.head_dim} {mask} {case.seqlen}: {told}", file=sys.stderr)
         torch.cuda.empty_cache()
     machine = gpu.machine()
     machine["versions"]["cuDNN"] = str(torch.backends.cudnn.version())
+    if fa4:
+        for name in ("flash-attn-4", "nvidia-cutlass-dsl"):
+            machine["versions"][name] = version(name)
     result = {**machine, "kind": "peers", "rows": rows}
     name = f"{result['date']}-peers-{gpu.slug(result['device'])}.json"
     return gpu.write(result, out or gpu.RESULTS / name)
@@ -306,12 +342,13 @@ def main() -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     runs = commands.add_parser("run", help="measure this GPU")
     runs.add_argument("--fa3", type=Path, required=True, help="FlashAttention-3's extension")
+    runs.add_argument("--fa4", type=Path, help="a folder that has FlashAttention-4 installed")
     runs.add_argument("--out", type=Path, help="the JSON file to write")
     plots = commands.add_parser("plot", help="draw a result")
     plots.add_argument("result", type=Path)
     arguments = parser.parse_args()
     if arguments.command == "run":
-        print(run(arguments.fa3, arguments.out))
+        print(run(arguments.fa3, arguments.fa4, arguments.out))
         return 0
     from plot import plot_peers
 

@@ -117,7 +117,7 @@ def plot_peers(result: dict[str, Any], path: Path) -> None:
             )
     lines = panels[0].get_legend_handles_labels()
     figure.legend(*lines, loc="outside lower center", ncols=3, frameon=False)
-    panels[0].set_ylabel("TFLOP/s over the best of FlashAttention-3 and cuDNN")
+    panels[0].set_ylabel("TFLOP/s over the best of the others")
     title = f"{result['device']}, torch {result['versions']['torch']}, {result['date']}"
     finish(figure, panels, lengths, title, path)
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gpu
 import peers
 import pytest
+
+import flash_attn
 
 DENSE = peers.Case("dense", 2, 1024, 4, 4, 64, causal=False)
 
@@ -68,3 +73,36 @@ def test_the_difference_is_the_largest_of_all_methods() -> None:
 
     methods = {peers.OURS: Method(1.0, 3.0), "a": Method(1.0, 3.0), "b": Method(1.0, 4.0)}
     assert peers.difference(methods) == pytest.approx(0.25)
+
+
+def test_flash_attention_4_is_that_of_a_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(flash_attn, "__path__", [*flash_attn.__path__])
+    cute = tmp_path / "flash_attn" / "cute.py"
+    cute.parent.mkdir()
+    cute.write_text(
+        "def flash_attn_func(q, k, v, **rule):\n"
+        "    return ('dense', rule), 'lse'\n"
+        "def flash_attn_varlen_func(q, k, v, **rule):\n"
+        "    return ('packed', rule), 'lse'\n"
+    )
+    ours = flash_attn.flash_attn_func
+    dense = peers.Case("window", 1, 64, 4, 4, 64, causal=False, window=31)
+    packed = peers.Case("packed", 2, 90, 4, 4, 64, causal=True, lengths=(90, 33))
+    rules: dict[str, dict[str, Any]] = {
+        "dense": {"causal": False, "window_size": (31, 0)},
+        "packed": {"causal": True, "window_size": (-1, -1)},
+    }
+    for side in "qk":
+        rules["packed"].update({f"cu_seqlens_{side}": "starts", f"max_seqlen_{side}": 90})
+    try:
+        peers.add_cute(tmp_path)
+        for kind, case in (("dense", dense), ("packed", packed)):
+            inputs: Any = SimpleNamespace(case=case, qkv="qkv", cu_seqlens="starts")
+            assert peers.FlashAttention4(inputs).out == (kind, rules[kind])
+    finally:
+        sys.modules.pop("flash_attn.cute", None)
+        vars(flash_attn).pop("cute", None)
+    assert flash_attn.flash_attn_func is ours

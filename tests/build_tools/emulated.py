@@ -14,7 +14,7 @@ FAMILIES = ("sm90", "sm90_wide", "sm90_scored")
 # Forward: with turns, and wide; with Q in registers; with one buffer of Q. Backward: steps of 128
 # queries; of 64; consumers that share keys.
 HEAD_DIMS = (64, 128, 256)
-# Panels of 32 columns; of 64; chunks of Q that threads have no equal shares of; Q from shared memory.
+# Panels of 32 columns; of 64; chunks of Q that threads have no equal shares of; Q in shared memory.
 DECODE_HEAD_DIMS = (96, 128, 192, 256)
 
 # What programs of cases begin and end with.

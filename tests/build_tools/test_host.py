@@ -218,6 +218,27 @@ say(plan_and_run(0, splits=1, b=5, sq=1, sk=64))
     assert {x.kernel for x in others} == {"flash_fwd_sm80_d64_bf16"}
 
 
+@pytest.mark.parametrize(("archs", "overlaps"), [(("90",), True), (("80+ptx",), False)])
+def test_a_launch_overlaps_only_where_the_code_waits_by_itself(
+    stub: Stub, tmp_path: Path, offsets: dict[str, int], archs: tuple[str, ...], overlaps: bool
+) -> None:
+    # PTX of an earlier architecture has no instruction for it.
+    folder = tmp_path / "kernels"
+    lay_out_kernels(folder, archs)
+    text = f"""OFFSETS = {offsets}
+host.flash_open({str(folder)!r}.encode())
+say(plan_and_run(0, splits=0, b=1, sq=1, sk=8192)); say(plan_and_run(0))
+"""
+    stub.run(program(stub, RUN + text), tmp_path / "log")
+    decode, forward = launches(tmp_path / "log")
+    assert (decode.kernel, forward.kernel) == (
+        "flash_fwd_decode_d64_bf16",
+        "flash_fwd_sm80_d64_bf16",
+    )
+    programmatic = "attribute flash_fwd_decode_d64_bf16 6"
+    assert lines_of(tmp_path / "log", "attribute") == [programmatic] * overlaps
+
+
 def test_splits_fit_the_keys_and_the_device(
     stub: Stub, tmp_path: Path, offsets: dict[str, int]
 ) -> None:
