@@ -213,7 +213,7 @@ __device__ inline void decode(const DecodeParams& params) {
     const bool is_whole = walk.is_whole();
     const Parts parts = is_whole ? Parts{0, 1, 0} : walk.parts();
     __syncthreads();
-    // By a warp that has the least to do here.
+    // Its answer comes while keys and values are on their way.
     if (!is_whole && thread == Cfg::kThreads - 1) {
       attn::Counter{call.next_tile + parts.first}.open(params.call_number);
     }
