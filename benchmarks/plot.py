@@ -1,4 +1,4 @@
-"""Pictures: the demo's time and memory, and a GPU's ratios to SDPA, against sequence length."""
+"""Pictures: time and memory, or a GPU's ratios to others, against sequence length; training."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from measure import Case, Result
 
 COLORS = {"flash_attn": "#0b6e8f", "standard": "#c2571a"}
 STYLES = {"fwd": "-", "fwd+bwd": "--"}
+LINES = ("-", "--", ":", "-.")
 HEAD_DIM_COLORS = {64: "#0b6e8f", 128: "#c2571a", 256: "#5a8f29"}
 
 
@@ -120,6 +121,30 @@ def plot_peers(result: dict[str, Any], path: Path) -> None:
     panels[0].set_ylabel("TFLOP/s over the best of the others")
     title = f"{result['device']}, torch {result['versions']['torch']}, {result['date']}"
     finish(figure, panels, lengths, title, path)
+
+
+def plot_training(result: dict[str, Any], path: Path) -> None:
+    """Losses of the methods, step by step, and the time of a step beside them.
+
+    `result` is what training.py writes.
+    """
+    figure, panels = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
+    panels[0].set(title="Loss", xlabel="step")
+    panels[1].set(title="Time of a step", xlabel="milliseconds")
+    names = [row["method"] for row in result["rows"]]
+    for index, row in enumerate(result["rows"]):
+        panels[0].plot(row["losses"], label=row["method"], linestyle=LINES[index % len(LINES)])
+        panels[1].barh(row["method"], row["step_ms"], color=f"C{index}")
+    panels[0].legend(frameon=False)
+    panels[1].invert_yaxis()
+    panels[1].set_yticks(range(len(names)), names)
+    for panel in panels:
+        panel.grid(alpha=0.25)
+        panel.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(f"{result['device']}, torch {result['versions']['torch']}, {result['date']}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
 
 
 def finish(figure: Any, panels: Any, lengths: list[int], title: str, path: Path) -> None:

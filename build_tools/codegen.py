@@ -124,6 +124,15 @@ KINDS = {
             "flash::common::kFillThreads",
             "FillParams",
         ),
+        Kind(
+            "dq",
+            "dq",
+            ("sm90/queries.cuh",),
+            "flash::sm90::query_gradients<"
+            "flash::sm90::QueriesConfig<flash::ptx::{dtype}, {head_dim}>>",
+            "flash::sm90::queries_tile({head_dim}).threads(), 1",
+            "TmaBackwardParams",
+        ),
         _decode(rows=16),
     )
 }

@@ -152,6 +152,10 @@ def decode_table() -> str:
     return sections("decode", decode_section)
 
 
+def training_table() -> str:
+    return sections("training", training_section)
+
+
 def triton_table() -> str:
     return sections("triton", triton_section)
 
@@ -287,6 +291,28 @@ def decode_section(result: dict[str, Any]) -> str:
     return f"{title}\n\n{versions}. {told} {ceiling}\n\n{table(header, lines)}"
 
 
+def training_section(result: dict[str, Any]) -> str:
+    """Heading, and a line for each method: a step's time, the loss, how far it is from SDPA's."""
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    parts = [f"### {result['device']}, {result['date']}\n\n{versions}.\n"]
+    picture = Path(result["file"]).with_suffix(".png")
+    if (RESULTS / picture).exists():
+        parts.append(f"![Loss by step, and time of a step](results/{picture})\n")
+    base = result["rows"][1]
+    lines = [
+        (
+            row["method"],
+            f"{row['step_ms']:.1f}",
+            f"{row['losses'][0]:.3f}",
+            f"{row['losses'][-1]:.3f}",
+            f"{max(abs(x - y) for x, y in zip(row['losses'], base['losses'])):.4f}",
+        )
+        for row in result["rows"]
+    ]
+    header = ("Attention", "Step, ms", "First loss", "Last loss", f"Most from {base['method']}")
+    return "\n".join([*parts, table(header, lines)])
+
+
 def ratio_table(rows: list[dict[str, Any]]) -> str:
     """A line per head dim and mask, a column per length."""
     seqlens = sorted({row["seqlen"] for row in rows})
@@ -391,6 +417,7 @@ RENDERERS = {
     "gpu": gpu_table,
     "peers": peers_table,
     "decode": decode_table,
+    "training": training_table,
     "triton": triton_table,
     "build": build_table,
     "install": install_table,

@@ -30,11 +30,12 @@ struct Call {
     return flash::host::prepare({FLASH_BACKWARD, head_dim, dtype, on.cc, nullptr, &params}, on,
                                 ready);
   }
-  // Of the family that left the sums.
-  bool prepare_convert(Ready* ready, const Ready& main) const {
+  // What leaves dQ, of the same family as the kernel of dK and dV.
+  bool prepare_dq(Ready* ready, const Ready& main) const {
+    const int kind = main.shape.makes_sums ? FLASH_CONVERT : FLASH_DQ;
     const int family = main.kernel->family;
-    return flash::host::prepare({FLASH_CONVERT, head_dim, dtype, on.cc, nullptr, nullptr, family},
-                                on, ready);
+    return flash::host::prepare({kind, head_dim, dtype, on.cc, nullptr, nullptr, family}, on,
+                                ready);
   }
 
   bool run(const Ready& ready, int64_t num_ctas, const void* params) const {
@@ -169,27 +170,35 @@ bool decode(const Call& call, const DecodeParams& given) {
          (!has_unused_q(params.call.seqs) || fill(call, unused_rows_of(params.call)));
 }
 
-bool run_gradients(const Call& call, const Ready& main, const BackwardParams& params) {
+// The kernel of dK and dV, and the one that leaves dQ.
+bool run_gradients(const Call& call, const Ready& main, const Ready& dq,
+                   const BackwardParams& params) {
   const int64_t ctas = num_ctas(params, main.shape, call.on);
-  if (main.shape.box_m == 0) return call.run(main, ctas, &params);
+  const int64_t ctas_of_dq = num_ctas_of_dq(params, dq.shape, call.on);
   TmaBackwardParams with_maps;
-  return make_tma_params(params, main.shape, call.dtype, &with_maps) &&
-         call.run(main, ctas, &with_maps);
+  if (main.shape.box_m == 0) {
+    if (!call.run(main, ctas, &params)) return false;
+  } else if (!make_tma_params(params, main.shape, call.dtype, &with_maps) ||
+             !call.run(main, ctas, &with_maps)) {
+    return false;
+  }
+  // A kernel that computes dQ copies the same boxes.
+  return main.shape.makes_sums ? call.run(dq, ctas_of_dq, &params)
+                               : call.run(dq, ctas_of_dq, &with_maps);
 }
 
 bool backward(const Call& call, const BackwardParams& params) {
   Ready delta;
   Ready main;
-  Ready convert;
+  Ready dq;
   // All three are there before the first one runs.
   if (!call.prepare(FLASH_DELTA, &delta) || !call.prepare_backward(&main, params) ||
-      !call.prepare_convert(&convert, main)) {
+      !call.prepare_dq(&dq, main)) {
     return false;
   }
   const int64_t heads = int64_t{params.hq} * params.seqs.b;
   return call.run(delta, ceil_div(params.seqs.sq, delta.shape.block_m) * heads, &params) &&
-         run_gradients(call, main, params) &&
-         call.run(convert, ceil_div(params.seqs.sq, convert.shape.block_m) * heads, &params) &&
+         run_gradients(call, main, dq, params) &&
          (!has_unused_q(params.seqs) || fill(call, unused_queries_of(params))) &&
          (!has_unused_k(params.seqs) || fill(call, unused_keys_of(params)));
 }
@@ -315,22 +324,23 @@ int flash_plan_backward(int ordinal, int dtype, BackwardParams* params, FlashWor
   Ready ready;
   const Want want = {FLASH_BACKWARD, wider(params->d, params->dv), dtype, on->cc, nullptr, params};
   if (!prepare(want, *on, &ready)) return 0;
-  const bool takes_turns = ready.shape.box_m > 0;
+  const bool is_hopper = ready.shape.box_m > 0;
+  const bool in_columns = params->deterministic && !is_hopper;
   params->dq_cols = ready.kernel->head_dim;
-  params->dq_copies =
-      params->deterministic && !takes_turns ? choose_columns(*params, ready.shape, *on) : 1;
+  params->dq_copies = in_columns ? choose_columns(*params, ready.shape, *on) : 1;
+  if (!ready.shape.makes_sums) params->dq_copies = 0;
   params->heads_per_section = choose_section(*params, ready.shape, *on);
   const int64_t heads = params->seqs.cu_seqlens_q == nullptr ? int64_t{params->hq} * params->seqs.b
                                                              : int64_t{params->hq};
   params->dq_accum_copy = heads * params->delta_head * params->dq_cols;
   *workspace = {};
   workspace->dq_accum = params->dq_accum_copy * params->dq_copies;
-  if (takes_turns) {
+  if (is_hopper) {
     // A row's statistics are two floats, and those of a head begin at a multiple of 16 bytes.
     params->statistics_head = ceil_div(params->delta_head, 4) * 4;
     workspace->statistics = 2 * heads * params->statistics_head;
     constexpr int kRowsOfTurns = 64;
-    if (params->deterministic) {
+    if (params->deterministic && ready.shape.makes_sums) {
       params->turn_rows = ready.shape.block_m;
       params->turn_keys = ready.shape.block_n;
       workspace->turns = 2 * (heads * params->delta_head / kRowsOfTurns + 1);

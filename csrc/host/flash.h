@@ -159,6 +159,7 @@ struct TmaBackwardParams {
   TensorMap q, k, v, dout, dk, dv;
   BackwardParams call;
   float scale_log2;  // softmax_scale to logarithms of base 2
+  float lse_factor;  // -1 / scale_log2
 };
 
 struct CombineParams {

@@ -42,6 +42,13 @@ bool has_rows(const Sequences& seqs) {
          (seqs.cu_seqlens_k == nullptr || seqs.total_k > 0);
 }
 
+// Blocks of queries or keys take equally long: no masks, and no lengths of sequences.
+bool are_equal(const BackwardParams& params) {
+  const Sequences& seqs = params.seqs;
+  return !has_mask(params.scores) && seqs.cu_seqlens_q == nullptr && seqs.cu_seqlens_k == nullptr &&
+         seqs.seqused_q == nullptr && seqs.seqused_k == nullptr;
+}
+
 int64_t num_key_blocks(const BackwardParams& params, const Shape& shape) {
   return ceil_div(params.seqs.sk, shape.block_n) * params.hk * params.seqs.b;
 }
@@ -61,9 +68,14 @@ bool is_hopper(int family) { return family >= kSm90Wide && family <= kSm90Scored
 Shape shape_of_hopper(int family, int kind, int head_dim) {
   if (kind == FLASH_BACKWARD) {
     const sm90::BackwardTile tile = sm90::backward_tile(head_dim);
-    return {tile.block_m, tile.block_n, tile.threads(), tile.smem_bytes(), sm90::kBoxM};
+    return {tile.block_m,      tile.block_n, tile.threads(),
+            tile.smem_bytes(), sm90::kBoxM,  tile.share == sm90::kByKeys};
   }
-  if (kind == FLASH_CONVERT) return {sm90::kSumRows, 0, sm90::kConvertThreads, 0, 0};
+  if (kind == FLASH_CONVERT) return {sm90::kSumRows, 0, sm90::kConvertThreads, 0, 0, true};
+  if (kind == FLASH_DQ) {
+    const sm90::QueriesTile tile = sm90::queries_tile(head_dim);
+    return {tile.block_m(), tile.block_n, tile.threads(), tile.smem_bytes(), sm90::kBoxM};
+  }
   const sm90::Serves serves = family == kSm90Wide ? sm90::kFull : sm90::kAll;
   const sm90::ForwardTile tile = sm90::forward_tile(serves, head_dim);
   return {tile.block_m(), tile.block_n, tile.threads(), tile.smem_bytes(), sm90::kBoxM};
@@ -86,11 +98,11 @@ Shape shape_of(int family, int kind, int head_dim, int arch) {
     case FLASH_CONVERT: {
       const sm80::BackwardTile tile = sm80::backward_tile(head_dim, arch);
       const int smem_bytes = kind == FLASH_BACKWARD ? tile.smem_bytes() : 0;
-      return {tile.block_m, tile.block_n, tile.threads(), smem_bytes, 0};
+      return {tile.block_m, tile.block_n, tile.threads(), smem_bytes, 0, true};
     }
     case FLASH_DECODE: {
       const decode::Tile tile = decode::tile(rows_of(family), head_dim, arch);
-      return {tile.rows, tile.block_n, tile.threads(), tile.smem_bytes(), 0, tile.ctas};
+      return {tile.rows, tile.block_n, tile.threads(), tile.smem_bytes(), 0, false, tile.ctas};
     }
     case FLASH_DELTA:
       return {common::kDeltaRows, 0, common::kDeltaThreads, 0, 0};
@@ -120,6 +132,9 @@ bool takes(int family, const ForwardParams& params) {
 
 bool takes(int family, const BackwardParams& params) {
   if (family != kSm90) return true;
+  // Sums of scores begin with lse / scale, which must be finite.
+  constexpr float kLeastScale = 1e-30f;
+  if (is_plain(params.scores) && params.scores.softmax_scale < kLeastScale) return false;
   return has_rows(params.seqs) && params.scores.rng_state == nullptr && have_tensor_maps(params);
 }
 
@@ -145,11 +160,17 @@ int64_t num_ctas(const BackwardParams& params, const Shape& shape, const Device&
     // Blocks of one length are dealt out beforehand, where the next one's loads begin before the
     // gradients of this one have left. Others go to whoever is free, and those that wait for one
     // another start in their order.
-    const bool overlap = sm90::backward_tile(params.dq_cols).share == sm90::kByKeys;
-    const bool are_dealt = overlap && !has_mask(params.scores) && !params.deterministic;
+    const bool are_dealt = shape.makes_sums && are_equal(params) && !params.deterministic;
     return are_dealt && blocks > device.num_sms ? device.num_sms : blocks;
   }
   return params.deterministic ? int64_t{params.dq_copies} * params.hk * params.seqs.b : blocks;
+}
+
+int64_t num_ctas_of_dq(const BackwardParams& params, const Shape& shape, const Device& device) {
+  const int64_t blocks = ceil_div(params.seqs.sq, shape.block_m) * params.hq * params.seqs.b;
+  // As above.
+  const bool are_dealt = shape.box_m > 0 && are_equal(params);
+  return are_dealt && blocks > device.num_sms ? device.num_sms : blocks;
 }
 
 bool has_few_queries(const ForwardParams& params) {

@@ -24,8 +24,9 @@ struct Shape {
   int block_n;
   int threads;
   int smem_bytes;
-  int box_m;     // rows in one copy of Q, forward, or of dK, by TMA; 0: there are no tensor maps
-  int ctas = 0;  // an SM, of kernels whose CTAs have shares of the work
+  int box_m;  // rows in one copy of Q, forward, or of dK, by TMA; 0: there are no tensor maps
+  bool makes_sums = false;  // backward: dQ is added up in memory; else it has a kernel of its own
+  int ctas = 0;             // an SM, of kernels whose CTAs have shares of the work
 };
 
 // The shape of a kernel built for head dim `head_dim` and architecture `arch` (80 for 8.0).
@@ -67,5 +68,6 @@ int64_t num_ctas(const ForwardParams& params, const Shape& shape, const Device& 
 int64_t num_shares(const ForwardParams& params, const Shape& shape, const Device& device);
 
 int64_t num_ctas(const BackwardParams& params, const Shape& shape, const Device& device);
+int64_t num_ctas_of_dq(const BackwardParams& params, const Shape& shape, const Device& device);
 
 }  // namespace flash::host

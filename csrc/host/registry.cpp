@@ -13,7 +13,7 @@ constexpr const char* kHeader = "flash-attn-kernels 1";
 constexpr int kMaxKernels = 1024;
 
 const char* const kKindNames[] = {"forward", "combine", "append", "delta", "backward",
-                                  "convert", "s_dmask", "fill",   "decode"};
+                                  "convert", "s_dmask", "fill",   "dq",    "decode"};
 const char* const kDtypeNames[] = {"fp16", "bf16"};
 const char* const kFamilyNames[] = {"sm80",   "sm90_wide",   "sm90",  "sm90_scored",
                                     "decode", "decode_wide", "common"};

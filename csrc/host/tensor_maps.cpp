@@ -93,6 +93,7 @@ bool make_tma_params(const BackwardParams& params, const Shape& shape, int dtype
   const Extents all = extents_of(params, params.seqs.b);
   made->call = params;
   made->scale_log2 = params.scores.softmax_scale * kLog2e;
+  made->lse_factor = -1.0f / made->scale_log2;
   return make_map(params.q, all.q, shape.block_m, dtype, &made->q) &&
          make_map(params.k, all.k, shape.block_n, dtype, &made->k) &&
          make_map(params.v, all.v, shape.block_n, dtype, &made->v) &&

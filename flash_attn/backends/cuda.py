@@ -38,6 +38,7 @@ _KINDS = (
     "convert",
     "s_dmask",
     "fill",
+    "dq",
     "decode",
 )
 _DTYPES = _support.HALF_DTYPES

@@ -10,16 +10,18 @@ import pytest
 from native_tools import Launch, Stub, launches
 
 PROGRAM = """
-def backward(d, sq=300, sk=300, hk=2, window=(-1, -1), p=0.0, deterministic=False, change=None):
+def backward(d, sq=300, sk=300, hk=2, window=(-1, -1), p=0.0, deterministic=False, change=None,
+             used=None, scale=0.1):
     q, k = make(2, sq, 4, d), make(2, sk, hk, d)
     if change:
         k = change(k)
     lse = torch.zeros(2, 4, sq)
     state = torch.zeros(2, dtype=torch.int64) if p else None
     grads = [torch.empty_like(x) for x in (q, k, k)]
+    used = used and torch.tensor(used, dtype=torch.int32)
     torch.ops.flash_attn_cuda.backward.default.redispatch(
-        CUDA, q, q, k, k, q, lse, *grads, *[None] * 6, p, 0.1, False, *window, 0.0, None,
-        deterministic, state)
+        CUDA, q, q, k, k, q, lse, *grads, None, None, None, used, None, None, p, scale, False,
+        *window, 0.0, None, deterministic, state)
 """
 
 
@@ -47,30 +49,55 @@ def test_a_call_has_three_kernels_of_one_family(launched: Launched) -> None:
     assert found[1].block == 3 * 128
 
 
+def test_above_128_the_last_one_computes_dq(launched: Launched) -> None:
+    found = launched("backward(160)")
+    names = [launch.kernel for launch in found]
+    assert names == [f"flash_{kind}_bf16" for kind in ("delta", "bwd_sm90_d192", "dq_sm90_d192")]
+    # 300 keys in blocks of 64, 300 rows in tiles of 128.
+    assert [launch.grid for launch in found[1:]] == [2 * 2 * 5, 2 * 4 * 3]
+    assert found[2].block == 3 * 128
+
+
 @pytest.mark.parametrize(
-    ("d", "block_m", "block_n", "p_bytes"),
-    [(64, 128, 128, 0), (128, 64, 128, 0), (256, 64, 64, 64 * 64 * 4)],
+    ("d", "block_m", "block_n", "exchanged"),
+    [(64, 128, 128, 2), (128, 64, 128, 2), (256, 64, 64, 4)],
 )
 def test_shared_memory_is_what_the_page_says(
-    launched: Launched, d: int, block_m: int, block_n: int, p_bytes: int
+    launched: Launched, d: int, block_m: int, block_n: int, exchanged: int
 ) -> None:
     _, main, _ = launched(f"backward({d})")
-    # K, V; Q and dO twice each; dS twice; lse and delta twice; bounds of keys; barriers.
+    # K, V; Q and dO twice each; dS, or P in float, twice; lse and delta twice; bounds of keys;
+    # barriers.
     operands = 2 * (block_n + 2 * block_m) * d * 2
     assert main.smem == (
-        operands + 2 * block_m * block_n * 2 + p_bytes + 2 * block_m * 8 + block_n * 8 + 512
+        operands + 2 * block_m * block_n * exchanged + 2 * block_m * 8 + block_n * 8 + 512
     )
     assert main.smem <= 227 * 1024
 
 
-def test_equal_blocks_of_keys_are_dealt_out_where_loads_overlap(launched: Launched) -> None:
+@pytest.mark.parametrize(("d", "buffers"), [(192, 4), (256, 3)])
+def test_so_is_that_of_the_kernel_of_dq(launched: Launched, d: int, buffers: int) -> None:
+    last = launched(f"backward({d})")[2]
+    assert last.smem == (2 * 128 + buffers * 64) * d * 2 + 512
+    assert last.smem <= 227 * 1024
+
+
+def test_equal_blocks_are_dealt_out_where_loads_overlap(launched: Launched) -> None:
     calls = [
-        f"backward({d}, sk=5000, {options})"
+        f"backward({d}, sq=5000, sk=5000, {options})"
         for d in (128, 256)
         for options in ("", "window=(-1, 0)", "deterministic=True")
     ]
-    grids = [launch.grid for launch in launched(*calls)[1::3]]
-    assert grids == [132, 4 * 40, 4 * 40, 4 * 79, 4 * 79, 4 * 79]
+    found = launched(*calls)
+    assert [launch.grid for launch in found[1::3]] == [132, 4 * 40, 4 * 40, 4 * 79, 4 * 79, 4 * 79]
+    assert [launch.grid for launch in found[2::3]] == [8 * 79] * 3 + [132, 8 * 40, 132]
+
+
+@pytest.mark.parametrize(("d", "at", "grid"), [(128, 1, 4 * 40), (256, 2, 8 * 40)])
+def test_blocks_of_lengths_that_differ_go_to_who_is_free(
+    launched: Launched, d: int, at: int, grid: int
+) -> None:
+    assert launched(f"backward({d}, sq=5000, sk=5000, used=[5000, 70])")[at].grid == grid
 
 
 @pytest.mark.parametrize(
@@ -78,6 +105,7 @@ def test_equal_blocks_of_keys_are_dealt_out_where_loads_overlap(launched: Launch
     [
         ("backward(64, p=0.1)", "90"),
         ("backward(64, sk=0)", "90"),
+        ("backward(64, scale=1e-35)", "90"),
         ("backward(64, hk=1, change=lambda k: k.expand(2, 300, 2, 64))", "90"),
         ("backward(64)", "89"),
         ("backward(64)", "100"),

@@ -35,15 +35,10 @@ HOPPER = (
 # How O leaves, but at head dim 256, and dK and dV.
 O_BUFFER = ((r"UTMASTG\.4D", ""), (r"STSM\.16\.M\w*88\.4", ""))
 HOPPERS_FORWARD = (*HOPPER, PRODUCT, FRAGMENT, STORE)
-# Statistics of a block's rows at once, sums of dQ 16 bytes a lane, dS stored transposed.
-HOPPERS_BACKWARD = (
-    *HOPPER,
-    *O_BUFFER,
-    STORE,
-    (r"UBLKCP\.S\.G", ""),
-    (r"REDG\.E\.ADD\.F32x4", ""),
-    (r"STSM\.16\.MT88\.4", ""),
-)
+# Statistics of a block's rows at once.
+HOPPERS_BACKWARD = (*HOPPER, *O_BUFFER, STORE, (r"UBLKCP\.S\.G", ""))
+# Up to head dim 128: sums of dQ 16 bytes a lane, dS stored transposed.
+SUMS = ((r"REDG\.E\.ADD\.F32x4", ""), (r"STSM\.16\.MT88\.4", ""))
 MUST_HAVE = {
     **{f"{family} forward": HOPPERS_FORWARD for family in ("sm90", "sm90_wide", "sm90_scored")},
     "sm90 backward": HOPPERS_BACKWARD,
@@ -55,6 +50,7 @@ MUST_HAVE = {
     "combine": (LOAD,),
     "s_dmask": (PRODUCT,),
     "fill": (STORE,),
+    "dq": (*HOPPER, STORE),
     "decode": (PRODUCT, COPY, FRAGMENT, LOAD, STORE),
 }
 ARITHMETIC = r"HMMA|FADD|FFMA|FMUL|MUFU|F2|LDGSTS|LDSM|REDG?\."
@@ -124,6 +120,8 @@ def faults(unit: codegen.Unit, arch: Arch, code: bytes, log: str) -> Iterator[st
     must_have = MUST_HAVE.get(f"{unit.family} {unit.kind}", MUST_HAVE[unit.kind])
     if must_have is HOPPERS_FORWARD and unit.head_dim < 256:
         must_have += O_BUFFER
+    if must_have is HOPPERS_BACKWARD and unit.head_dim <= 128:
+        must_have += SUMS
     for wanted in must_have:
         if not machine_code.count(found, wanted[form]):
             yield f"no {wanted[form]}"

@@ -1,6 +1,6 @@
 // Consumers that share 64 keys, where dK and dV of more do not fit the registers of one: the first
-// computes P and dV, the second dS and dK. P goes from one to the other as it is, in float; dS of
-// both halves of dQ's columns through shared memory, as always.
+// computes P and dV, the second dS and dK. P goes from one to the other as it is, in float. dQ has
+// a kernel of its own (queries.cuh).
 #pragma once
 
 #include "sm90/backward_consumer.cuh"
@@ -15,12 +15,9 @@ class SharingConsumer : public GradientConsumer<Cfg> {
   using T = typename Cfg::T;
   using TileQ = typename Cfg::TileQ;
   using TileK = typename Cfg::TileK;
-  using TileDs = typename Cfg::TileDs;
   using AccS = typename Cfg::AccS;
-  using Packed = uint32_t[4][4];               // 64 keys by 64 queries
-  static constexpr int kColumnsOfFirst = 128;  // of dQ
-  static_assert(Cfg::kBlockM == 64 && Cfg::kHeadDim > kColumnsOfFirst, "one product a step");
-  static constexpr int kPIsThere = 4;  // a named barrier
+  using Packed = uint32_t[4][4];  // 64 keys by 64 queries
+  static_assert(Cfg::kBlockM == 64, "one product a step");
 
   __device__ __forceinline__ SharingConsumer(const TmaBackwardParams& params,
                                              const BackwardPipeline<Cfg>& pipe)
@@ -31,15 +28,14 @@ class SharingConsumer : public GradientConsumer<Cfg> {
     this->clean_queries();
   }
 
-  // A consumer's columns of dQ.
-  template <int kN>
-  __device__ __forceinline__ void start_dq(tile::Accumulators<1, kN>& dq, int column) const {
-    tile::start_ab<T, TileDs, TileK>(dq, this->pipe_.ds_buffer(this->step_),
-                                     this->pipe_.k_buffer() + column / 64 * TileK::kPanelBytes);
+  // This thread's part of P, from consumer to consumer. There are two buffers, as there are of Q:
+  // what a step writes was read two steps before, or Q would not be there.
+  static_assert(Cfg::kStages == 2, "as many as of P");
+  __device__ uint32_t p_of_thread() const {
+    return this->pipe_.p_buffer(this->step_) + this->thread() * 16;
   }
-
-  // This thread's part of P, from consumer to consumer.
-  __device__ uint32_t p_of_thread() const { return this->pipe_.p_buffer() + this->thread() * 16; }
+  // A named barrier, of even or odd steps.
+  __device__ int p_is_there() const { return 4 + this->step_ % 2; }
 
   __device__ uint32_t q() const { return this->pipe_.q_buffer(this->step_); }
   __device__ uint32_t dout() const { return this->pipe_.dout_buffer(this->step_); }
@@ -54,7 +50,6 @@ class ValuesConsumer : SharingConsumer<Cfg> {
   using typename Base::T;
   using typename Base::TileK;
   using typename Base::TileQ;
-  using AccQ = tile::Accumulators<1, Base::kColumnsOfFirst / 8>;
 
  public:
   __device__ __forceinline__ ValuesConsumer(const TmaBackwardParams& params,
@@ -93,12 +88,18 @@ class ValuesConsumer : SharingConsumer<Cfg> {
   template <bool kPlain>
   __device__ __forceinline__ void step() {
     AccS s;
-    tile::start_abt<T, Cfg::kHeadDim, TileK, TileQ>(s, this->pipe_.k_buffer(), this->q());
-    const ColumnPairs lse = this->statistic(kLse, 0);
+    if (kPlain) begin_with(s, this->statistic(kLse, 0), this->maps_.lse_factor);
+    tile::start_abt<T, Cfg::kHeadDim, TileK, TileQ>(s, this->pipe_.k_buffer(), this->q(), kPlain);
     ptx::wgmma_wait<0>();
     ptx::pin(s.c[0]);
     Packed p;
-    this->template absorb<kPlain>(s, p, lse, this->warp_row(), 0);
+    if constexpr (kPlain) {
+      this->hide_unseen(s, this->warp_row(), 0);
+      exponentiate(s, this->maps_.scale_log2);
+      tile::pack<T>(p, s);
+    } else {
+      this->transform_scores(s, p, this->warp_row(), 0);
+    }
 #pragma unroll
     for (int n = 0; n < 8; ++n) {
       const float(&x)[4] = s.c[0][n];
@@ -106,18 +107,12 @@ class ValuesConsumer : SharingConsumer<Cfg> {
                          make_uint4(__float_as_uint(x[0]), __float_as_uint(x[1]),
                                     __float_as_uint(x[2]), __float_as_uint(x[3])));
     }
-    ptx::named_barrier_arrive(Base::kPIsThere, Base::kBothConsumers);
+    ptx::named_barrier_arrive(this->p_is_there(), Base::kBothConsumers);
     this->pipe_.douts().wait_full(this->step_);
     tile::start_pb<T, TileQ>(dv_, p, this->dout());
-    this->barrier_of_both();  // dS is there
-
-    AccQ dq;
-    this->start_dq(dq, 0);
     ptx::wgmma_wait<0>();
     ptx::pin(dv_.c[0]);
     ptx::pin(p);
-    ptx::pin(dq.c[0]);
-    this->add_dq(dq, this->step_, this->sums_, 0);
   }
 
   typename Cfg::AccKV dv_;
@@ -130,10 +125,8 @@ class KeyGradientsConsumer : SharingConsumer<Cfg> {
   using typename Base::AccS;
   using typename Base::Packed;
   using typename Base::T;
-  using typename Base::TileDs;
   using typename Base::TileK;
   using typename Base::TileQ;
-  using AccQ = tile::Accumulators<1, (Cfg::kHeadDim - Base::kColumnsOfFirst) / 8>;
 
  public:
   __device__ __forceinline__ KeyGradientsConsumer(const TmaBackwardParams& params,
@@ -161,10 +154,9 @@ class KeyGradientsConsumer : SharingConsumer<Cfg> {
  private:
   __device__ __forceinline__ void step() {
     AccS dp;
-    begin_with(dp, this->statistic(kMinusDelta, 0));
     this->pipe_.douts().wait_full(this->step_);
-    tile::start_abt<T, Cfg::kHeadDim, TileK, TileQ>(dp, this->pipe_.v_buffer(), this->dout(), true);
-    ptx::named_barrier_sync(Base::kPIsThere, Base::kBothConsumers);
+    tile::start_abt<T, Cfg::kHeadDim, TileK, TileQ>(dp, this->pipe_.v_buffer(), this->dout());
+    ptx::named_barrier_sync(this->p_is_there(), Base::kBothConsumers);
     ptx::wgmma_wait<0>();
     ptx::pin(dp.c[0]);
     AccS p;
@@ -177,19 +169,9 @@ class KeyGradientsConsumer : SharingConsumer<Cfg> {
       p.c[0][n][3] = __uint_as_float(x.w);
     }
     Packed ds;
+    add_to(dp, this->statistic(kMinusDelta, 0));
     gradients_of_scores<T>(ds, p, dp);
-    tile::store_transposed<TileDs>(this->pipe_.ds_buffer(this->step_), ds, this->warp_row(),
-                                   this->lane());
-    ptx::fence_async_proxy();
-    this->barrier_of_both();
-
-    // dQ before dK: it is added to memory beside dK's product.
-    AccQ dq;
-    this->start_dq(dq, Base::kColumnsOfFirst);
     tile::start_pb<T, TileQ>(dk_, ds, this->q());
-    ptx::wgmma_wait<1>();
-    ptx::pin(dq.c[0]);
-    this->add_dq(dq, this->step_, this->sums_, Base::kColumnsOfFirst);
     ptx::wgmma_wait<0>();
     ptx::pin(dk_.c[0]);
     ptx::pin(ds);

@@ -83,26 +83,29 @@ class KeysConsumer : GradientConsumer<Cfg> {
   }
 
   // The steps of scores that are not plain wait for S alone: what becomes of it takes registers.
+  //
+  // What is read from shared memory queues behind the additions to memory: so lse is read before
+  // them, and delta late.
   template <bool kPlain>
   __device__ __forceinline__ void step_of_64() {
     AccS s, dp;
     AccQ dq;
+    if (kPlain) begin_with(s, this->statistic(kLse, 0), this->maps_.lse_factor);
     start_late_dq(dq);
-    start_s(s, 0);
+    start_s(s, 0, kPlain);
     ptx::wgmma_wait<1>();
     add_late_dq(dq);
-    const ColumnPairs lse = this->statistic(kLse, 0);
-    begin_with(dp, this->statistic(kMinusDelta, 0));
     this->pipe_.douts().wait_full(this->step_);
     if (kPlain) start_dp(dp, 0);
     ptx::wgmma_wait<kPlain ? 1 : 0>();
     ptx::pin(s.c[0]);
     Packed p, ds;
-    absorb<kPlain>(s, p, lse, 0);
+    absorb<kPlain>(s, p, 0);
     if (!kPlain) start_dp(dp, 0);
     start_dv(p, 0);
     ptx::wgmma_wait<1>();
     ptx::pin(dp.c[0]);
+    add_to(dp, this->statistic(kMinusDelta, 0));
     to_gradients(ds, s, dp, 0);
     announce_ds(this->step_ + 1);
     start_dk(ds, 0);
@@ -113,7 +116,8 @@ class KeysConsumer : GradientConsumer<Cfg> {
     ptx::pin(ds);
   }
 
-  // Two halves, of which one is multiplied while the other becomes P and dS.
+  // Two halves, of which one is multiplied while the other becomes P and dS. Sums of dP begin with
+  // -delta.
   template <bool kPlain>
   __device__ __forceinline__ void step_of_128() {
     AccS s0, dp0, s1, dp1;
@@ -121,14 +125,14 @@ class KeysConsumer : GradientConsumer<Cfg> {
     const ColumnPairs lse0 = this->statistic(kLse, 0);
     begin_with(dp0, this->statistic(kMinusDelta, 0));
     this->pipe_.douts().wait_full(this->step_);
-    if (kPlain) start_dp(dp0, 0);
+    if (kPlain) start_dp(dp0, 0, true);
     AccQ dq;
     start_late_dq(dq);
     ptx::wgmma_wait<kPlain ? 2 : 1>();
     ptx::pin(s0.c[0]);
     Packed p0, ds0, p1, ds1;
-    absorb<kPlain>(s0, p0, lse0, 0);
-    if (!kPlain) start_dp(dp0, 0);
+    absorb<kPlain>(s0, p0, 0, lse0);
+    if (!kPlain) start_dp(dp0, 0, true);
     start_dv(p0, 0);
     start_s(s1, 1);
     ptx::wgmma_wait<2>();
@@ -137,13 +141,13 @@ class KeysConsumer : GradientConsumer<Cfg> {
     const ColumnPairs lse1 = this->statistic(kLse, 1);
     begin_with(dp1, this->statistic(kMinusDelta, 1));
     to_gradients(ds0, s0, dp0, 0);
-    start_dp(dp1, 1);
+    start_dp(dp1, 1, true);
     start_dk(ds0, 0);
     ptx::wgmma_wait<2>();
     ptx::pin(dv_.c[0]);
     ptx::pin(p0);
     ptx::pin(s1.c[0]);
-    absorb<kPlain>(s1, p1, lse1, 1);
+    absorb<kPlain>(s1, p1, 1, lse1);
     start_dv(p1, 1);
     ptx::wgmma_wait<2>();
     ptx::pin(dp1.c[0]);
@@ -158,18 +162,18 @@ class KeysConsumer : GradientConsumer<Cfg> {
     ptx::pin(ds1);
   }
 
-  // The parts of a step, for its first or second 64 queries.
-  __device__ __forceinline__ void start_s(AccS& s, int half) {
+  // The parts of a step, for its first or second 64 queries. `adds`: to what is there.
+  __device__ __forceinline__ void start_s(AccS& s, int half, bool adds = false) {
     if constexpr (kHoldsKeys) {
-      tile::start_abt<T, TileQ>(s, k_, q(half));
+      tile::start_abt<T, TileQ>(s, k_, q(half), adds);
     } else {
       tile::start_abt<T, Cfg::kHeadDim, TileK, TileQ>(
-          s, this->pipe_.k_buffer() + this->consumer_ * kRows, q(half));
+          s, this->pipe_.k_buffer() + this->consumer_ * kRows, q(half), adds);
     }
   }
-  __device__ __forceinline__ void start_dp(AccS& dp, int half) const {
+  __device__ __forceinline__ void start_dp(AccS& dp, int half, bool adds = false) const {
     tile::start_abt<T, Cfg::kHeadDim, TileK, TileQ>(
-        dp, this->pipe_.v_buffer() + this->consumer_ * kRows, dout(half), true);
+        dp, this->pipe_.v_buffer() + this->consumer_ * kRows, dout(half), adds);
   }
   __device__ __forceinline__ void start_dv(Packed& p, int half) {
     tile::start_pb<T, TileQ>(dv_, p, dout(half));
@@ -177,16 +181,23 @@ class KeysConsumer : GradientConsumer<Cfg> {
   __device__ __forceinline__ void start_dk(Packed& ds, int half) {
     tile::start_pb<T, TileQ>(dk_, ds, q(half));
   }
-  template <bool kPlain>
-  __device__ __forceinline__ void absorb(AccS& s, Packed& p, const ColumnPairs& lse,
-                                         int half) const {
-    Base::template absorb<kPlain>(s, p, lse, 64 * this->consumer_ + this->warp_row(), half);
+  // `lse`: where sums of S did not begin with it.
+  template <bool kPlain, class... Lse>
+  __device__ __forceinline__ void absorb(AccS& s, Packed& p, int half, const Lse&... lse) const {
+    const int row = 64 * this->consumer_ + this->warp_row();
+    if constexpr (kPlain) {
+      this->hide_unseen(s, row, half);
+      exponentiate(s, this->maps_.scale_log2, lse...);
+      tile::pack<T>(p, s);
+    } else {
+      this->transform_scores(s, p, row, half);
+    }
   }
+  // To the other consumer too, as announce_ds() tells it. There are two buffers: the one that a
+  // step writes was read in the step before.
   __device__ __forceinline__ void to_gradients(Packed& ds, const AccS& s, const AccS& dp,
                                                int half) const {
     gradients_of_scores<T>(ds, s, dp);
-    // To the other consumer, as announce_ds() tells it. There are two buffers: the one that a step
-    // writes was read in the step before.
     tile::store_transposed<TileDs>(this->pipe_.ds_buffer(this->step_) + half * kRows, ds,
                                    64 * this->consumer_ + this->warp_row(), this->lane());
     ptx::fence_async_proxy();

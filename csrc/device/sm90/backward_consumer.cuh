@@ -50,17 +50,15 @@ class GradientConsumer {
   // Goes to the first step of the block. False: there is none.
   __device__ __forceinline__ bool has_steps() {
     const KeyBlock& b = block();
-    begin_ = ptx::uniform(b.begin);
+    at_ = ptx::uniform(b.begin);
     end_ = ptx::uniform(b.end);
-    if (begin_ >= end_) return false;
+    if (at_ >= end_) return false;
     full_begin_ = ptx::uniform(b.full_begin[consumer_]);
     full_end_ = ptx::uniform(b.full_end[consumer_]);
-    dirty_ = ptx::uniform(b.tail_q > 0 ? b.sq / kBlockM : -1);
     const int group = params_.hq / params_.hk;
     head_ = ptx::uniform(b.head) * group;
-    at_ = begin_;
-    left_ = (end_ - begin_) * group;
-    sums_ = ptx::uniform(b.first_sum) + begin_ * kBlockM;
+    left_ = (end_ - at_) * group;
+    sums_ = ptx::uniform(b.first_sum) + at_ * kBlockM;
     return true;
   }
   __device__ __forceinline__ void wait_for_keys() const {
@@ -79,9 +77,9 @@ class GradientConsumer {
     ++at_;
     sums_ += kBlockM;
     if (at_ == end_) {
-      at_ = begin_;
+      at_ = ptx::uniform(block().begin);
       ++head_;
-      sums_ += static_cast<int>(params_.delta_head) - (end_ - begin_) * kBlockM;
+      sums_ += static_cast<int>(params_.delta_head) - (end_ - at_) * kBlockM;
     }
     return --left_ > 0;
   }
@@ -115,8 +113,9 @@ class GradientConsumer {
 
   // The same for queries: by each consumer, so that neither waits for the other.
   __device__ __forceinline__ void clean_queries() const {
-    if (__builtin_expect(at_ != dirty_, 1)) return;
+    if (is_whole()) return;
     const int tail = ptx::uniform(block().tail_q);
+    if (tail == 0 || at_ != ptx::uniform(block().sq) / kBlockM) return;
     pipe_.douts().wait_full(step_);
     clear_rows<TileQ>(pipe_.q_buffer(step_), tail, kBlockM);
     clear_rows<TileQ>(pipe_.dout_buffer(step_), tail, kBlockM);
@@ -128,28 +127,26 @@ class GradientConsumer {
     return ColumnPairs(which, pipe_.statistics(step_) + half * 512, lane());
   }
 
-  // Products S become P, packed in `p`, and what dP - delta is multiplied by in `s`: of a warp's 16
-  // keys from the block's `row` on, and 64 of the step's queries.
-  template <bool kPlain>
-  __device__ __forceinline__ void absorb(AccS& s, uint32_t (&p)[4][4], const ColumnPairs& lse,
-                                         int row, int half) const {
-    if constexpr (kPlain) {
-      if (__builtin_expect(at_ < full_begin_ || at_ >= full_end_, 0)) {
-        hide_queries(s, pipe_.bounds(row + lane() / 4), first_query(half));
-      }
-      exponentiate(s, maps_.scale_log2, lse);
-      tile::pack<T>(p, s);
+  // Hides what the mask hides: of a warp's 16 keys from the block's `row` on, and 64 of the step's
+  // queries.
+  __device__ __forceinline__ void hide_unseen(AccS& s, int row, int half) const {
+    if (!is_whole()) hide_queries(s, pipe_.bounds(row + lane() / 4), first_query(half));
+  }
+
+  // Of scores that are not plain: products S become P, packed in `p`, and what dP - delta is
+  // multiplied by in `s`.
+  __device__ __forceinline__ void transform_scores(AccS& s, uint32_t (&p)[4][4], int row,
+                                                   int half) const {
+    const KeyBlock& b = block();
+    const ColumnPairs lse = statistic(kLse, half);
+    const uint32_t bounds = pipe_.bounds(row + lane() / 4);
+    const int query = first_query(half);
+    const attn::ScoreRule rule(params_.scores, b.sequence, head_);
+    const int distance = query + b.sk - b.sq - (b.first + row + lane() / 4);
+    if (params_.scores.softcap > 0.0f) {
+      transform<T, true>(s, p, rule, bounds, query, distance, lse);
     } else {
-      const KeyBlock& b = block();
-      const uint32_t bounds = pipe_.bounds(row + lane() / 4);
-      const int query = first_query(half);
-      const attn::ScoreRule rule(params_.scores, b.sequence, head_);
-      const int distance = query + b.sk - b.sq - (b.first + row + lane() / 4);
-      if (params_.scores.softcap > 0.0f) {
-        transform<T, true>(s, p, rule, bounds, query, distance, lse);
-      } else {
-        transform<T, false>(s, p, rule, bounds, query, distance, lse);
-      }
+      transform<T, false>(s, p, rule, bounds, query, distance, lse);
     }
   }
 
@@ -213,6 +210,10 @@ class GradientConsumer {
   }
 
   __device__ const KeyBlock& block() const { return pipe_.block(block_); }
+  // All of the step's queries are this sequence's, and see all keys.
+  __device__ bool is_whole() const {
+    return __builtin_expect(at_ >= full_begin_ && at_ < full_end_, 1);
+  }
   // Of this lane's first entry.
   __device__ int first_query(int half) const { return at_ * kBlockM + 64 * half + lane() % 4 * 2; }
 
@@ -232,11 +233,9 @@ class GradientConsumer {
   const int consumer_;
   uint32_t block_ = 0;  // of keys, counted from the start
   uint32_t step_ = 0;   // counted likewise
-  // Of the block of keys: which blocks of queries it has, which of those see all keys, and which
-  // one ends with rows of others.
-  int begin_, end_;
+  // Of the block of keys: where its blocks of queries end, and which are whole.
+  int end_;
   int full_begin_, full_end_;
-  int dirty_;
   // Of the step: the head, its block of queries, and its first row in dq_accum; how many steps
   // there are from here on.
   int head_, at_, left_;

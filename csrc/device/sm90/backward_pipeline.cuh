@@ -36,7 +36,7 @@ struct KeyBlock {
   int first;  // key
   int sq, sk;
   int begin, end;
-  // All of these queries see all of a consumer's keys.
+  // All of these blocks' queries belong to the sequence, and see all of a consumer's keys.
   int full_begin[2], full_end[2];
   // Where rows stand in the tensor maps.
   int first_q, batch_q;
@@ -61,7 +61,7 @@ struct BackwardPipeline {
   static constexpr int kQueries = kKeys + 2 * Cfg::TileK::kBytes;
   static constexpr int kDs = kQueries + 2 * Cfg::kStages * Cfg::TileQ::kBytes;
   static constexpr int kP = kDs + 2 * Cfg::kTile.ds_bytes();
-  static constexpr int kStatistics = kP + Cfg::kTile.p_bytes();
+  static constexpr int kStatistics = kP + 2 * Cfg::kTile.p_bytes();
   static constexpr int kBounds = kStatistics + Cfg::kTile.statistics_bytes();
   static constexpr int kBarriers = kBounds + Cfg::kTile.bounds_bytes();
   using KeyRing = Ring<1>;
@@ -93,7 +93,9 @@ struct BackwardPipeline {
   __device__ uint32_t ds_buffer(uint32_t step) const {
     return smem + kDs + step % 2 * Cfg::kTile.ds_bytes();
   }
-  __device__ uint32_t p_buffer() const { return smem + kP; }
+  __device__ uint32_t p_buffer(uint32_t step) const {
+    return smem + kP + step % 2 * Cfg::kTile.p_bytes();
+  }
   // Where dK and dV leave: through buffers of dS, so that the next keys can come meanwhile, or
   // through those of V (the first consumer) and K.
   __device__ uint32_t out_buffer(int consumer) const {

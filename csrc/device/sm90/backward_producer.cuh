@@ -50,21 +50,22 @@ struct KeySchedule {
     const attn::Mask mask(params.scores, seq.sq, seq.sk);
     block.begin = mask.first_query(first) / Cfg::kBlockM;
     block.end = blocks_to(mask.end_query(min(first + Cfg::kBlockN, seq.sk) - 1));
-#pragma unroll
-    for (int consumer = 0; consumer < Cfg::kConsumers; ++consumer) {
-      const int own = Cfg::kByKeys ? first + 64 * consumer : first;
-      const int last = min(own + 64, seq.sk) - 1;
-      const int full_end = mask.end_query(own);
-      // Rows behind the last query have P 0, whatever they see.
-      block.full_begin[consumer] = blocks_to(mask.first_query(last));
-      block.full_end[consumer] = full_end < seq.sq ? full_end / Cfg::kBlockM : block.end;
-      if (own + 64 > seq.sk) block.full_end[consumer] = 0;
-    }
     // Behind the last row of an operand there are zeros; behind a sequence there is anything.
     block.tail_q =
         tail(seq.sq, seqs.cu_seqlens_q ? seqs.total_q - block.first_q : seqs.sq, Cfg::kBlockM);
     block.tail_k =
         tail(seq.sk, seqs.cu_seqlens_k ? seqs.total_k - block.first_k : seqs.sk, Cfg::kBlockN);
+#pragma unroll
+    for (int consumer = 0; consumer < Cfg::kConsumers; ++consumer) {
+      const int own = Cfg::kByKeys ? first + 64 * consumer : first;
+      const int last = min(own + 64, seq.sk) - 1;
+      const int full_end = mask.end_query(own);
+      const bool ends_whole = full_end >= seq.sq && block.tail_q == 0;
+      // Rows that TMA has filled in have P 0, whatever they see.
+      block.full_begin[consumer] = blocks_to(mask.first_query(last));
+      block.full_end[consumer] = ends_whole ? block.end : min(full_end, seq.sq) / Cfg::kBlockM;
+      if (own + 64 > seq.sk) block.full_end[consumer] = 0;
+    }
     block.first_sum =
         static_cast<int>(attn::PaddedRows(params, seq.index, head * (params.hq / params.hk)).first);
   }

@@ -21,12 +21,22 @@ struct ColumnPairs {
   }
 };
 
-// Sums of dO V^T begin with -delta: what they end with is dP - delta.
-__device__ __forceinline__ void begin_with(tile::Accumulators<1, 8>& dp, const ColumnPairs& x) {
+// Sums of products begin with what belongs to their column, times `factor`.
+__device__ __forceinline__ void begin_with(tile::Accumulators<1, 8>& acc, const ColumnPairs& x,
+                                           float factor = 1.0f) {
+#pragma unroll
+  for (int n = 0; n < 8; ++n) {
+    const float pair[2] = {x.at[n].x * factor, x.at[n].y * factor};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) acc.c[0][n][i] = pair[i % 2];
+  }
+}
+
+__device__ __forceinline__ void add_to(tile::Accumulators<1, 8>& acc, const ColumnPairs& x) {
 #pragma unroll
   for (int n = 0; n < 8; ++n) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) dp.c[0][n][i] = i % 2 == 0 ? x.at[n].x : x.at[n].y;
+    for (int i = 0; i < 4; ++i) acc.c[0][n][i] += i % 2 == 0 ? x.at[n].x : x.at[n].y;
   }
 }
 
@@ -58,7 +68,16 @@ __device__ __forceinline__ void hide_queries(tile::Accumulators<1, 8>& s, uint32
   }
 }
 
-// S becomes P.
+// S becomes P; its sums began with lse times TmaBackwardParams::lse_factor.
+__device__ __forceinline__ void exponentiate(tile::Accumulators<1, 8>& s, float scale_log2) {
+#pragma unroll
+  for (int n = 0; n < 8; ++n) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) s.c[0][n][i] = ptx::ex2(s.c[0][n][i] * scale_log2);
+  }
+}
+
+// The same of S as it is.
 __device__ __forceinline__ void exponentiate(tile::Accumulators<1, 8>& s, float scale_log2,
                                              const ColumnPairs& lse) {
 #pragma unroll
@@ -106,7 +125,7 @@ __device__ __forceinline__ void transform(tile::Accumulators<1, 8>& s, uint32_t 
   }
 }
 
-// dS = P (dP - delta), packed. `s`: as absorb() left it; `dp`: less delta.
+// dS = P (dP - delta), packed. `s`: P, or what else dP - delta is multiplied by; `dp`: less delta.
 template <class T>
 __device__ __forceinline__ void gradients_of_scores(uint32_t (&ds)[4][4],
                                                     const tile::Accumulators<1, 8>& s,

@@ -58,8 +58,8 @@ constexpr ForwardTile forward_tile(Serves serves, int head_dim) {
 
 // How the two consumers of the backward kernel share out the work on a block of keys.
 enum Share {
-  kByKeys,       // 64 keys each: their dK and dV
-  kByGradients,  // all 64 keys: dV and dK
+  kByKeys,       // 64 keys each: their dK and dV, and shares of dQ, which are added up in memory
+  kByGradients,  // all 64 keys: dV and dK; dQ has a kernel of its own
 };
 
 struct BackwardTile {
@@ -75,14 +75,16 @@ struct BackwardTile {
   constexpr int registers_of_others() const { return 24; }
   // In shared memory: whole panels of 64.
   constexpr int columns() const { return (head_dim + 63) / 64 * 64; }
+  // Of P, in float, where one consumer hands it to the other.
   constexpr int p_bytes() const { return share == kByGradients ? block_m * block_n * 4 : 0; }
-  constexpr int ds_bytes() const { return block_m * block_n * 2; }
+  // Of dS, where dQ is made of it.
+  constexpr int ds_bytes() const { return share == kByKeys ? block_m * block_n * 2 : 0; }
   constexpr int statistics_bytes() const { return stages * block_m * 2 * 4; }
   constexpr int bounds_bytes() const { return block_n * 2 * 4; }
-  // K and V; Q and dO in stages; two buffers of dS; P, where one consumer hands it to the other;
-  // lse and delta; which queries see a key; barriers and records.
+  // K and V; Q and dO in stages; two buffers of dS, or of P; lse and delta; which queries see a
+  // key; barriers and records.
   constexpr int smem_bytes() const {
-    return 2 * (block_n + stages * block_m) * columns() * 2 + 2 * ds_bytes() + p_bytes() +
+    return 2 * (block_n + stages * block_m) * columns() * 2 + 2 * (ds_bytes() + p_bytes()) +
            statistics_bytes() + bounds_bytes() + 512;
   }
 };
@@ -97,6 +99,37 @@ constexpr BackwardTile kBackwardTiles[] = {
 
 constexpr BackwardTile backward_tile(int head_dim) {
   for (const BackwardTile& tile : kBackwardTiles) {
+    if (tile.head_dim == head_dim) return tile;
+  }
+  return {};
+}
+
+// The kernel of dQ, where it has one. The same boxes of Q and keys as above are copied at once.
+struct QueriesTile {
+  int head_dim;
+  int block_n;   // keys of a step
+  int k_stages;  // buffers of K, and of V: powers of two
+  int v_stages;
+
+  constexpr int consumers() const { return 2; }
+  constexpr int block_m() const { return kBoxM * consumers(); }
+  constexpr int threads() const { return 128 * (1 + consumers()); }
+  constexpr int registers_of_consumer() const { return 240; }
+  constexpr int registers_of_others() const { return 24; }
+  constexpr int columns() const { return (head_dim + 63) / 64 * 64; }
+  // Q and dO; K and V in stages; barriers and records.
+  constexpr int smem_bytes() const {
+    return (2 * block_m() + (k_stages + v_stages) * block_n) * columns() * 2 + 512;
+  }
+};
+
+constexpr QueriesTile kQueriesTiles[] = {
+    {192, 64, 2, 2},  //
+    {256, 64, 2, 1},  //
+};
+
+constexpr QueriesTile queries_tile(int head_dim) {
+  for (const QueriesTile& tile : kQueriesTiles) {
     if (tile.head_dim == head_dim) return tile;
   }
   return {};

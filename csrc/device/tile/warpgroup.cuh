@@ -150,6 +150,43 @@ __device__ __forceinline__ void store_matrix(uint32_t smem, const Accumulators<1
   }
 }
 
+// The same straight to global memory, as far as rows and columns are wanted. Of 32 columns in a row
+// each of four lanes has two in every eight; it gets all of eight, to store them at once.
+template <class T, int kN>
+__device__ __forceinline__ void store_rows(uint16_t* to, int64_t row_stride,
+                                           const Accumulators<1, kN>& acc, const float (&factor)[2],
+                                           int num_rows, int num_cols, int lane) {
+  const bool is_odd = lane & 1;
+  const bool is_high = lane & 2;
+  const auto swap = [](uint32_t x, int lanes) { return __shfl_xor_sync(0xffffffffu, x, lanes); };
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const int row = lane / 4 + 8 * h;
+    uint16_t* chunk = to + row * row_stride + lane % 4 * 8;
+#pragma unroll
+    for (int n = 0; n < kN; n += 4) {
+      uint32_t r[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float(&from)[4] = acc.c[0][n + i];
+        r[i] = ptx::pack<T>(from[2 * h] * factor[h], from[2 * h + 1] * factor[h]);
+      }
+      // Between the lanes of a pair, then between pairs.
+      const uint32_t low = swap(is_odd ? r[0] : r[1], 1);
+      const uint32_t high = swap(is_odd ? r[2] : r[3], 1);
+      const uint2 first = is_odd ? make_uint2(low, r[1]) : make_uint2(r[0], low);
+      const uint2 second = is_odd ? make_uint2(high, r[3]) : make_uint2(r[2], high);
+      const uint2 other =
+          make_uint2(swap(is_high ? first.x : second.x, 2), swap(is_high ? first.y : second.y, 2));
+      const uint4 all = is_high ? make_uint4(other.x, other.y, second.x, second.y)
+                                : make_uint4(first.x, first.y, other.x, other.y);
+      if (row < num_rows && 8 * n + lane % 4 * 8 < num_cols) {
+        ptx::st_global_128(chunk + 8 * n, all);
+      }
+    }
+  }
+}
+
 // Stores the transpose of what pack() made of 16 rows: into columns [col, + 16) of a tile.
 template <class Tile, int kSteps>
 __device__ __forceinline__ void store_transposed(uint32_t smem, const uint32_t (&p)[kSteps][4],

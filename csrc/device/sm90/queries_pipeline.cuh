@@ -1,0 +1,200 @@
+// The kernel of dQ: shared memory of a CTA, which blocks of queries it works on, and its loads.
+#pragma once
+
+#include "sm90/producer.cuh"
+
+namespace flash::sm90 {
+
+template <class T_, int kHeadDim_>
+struct QueriesConfig {
+  using T = T_;
+  static constexpr QueriesTile kTile = queries_tile(kHeadDim_);
+  static constexpr int kConsumers = kTile.consumers();
+  static constexpr int kHeadDim = kHeadDim_;
+  static constexpr int kBlockM = kTile.block_m();
+  static constexpr int kBlockN = kTile.block_n;
+  using TileQ = tile::SmemTile<kBoxM, kTile.columns()>;  // of a consumer
+  using TileK = tile::SmemTile<kBlockN, kTile.columns()>;
+  using AccS = tile::Accumulators<1, kBlockN / 8>;
+  using AccQ = tile::Accumulators<1, kHeadDim / 8>;
+};
+
+// What one round of the CTA computes: dQ of kBlockM queries of one head. A consumer plans it,
+// everyone else reads it. Its steps are the blocks of keys [begin, end).
+struct QueryBlock {
+  int is_last;     // there are no more
+  uint32_t index;  // of the next one
+  int sequence, head, head_k;
+  int first;  // query
+  int sq, sk;
+  int begin, end;
+  // Of each consumer: where the keys end that its queries see, and which blocks all of them see.
+  int end_of[2], full_begin[2], full_end[2];
+  // Where rows stand in the tensor maps.
+  int first_q, batch_q;
+  int first_k, batch_k;
+  int tail_k;  // rows of the sequence's last block; those behind belong to others, or it is 0
+};
+
+//   q, dout:  full: TMA has brought a consumer's rows   empty: it needs them no more
+//   k, v:     full: TMA has brought the block           empty: both consumers are done with it
+//   blocks:   full: it has been planned                 empty: everyone is done with it
+template <class Cfg>
+struct QueriesPipeline {
+  static constexpr int kBlocks = 2;
+  static constexpr int kDouts = Cfg::kConsumers * Cfg::TileQ::kBytes;
+  static constexpr int kKeys = 2 * kDouts;
+  static constexpr int kValues = kKeys + Cfg::kTile.k_stages * Cfg::TileK::kBytes;
+  static constexpr int kBarriers = kValues + Cfg::kTile.v_stages * Cfg::TileK::kBytes;
+  using QRing = Ring<1>;
+  using KRing = Ring<Cfg::kTile.k_stages>;
+  using VRing = Ring<Cfg::kTile.v_stages>;
+  using BlockRing = Ring<kBlocks>;
+  static constexpr int kRecords = kBarriers + 2 * Cfg::kConsumers * QRing::kBytes + KRing::kBytes +
+                                  VRing::kBytes + BlockRing::kBytes;
+  static_assert(kRecords % alignof(QueryBlock) == 0 &&
+                    kRecords + kBlocks * sizeof(QueryBlock) <= Cfg::kTile.smem_bytes(),
+                "room behind the buffers");
+
+  unsigned char* storage;
+  uint32_t smem;
+
+  __device__ explicit QueriesPipeline(unsigned char* storage)
+      : storage(storage), smem(ptx::smem_address(storage)) {}
+
+  __device__ uint32_t q_buffer(int consumer) const { return smem + consumer * Cfg::TileQ::kBytes; }
+  __device__ uint32_t dout_buffer(int consumer) const { return q_buffer(consumer) + kDouts; }
+  __device__ uint32_t k_buffer(uint32_t step) const {
+    return smem + kKeys + step % Cfg::kTile.k_stages * Cfg::TileK::kBytes;
+  }
+  __device__ uint32_t v_buffer(uint32_t step) const {
+    return smem + kValues + step % Cfg::kTile.v_stages * Cfg::TileK::kBytes;
+  }
+
+  __device__ QRing q(int consumer) const { return {smem + kBarriers + consumer * QRing::kBytes}; }
+  __device__ QRing dout(int consumer) const { return q(Cfg::kConsumers + consumer); }
+  __device__ KRing k() const { return {q(2 * Cfg::kConsumers).barriers}; }
+  __device__ VRing v() const { return {k().barriers + KRing::kBytes}; }
+  __device__ BlockRing blocks() const { return {v().barriers + VRing::kBytes}; }
+  __device__ QueryBlock& block(uint32_t i) const {
+    return reinterpret_cast<QueryBlock*>(storage + kRecords)[i % kBlocks];
+  }
+
+  // By all threads.
+  __device__ void init() const {
+    if (threadIdx.x == 0) {
+      for (int i = 0; i < Cfg::kConsumers; ++i) {
+        q(i).init(1, 1);
+        dout(i).init(1, 1);
+      }
+      k().init(1, Cfg::kConsumers);
+      v().init(1, Cfg::kConsumers);
+      blocks().init(1, Cfg::kConsumers + 1);
+      ptx::mbarrier_init_fence();
+    }
+    __syncthreads();
+  }
+};
+
+__device__ inline void describe(QueryBlock& block, const BackwardParams& params,
+                                const attn::Sequence& seq, int head, int head_k, int first,
+                                int block_n) {
+  const Sequences& seqs = params.seqs;
+  block.sequence = seq.index;
+  block.head = head;
+  block.head_k = head_k;
+  block.first = first;
+  block.sq = seq.sq;
+  block.sk = seq.sk;
+  block.first_q = static_cast<int>(seq.first_q);
+  block.batch_q = seqs.cu_seqlens_q ? 0 : seq.index;
+  block.first_k = static_cast<int>(seq.first_k);
+  block.batch_k = seqs.cu_seqlens_k ? 0 : seq.index;
+
+  const attn::Mask mask(params.scores, seq.sq, seq.sk);
+  block.begin = mask.lowest(first) / block_n;
+  block.end = block.begin;
+#pragma unroll
+  for (int consumer = 0; consumer < 2; ++consumer) {
+    const int own = first + kBoxM * consumer;
+    const int last = min(own + kBoxM, seq.sq) - 1;
+    const int end = last < own ? 0 : (max(mask.highest(last), 0) + block_n - 1) / block_n;
+    block.end_of[consumer] = max(end, block.begin);
+    block.end = max(block.end, end);
+    block.full_begin[consumer] = (mask.lowest(last) + block_n - 1) / block_n;
+    block.full_end[consumer] = max(mask.highest(own), 0) / block_n;
+  }
+  // Behind the last row of K and V there are zeros; behind a sequence there is anything.
+  const int room = seqs.cu_seqlens_k ? seqs.total_k - block.first_k : seqs.sk;
+  block.tail_k = seq.sk < room ? seq.sk % block_n : 0;
+}
+
+// One thread's work: what the CTA does in round i. Blocks of queries come in sections of heads,
+// long ones first, as tiles of the forward kernel do.
+template <class Cfg>
+__device__ inline void plan_query_block(const BackwardParams& params,
+                                        const QueriesPipeline<Cfg>& pipe, uint32_t i) {
+  pipe.blocks().wait_empty(i);
+  QueryBlock& block = pipe.block(i);
+  const uint32_t num_blocks = (params.seqs.sq + Cfg::kBlockM - 1) / Cfg::kBlockM;
+  const int group = params.hq / params.hk;
+  uint32_t index = i == 0 ? blockIdx.x : pipe.block(i - 1).index;
+  for (;; index += gridDim.x) {
+    block.is_last = index >= num_blocks * params.hq * params.seqs.b;
+    if (block.is_last) break;
+    const attn::TileIndex at(index, num_blocks, params.hq, params.seqs.b,
+                             params.heads_per_section * group);
+    const attn::Sequence seq(params.seqs, at.sequence);
+    if (at.block_m * Cfg::kBlockM < seq.sq) {
+      describe(block, params, seq, at.head, at.head / group, at.block_m * Cfg::kBlockM,
+               Cfg::kBlockN);
+      break;
+    }
+  }
+  block.index = index + gridDim.x;
+  pipe.blocks().arrive_full(i);
+}
+
+// One lane's work: for each block of queries Q and dO, and K and V of its steps.
+template <class Cfg>
+__device__ inline void load_key_steps(const TmaBackwardParams& params,
+                                      const QueriesPipeline<Cfg>& pipe) {
+  using TileQ = typename Cfg::TileQ;
+  using TileK = typename Cfg::TileK;
+  constexpr int kPanels = TileK::kCols / 64;
+  uint32_t step = 0;
+  uint32_t round = 0;  // of those that have steps
+  for (uint32_t i = 0;; ++i) {
+    pipe.blocks().wait_full(i);
+    const QueryBlock& block = pipe.block(i);
+    if (block.is_last) return;
+    for (int j = block.begin; j < block.end; ++j, ++step) {
+      const int key = block.first_k + j * Cfg::kBlockN;
+      const bool is_first = j == block.begin;
+      const auto load_rows = [&](const TensorMap& map, int consumer, uint32_t to, uint32_t full) {
+        load_tile<TileQ>(to, map, full, kPanels, block.first_q + block.first + kBoxM * consumer,
+                         block.head, block.batch_q);
+      };
+#pragma unroll 1
+      for (int c = 0; is_first && c < Cfg::kConsumers; ++c) {
+        pipe.q(c).wait_empty(round);
+        load_rows(params.q, c, pipe.q_buffer(c), pipe.q(c).full(round));
+      }
+      pipe.k().wait_empty(step);
+      load_tile<TileK>(pipe.k_buffer(step), params.k, pipe.k().full(step), kPanels, key,
+                       block.head_k, block.batch_k);
+#pragma unroll 1
+      for (int c = 0; is_first && c < Cfg::kConsumers; ++c) {
+        pipe.dout(c).wait_empty(round);
+        load_rows(params.dout, c, pipe.dout_buffer(c), pipe.dout(c).full(round));
+      }
+      pipe.v().wait_empty(step);
+      load_tile<TileK>(pipe.v_buffer(step), params.v, pipe.v().full(step), kPanels, key,
+                       block.head_k, block.batch_k);
+    }
+    if (block.begin < block.end) ++round;
+    pipe.blocks().arrive_empty(i);
+  }
+}
+
+}  // namespace flash::sm90
