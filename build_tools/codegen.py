@@ -47,6 +47,18 @@ def _of_config(config: str) -> str:
     return "flash::{family}::" + config + "<flash::ptx::{dtype}, {head_dim}>"
 
 
+def _decode(rows: int) -> Kind:
+    config = f"flash::decode::Config<flash::ptx::{{dtype}}, {{head_dim}}, {rows}>"
+    return Kind(
+        "decode",
+        "fwd",
+        ("decode/decode.cuh",),
+        f"flash::decode::decode<{config}>",
+        f"{config}::kThreads, {config}::kTile.ctas",
+        "DecodeParams",
+    )
+
+
 _FORWARD, _BACKWARD = _of_config("ForwardConfig"), _of_config("BackwardConfig")
 
 KINDS = {
@@ -125,6 +137,7 @@ KINDS = {
             "flash::sm90::queries_tile({head_dim}).threads(), 1",
             "TmaBackwardParams",
         ),
+        _decode(rows=16),
     )
 }
 
@@ -157,6 +170,7 @@ KINDS_OF_FAMILIES = {
     ("sm90", "backward"): dataclasses.replace(
         KINDS["backward"], threads=f"{_BACKWARD}::kThreads, 1", params="TmaBackwardParams"
     ),
+    ("decode_wide", "decode"): _decode(rows=64),
     ("sm90", "convert"): dataclasses.replace(
         KINDS["convert"],
         call=f"flash::common::convert_dq<{_CONVERT}>",

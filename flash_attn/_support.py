@@ -165,6 +165,8 @@ KERNEL_FAMILIES: tuple[KernelFamily, ...] = (
         HALF_DTYPES,
         _SINCE_SM80,
     ),
+    KernelFamily("decode", ("decode",), (64, 96, 128, 192, 256), HALF_DTYPES, _SINCE_SM80),
+    KernelFamily("decode_wide", ("decode",), (64, 96, 128, 192, 256), HALF_DTYPES, _SINCE_SM80),
     KernelFamily(
         "common",
         ("combine", "append", "delta", "s_dmask", "fill"),

@@ -152,6 +152,10 @@ def fp8_table() -> str:
     return sections("fp8", fp8_section)
 
 
+def decode_table() -> str:
+    return sections("decode", decode_section)
+
+
 def training_table() -> str:
     return sections("training", training_section)
 
@@ -303,6 +307,29 @@ def fp8_section(result: dict[str, Any]) -> str:
     )
 
 
+def decode_section(result: dict[str, Any]) -> str:
+    """Heading, and a line for each case: its share of the ceiling, microseconds of all methods."""
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    told = f"Driver {result['driver']}, {result['power_limit']}."
+    mean = math.exp(sum(math.log(row["ratio"]) for row in result["rows"]) / len(result["rows"]))
+    methods = list(dict.fromkeys(method for row in result["rows"] for method in row["us"]))
+    lines = [
+        (
+            row["kind"],
+            str(row["batch"]),
+            str(row["seqlen"]),
+            f"{row['of_ceiling']:.3f}",
+            f"{row['ratio']:.2f}",
+            *(f"{row['us'][m]:.1f}" if m in row["us"] else "-" for m in methods),
+        )
+        for row in result["rows"]
+    ]
+    header = ("Call", "Batch", "Keys", "Of the ceiling", "Ratio", *(f"{m}, us" for m in methods))
+    ceiling = f"Reading: {result['read_gbps']:.0f} GB/s. Geometric mean of the ratios: {mean:.2f}."
+    title = f"### {result['device']}, {result['date']}"
+    return f"{title}\n\n{versions}. {told} {ceiling}\n\n{table(header, lines)}"
+
+
 def training_section(result: dict[str, Any]) -> str:
     """Heading, and a line for each method: a step's time, the loss, how far it is from SDPA's."""
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
@@ -429,6 +456,7 @@ RENDERERS = {
     "gpu": gpu_table,
     "peers": peers_table,
     "fp8": fp8_table,
+    "decode": decode_table,
     "training": training_table,
     "triton": triton_table,
     "build": build_table,

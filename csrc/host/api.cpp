@@ -164,6 +164,17 @@ bool forward(const Call& call, const ForwardParams& params) {
          (!has_unused_q(params.seqs) || fill(for_output(call), unused_rows_of(params)));
 }
 
+bool decode(const Call& call, const DecodeParams& given) {
+  DecodeParams params = given;
+  params.call_number = next_call_number();
+  params.group = static_cast<uint32_t>(params.call.hq / params.call.hk);
+  params.group_inverse = 65536 / params.group + 1;
+  Ready ready;
+  return call.prepare(FLASH_DECODE, &ready, &params.call) &&
+         call.run(ready, num_shares(params.call, ready.shape, call.on), &params) &&
+         (!has_unused_q(params.call.seqs) || fill(call, unused_rows_of(params.call)));
+}
+
 // The kernel of dK and dV, and the one that leaves dQ.
 bool run_gradients(const Call& call, const Ready& main, const Ready& dq,
                    const BackwardParams& params) {
@@ -200,13 +211,27 @@ bool backward(const Call& call, const BackwardParams& params) {
 bool append(const Call& call, const AppendParams& params) {
   // New keys and values of each key-value head, then queries of each query head.
   const Sequences& seqs = params.seqs;
-  const int64_t rows_k =
-      params.cu_seqlens_k_new == nullptr ? int64_t{seqs.b} * params.sk_new : params.sk_new;
+  const int64_t rows_k = params.added.cu_seqlens == nullptr ? int64_t{seqs.b} * params.added.count
+                                                            : params.added.count;
   int64_t rows_q = 0;
   if (params.q_rotated.ptr != nullptr) {
     rows_q = seqs.cu_seqlens_q == nullptr ? int64_t{seqs.b} * seqs.sq : seqs.total_q;
   }
   return run_rows(call, FLASH_APPEND, rows_k * params.hk + rows_q * params.hq, &params);
+}
+
+void plan_decode(const Shape& shape, const Device& on, ForwardParams* params,
+                 FlashWorkspace* workspace) {
+  workspace->decodes = 1;
+  if (params->num_splits != 0)
+    params->num_splits = limit_splits(params->num_splits, *params, shape);
+  if (params->num_splits == 1) return;
+  const int64_t shares = num_shares(*params, shape, on);
+  const int64_t rooms = params->num_splits == 0 ? 2 * shares : shares;
+  const int64_t rows = rooms * (params->hq / params->hk) * params->seqs.sq;
+  workspace->o_partial = rows * params->dv;
+  workspace->lse_partial = 2 * rows;
+  workspace->next_tile = 2 * shares;
 }
 
 // Runs one of the above in the device's context.
@@ -262,10 +287,16 @@ int flash_plan_forward(int ordinal, int dtype, int num_splits, ForwardParams* pa
   const Device* on = device(ordinal);
   if (on == nullptr) return 0;
   Ready ready;
-  // Not every family splits: who would take the call whole decides how it is split.
   params->num_splits = num_splits;
-  const Want want = {FLASH_FORWARD, wider(params->d, params->dv), dtype, on->cc, params};
-  if (!prepare(want, *on, &ready)) return 0;
+  *workspace = {};
+  const int head_dim = wider(params->d, params->dv);
+  if (has_few_queries(*params) &&
+      prepare({FLASH_DECODE, head_dim, dtype, on->cc, params}, *on, &ready)) {
+    plan_decode(ready.shape, *on, params, workspace);
+    return 1;
+  }
+  // Not every family splits: who would take the call whole decides how it is split.
+  if (!prepare({FLASH_FORWARD, head_dim, dtype, on->cc, params}, *on, &ready)) return 0;
   if (num_splits != 0) {
     params->num_splits = limit_splits(num_splits, *params, ready.shape);
   } else {
@@ -274,7 +305,6 @@ int flash_plan_forward(int ordinal, int dtype, int num_splits, ForwardParams* pa
     if (params->num_splits > 1 && find(merging) == nullptr) params->num_splits = 1;
   }
   params->heads_per_section = choose_section(*params, ready.shape, *on);
-  *workspace = {};
   if (shares_tiles(*params, ready.shape, *on)) workspace->next_tile = 2;
   if (params->num_splits > 1) {
     const int64_t rows =
@@ -283,6 +313,10 @@ int flash_plan_forward(int ordinal, int dtype, int num_splits, ForwardParams* pa
     workspace->lse_partial = rows;
   }
   return 1;
+}
+
+int flash_decode(int ordinal, void* stream, int dtype, const DecodeParams* params) {
+  return enter(ordinal, stream, dtype, *params, wider(params->call.d, params->call.dv), decode);
 }
 
 int flash_forward(int ordinal, void* stream, int dtype, const ForwardParams* params) {

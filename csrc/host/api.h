@@ -26,6 +26,7 @@ enum FlashKind {
   FLASH_S_DMASK,
   FLASH_FILL,
   FLASH_DQ,
+  FLASH_DECODE,
   FLASH_NUM_KINDS
 };
 
@@ -40,6 +41,7 @@ struct FlashWorkspace {
   int64_t statistics;
   int64_t turns;      // of 4 bytes each
   int64_t next_tile;  // at a multiple of 8 bytes
+  int64_t decodes;    // 1: the call has few queries, and flash_decode() is to run it
 };
 
 FLASH_API const char* flash_last_error();
@@ -62,7 +64,7 @@ FLASH_API int flash_compute_capability(int device);
 
 // Fills in the order of tiles and the number of splits: `num_splits` as given, though no more than
 // there are blocks of keys, or chosen where it is 0. Then o_partial, lse_partial and next_tile must
-// be given if the workspace says so.
+// be given if the workspace says so. Where flash_decode() is to run the call, 0 splits remain 0.
 FLASH_API int flash_plan_forward(int device, int dtype, int num_splits,
                                  flash::ForwardParams* params, FlashWorkspace* workspace);
 
@@ -81,6 +83,9 @@ FLASH_API int flash_plan_backward(int device, int dtype, flash::BackwardParams* 
 // uses get gradient 0.
 FLASH_API int flash_backward(int device, void* stream, int dtype,
                              const flash::BackwardParams* params);
+
+// A call whose plan says so, with new rows for its cache or without.
+FLASH_API int flash_decode(int device, void* stream, int dtype, const flash::DecodeParams* params);
 
 FLASH_API int flash_combine(int device, void* stream, int dtype,
                             const flash::CombineParams* params);

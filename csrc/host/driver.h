@@ -35,12 +35,20 @@ enum CUdevice_attribute : int {
 
 enum CUfunction_attribute : int { kMaxDynamicSharedSizeBytes = 8 };
 
+// Allows a kernel to begin beside the end of the one in front on its stream.
+struct CUlaunchAttribute {
+  int id;
+  int value[17];  // the first of the 64 bytes behind eight
+
+  static CUlaunchAttribute overlap() { return {6, {0, 1}}; }
+};
+
 struct CUlaunchConfig {
   unsigned int gridDimX, gridDimY, gridDimZ;
   unsigned int blockDimX, blockDimY, blockDimZ;
   unsigned int sharedMemBytes;
   CUstream hStream;
-  void* attrs;
+  CUlaunchAttribute* attrs;
   unsigned int numAttrs;
 };
 

@@ -184,21 +184,41 @@ struct CombineParams {
   int32_t hq, dv;
 };
 
-struct AppendParams {
-  Rows k_new, v_new, k, v;
-  Rows q, q_rotated;  // null: queries stay as they are
-  Sequences seqs;     // seqused_k: lengths before the append
-  const int32_t* cu_seqlens_k_new;
-  const void* rotary_cos;  // [rotary_rows, rotary_dim / 2] of q's dtype; null: nothing is rotated
-  const void* rotary_sin;
-  const int32_t* rotary_seqlens;  // [b] position of the first new key; null: seqused_k
+// New keys and values for a cache, and how they and the queries are rotated.
+struct NewRows {
+  Rows k, v;                  // null: there are none
+  const int32_t* cu_seqlens;  // [b + 1]; null: `count` rows for each sequence
+  int32_t count;              // of a sequence, or of all sequences if packed
   int32_t rotary_dim;
   int32_t rotary_rows;
   int32_t rotary_interleaved;
-  int32_t queries_stay;  // all queries are rotated as the first new key
-  int32_t sk_new;        // new rows of a sequence, or of all sequences if packed
+  int32_t queries_stay;    // all queries are rotated as the first new key
+  const void* rotary_cos;  // [rotary_rows, rotary_dim / 2] of q's dtype; null: nothing is rotated
+  const void* rotary_sin;
+  const int32_t* rotary_seqlens;  // [b] position of the first new key; null: seqused_k
+};
+
+struct AppendParams {
+  NewRows added;
+  Rows k, v;
+  Rows q, q_rotated;  // null: queries stay as they are
+  Sequences seqs;     // seqused_k: lengths before the append
   int32_t hq, hk;
   int32_t d, dv;
+};
+
+// A forward call of few queries, which appends to its cache on the way.
+//
+// CTAs have equal shares of all blocks of keys. A share's first and last sequence may be cut: then
+// what it has of them goes to o_partial [2 shares, rows, dv] and lse_partial [2 shares, rows, 2]
+// (largest score in base 2, and sum), float, where rows is hq / hk * sq, and whoever comes last
+// merges. With num_splits > 0 each sequence is cut into so many, and a share is one of them.
+struct DecodeParams {
+  ForwardParams call;  // next_tile: a counter for each share (attn/counter.cuh)
+  NewRows added;
+  uint64_t call_number;
+  uint32_t group;          // hq / hk
+  uint32_t group_inverse;  // x / group is x * group_inverse >> 16 for the rows of a tile
 };
 
 // Rows that no sequence uses: behind seqused, or behind the last sequence of a packed operand.

@@ -122,6 +122,13 @@ bool launch(const Ready& ready, const Device& device, void* stream, int64_t num_
   config.blockDimY = config.blockDimZ = 1;
   config.sharedMemBytes = static_cast<unsigned int>(ready.shape.smem_bytes);
   config.hStream = static_cast<CUstream>(stream);
+  // Kernels with shares of the work wait for the one in front by themselves, in code for
+  // architectures that have the instruction.
+  CUlaunchAttribute overlap = CUlaunchAttribute::overlap();
+  if (ready.shape.ctas > 0 && ready.kernel->loaded_arch[device.ordinal] >= 90) {
+    config.attrs = &overlap;
+    config.numAttrs = 1;
+  }
   void* arguments[] = {const_cast<void*>(params)};
   return check(driver()->cuLaunchKernelEx(&config, ready.handle, arguments, nullptr), symbol);
 }

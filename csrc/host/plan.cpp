@@ -1,6 +1,7 @@
 #include "host/plan.h"
 
 #include "device/common/config.h"
+#include "device/decode/config.h"
 #include "device/sm80/config.h"
 #include "device/sm90/config.h"
 #include "host/api.h"
@@ -52,6 +53,16 @@ int64_t num_key_blocks(const BackwardParams& params, const Shape& shape) {
   return ceil_div(params.seqs.sk, shape.block_n) * params.hk * params.seqs.b;
 }
 
+bool is_decode(int family) { return family == kDecode || family == kDecodeWide; }
+
+// Rows of a decode kernel's tile.
+int rows_of(int family) { return family == kDecode ? 16 : 64; }
+
+// Queries times heads of a group.
+int64_t decode_rows(const ForwardParams& params) {
+  return int64_t{params.hq / params.hk} * params.seqs.sq;
+}
+
 bool is_hopper(int family) { return family >= kSm90Wide && family <= kSm90Fp8Scored; }
 
 int element_bytes(int family) { return family >= kSm90Fp8Wide && family <= kSm90Fp8Scored ? 1 : 2; }
@@ -70,8 +81,8 @@ Shape shape_of_hopper(int family, int kind, int head_dim) {
   const bool is_wide = family == kSm90Wide || family == kSm90Fp8Wide;
   const sm90::Serves serves = is_wide ? sm90::kFull : sm90::kAll;
   const sm90::ForwardTile tile = sm90::forward_tile(serves, head_dim, element_bytes(family));
-  return {tile.block_m(), tile.block_n, tile.threads(),    tile.smem_bytes(),
-          sm90::kBoxM,    false,        tile.element_bytes};
+  return {tile.block_m(),    tile.block_n, tile.threads(), tile.smem_bytes(), sm90::kBoxM, false, 0,
+          tile.element_bytes};
 }
 
 // Whether later rows see more keys. Else tiles of one head run side by side, as no long ones must
@@ -93,6 +104,10 @@ Shape shape_of(int family, int kind, int head_dim, int arch) {
       const int smem_bytes = kind == FLASH_BACKWARD ? tile.smem_bytes() : 0;
       return {tile.block_m, tile.block_n, tile.threads(), smem_bytes, 0, true};
     }
+    case FLASH_DECODE: {
+      const decode::Tile tile = decode::tile(rows_of(family), head_dim, arch);
+      return {tile.rows, tile.block_n, tile.threads(), tile.smem_bytes(), 0, false, tile.ctas};
+    }
     case FLASH_DELTA:
       return {common::kDeltaRows, 0, common::kDeltaThreads, 0, 0};
     case FLASH_COMBINE:
@@ -107,8 +122,11 @@ Shape shape_of(int family, int kind, int head_dim, int arch) {
 }
 
 bool takes(int family, const ForwardParams& params) {
-  if (!is_hopper(family)) return true;
   const Sequences& seqs = params.seqs;
+  if (is_decode(family)) {
+    return params.scores.rng_state == nullptr && decode_rows(params) <= rows_of(family);
+  }
+  if (!is_hopper(family)) return true;
   const bool is_scored = family == kSm90Scored || family == kSm90Fp8Scored;
   if (!is_scored && !is_plain(params.scores)) return false;
   // A wide tile has more rows that are empty, and more keys that a mask hides.
@@ -138,6 +156,11 @@ int64_t num_ctas(const ForwardParams& params, const Shape& shape, const Device& 
   return num_tiles(params, shape) * params.num_splits;
 }
 
+int64_t num_shares(const ForwardParams& params, const Shape& shape, const Device& device) {
+  if (params.num_splits == 0) return int64_t{device.num_sms} * shape.ctas;
+  return int64_t{params.num_splits} * params.hk * params.seqs.b;
+}
+
 int64_t num_ctas(const BackwardParams& params, const Shape& shape, const Device& device) {
   const int64_t blocks = num_key_blocks(params, shape);
   if (shape.box_m > 0) {
@@ -155,6 +178,15 @@ int64_t num_ctas_of_dq(const BackwardParams& params, const Shape& shape, const D
   // As above.
   const bool are_dealt = shape.box_m > 0 && are_equal(params);
   return are_dealt && blocks > device.num_sms ? device.num_sms : blocks;
+}
+
+bool has_few_queries(const ForwardParams& params) {
+  constexpr int kManyKeys = 1024;
+  const Sequences& seqs = params.seqs;
+  const bool has_cache = seqs.seqused_k != nullptr || seqs.block_table != nullptr ||
+                         seqs.kv_batch_idx != nullptr || seqs.leftpad_k != nullptr;
+  return seqs.b > 0 && seqs.sq > 0 && params.scores.rng_state == nullptr &&
+         decode_rows(params) <= rows_of(kDecodeWide) && (has_cache || seqs.sk >= kManyKeys);
 }
 
 int choose_splits(const ForwardParams& params, const Shape& shape, const Device& device) {

@@ -15,6 +15,8 @@ enum Family : int {
   kSm90Fp8Wide,
   kSm90Fp8,
   kSm90Fp8Scored,
+  kDecode,
+  kDecodeWide,
   kCommon,
   kNumFamilies
 };
@@ -27,6 +29,7 @@ struct Shape {
   int smem_bytes;
   int box_m;  // rows in one copy of Q, forward, or of dK, by TMA; 0: there are no tensor maps
   bool makes_sums = false;  // backward: dQ is added up in memory; else it has a kernel of its own
+  int ctas = 0;             // an SM, of kernels whose CTAs have shares of the work
   int element_bytes = 2;    // of Q, K and V
 };
 
@@ -38,6 +41,10 @@ bool takes(int family, const ForwardParams& params);
 bool takes(int family, const BackwardParams& params);
 
 inline int64_t ceil_div(int64_t x, int64_t y) { return (x + y - 1) / y; }
+
+// Whether a call is one for the decode kernels: rows of queries and heads of a group that a tile
+// holds, and keys of a cache, or many.
+bool has_few_queries(const ForwardParams& params);
 
 // Parts into which the keys are cut so that a call with few rows still fills the device.
 int choose_splits(const ForwardParams& params, const Shape& shape, const Device& device);
@@ -61,6 +68,9 @@ int choose_section(const BackwardParams& params, const Shape& shape, const Devic
 int choose_columns(const BackwardParams& params, const Shape& shape, const Device& device);
 
 int64_t num_ctas(const ForwardParams& params, const Shape& shape, const Device& device);
+// Shares of a decode call: CTAs, and rooms for what they have of sequences that are cut.
+int64_t num_shares(const ForwardParams& params, const Shape& shape, const Device& device);
+
 int64_t num_ctas(const BackwardParams& params, const Shape& shape, const Device& device);
 int64_t num_ctas_of_dq(const BackwardParams& params, const Shape& shape, const Device& device);
 

@@ -7,51 +7,53 @@ namespace {
 
 constexpr int64_t kRoundTo = 128;  // of S_dmask's rows and columns, as published
 
+// New rows as the kernels read them, made so in place.
+NewRows new_rows_of(Append* append, const Mask& mask) {
+  NewRows rows = {};
+  if (!append->k) return rows;
+  for (Tensor* x : {&append->cu_seqlens, &append->rotary_seqlens}) {
+    if (*x) *x = contiguous(*x);
+  }
+  for (Tensor* x : {&append->k, &append->v}) *x = aligned(*x);
+  rows.k = rows_of(append->k);
+  rows.v = rows_of(append->v);
+  rows.cu_seqlens = pointer<const int32_t>(append->cu_seqlens);
+  rows.count = static_cast<int32_t>(append->k.size(append->cu_seqlens ? 0 : 1));
+  rows.rotary_seqlens = pointer<const int32_t>(append->rotary_seqlens);
+  if (append->rotary_cos) {
+    for (Tensor* x : {&append->rotary_cos, &append->rotary_sin}) *x = aligned(contiguous(*x));
+    rows.rotary_dim = static_cast<int32_t>(2 * append->rotary_cos.size(1));
+    rows.rotary_rows = static_cast<int32_t>(append->rotary_cos.size(0));
+    rows.rotary_interleaved = append->rotary_interleaved;
+    // Without a mask every query stands where the first new key does.
+    rows.queries_stay = mask.left < 0 && mask.right < 0 && mask.chunk == 0;
+    rows.rotary_cos = append->rotary_cos.data();
+    rows.rotary_sin = append->rotary_sin.data();
+  }
+  return rows;
+}
+
 // Writes new rows into the cache; returns the rotated queries, or none where nothing rotates.
-Tensor append_rows(const Forward& call, const ForwardParams& forward, const Tensor& k,
-                   const Tensor& v, void* stream) {
-  const Append& append = call.append;
-  const Tensor k_new = aligned(append.k);
-  const Tensor v_new = aligned(append.v);
+Tensor append_rows(const Forward& call, const ForwardParams& forward, const NewRows& added,
+                   void* stream) {
   const Tensor q = aligned(call.q);
   Tensor q_rotated;
   AppendParams params = {};
-  params.k_new = rows_of(k_new);
-  params.v_new = rows_of(v_new);
-  params.k = rows_of(k);
-  params.v = rows_of(v);
+  params.added = added;
+  params.k = forward.k;
+  params.v = forward.v;
   params.seqs = forward.seqs;
-  params.cu_seqlens_k_new = pointer<const int32_t>(append.cu_seqlens);
-  params.rotary_seqlens = pointer<const int32_t>(append.rotary_seqlens);
-  params.sk_new = static_cast<int32_t>(append.k.size(append.cu_seqlens ? 0 : 1));
   params.hq = forward.hq;
   params.hk = forward.hk;
   params.d = forward.d;
   params.dv = forward.dv;
-  if (append.rotary_cos) {
+  if (added.rotary_cos != nullptr) {
     q_rotated = empty_like_rows(q, q.size(-1));
     params.q = rows_of(q);
     params.q_rotated = rows_of(q_rotated);
-    params.rotary_cos = append.rotary_cos.data();
-    params.rotary_sin = append.rotary_sin.data();
-    params.rotary_dim = static_cast<int32_t>(2 * append.rotary_cos.size(1));
-    params.rotary_rows = static_cast<int32_t>(append.rotary_cos.size(0));
-    params.rotary_interleaved = append.rotary_interleaved;
-    // Without a mask every query stands where the first new key does.
-    const Mask& mask = call.scores.mask;
-    params.queries_stay = mask.left < 0 && mask.right < 0 && mask.chunk == 0;
   }
   run_or_throw(call.name, flash_append(device_of(q), stream, dtype_of(q), &params));
   return q_rotated;
-}
-
-void tidy_append(Append* append) {
-  for (Tensor* x : {&append->cu_seqlens, &append->rotary_seqlens}) {
-    if (*x) *x = contiguous(*x);
-  }
-  for (Tensor* x : {&append->rotary_cos, &append->rotary_sin}) {
-    if (*x) *x = aligned(contiguous(*x));
-  }
 }
 
 struct Lse {
@@ -113,29 +115,28 @@ ForwardResult run(Forward& call) {
   Written k(call.k);
   Written v(call.v);
   Tensor rotated;
+  params.k = rows_of(k.tensor());
+  params.v = rows_of(v.tensor());
+  const NewRows added = new_rows_of(&call.append, call.scores.mask);
   if (call.append.k) {
-    tidy_append(&call.append);
-    rotated = append_rows(call, params, k.tensor(), v.tensor(), stream);
-    k.finish();
-    v.finish();
-    params.seqs.cu_seqlens_k_new = pointer<const int32_t>(call.append.cu_seqlens);
-    params.seqs.sk_new = static_cast<int32_t>(call.append.cu_seqlens ? 0 : call.append.k.size(1));
+    if (workspace.decodes == 0) rotated = append_rows(call, params, added, stream);
+    params.seqs.cu_seqlens_k_new = added.cu_seqlens;
+    params.seqs.sk_new = added.cu_seqlens == nullptr ? added.count : 0;
   }
   const Tensor other_q = rotated ? std::move(rotated) : aligned_copy(call.q);
   const Tensor& q = other_q ? other_q : call.q;
   const int64_t dv = call.v.size(-1);
   Written out(call.out, call.q, dv);
-  Lse made = make_lse(call, workspace.next_tile);
+  // Floats behind the log-sum-exp would keep the parts of a decode call alive with it.
+  Lse made = make_lse(call, workspace.decodes != 0 ? 0 : workspace.next_tile);
   ForwardResult result = {Tensor(), std::move(made.lse), Tensor()};
   params.q = rows_of(q);
-  params.k = rows_of(k.tensor());
-  params.v = rows_of(v.tensor());
   params.o = rows_of(out.tensor());
   params.q_descale = factors_of(call.descale.q);
   params.k_descale = factors_of(call.descale.k);
   params.v_descale = factors_of(call.descale.v);
   params.lse = pointer<float>(result.softmax_lse);
-  if (workspace.next_tile > 0) params.next_tile = reinterpret_cast<uint64_t*>(made.scratch);
+  if (made.scratch != nullptr) params.next_tile = reinterpret_cast<uint64_t*>(made.scratch);
   params.lse_head = result.softmax_lse.stride(-2);
   params.lse_batch = call.is_packed_q() ? 0 : result.softmax_lse.stride(0);
   if (call.return_softmax) {
@@ -144,15 +145,29 @@ ForwardResult run(Forward& call) {
     params.s_dmask_rows = static_cast<int32_t>(result.s_dmask.size(2));
     params.s_dmask_cols = static_cast<int32_t>(result.s_dmask.size(3));
   }
-  Tensor o_partial;
-  Tensor lse_partial;
+  Tensor parts;
   if (workspace.o_partial > 0) {
-    o_partial = empty({workspace.o_partial}, Dtype::kFloat, q);
-    lse_partial = empty({workspace.lse_partial}, Dtype::kFloat, q);
-    params.o_partial = pointer<float>(o_partial);
-    params.lse_partial = pointer<float>(lse_partial);
+    // An allocation costs a microsecond: one for all.
+    const int64_t counters = workspace.decodes != 0 ? workspace.next_tile : 0;
+    parts = empty({workspace.o_partial + workspace.lse_partial + counters}, Dtype::kFloat, q);
+    params.o_partial = pointer<float>(parts);
+    params.lse_partial = params.o_partial + workspace.o_partial;
+    if (counters > 0) {
+      params.next_tile = reinterpret_cast<uint64_t*>(params.lse_partial + workspace.lse_partial);
+    }
   }
-  run_or_throw(call.name, flash_forward(device, stream, dtype, &params));
+  if (workspace.decodes != 0) {
+    DecodeParams with_rows = {};
+    with_rows.call = params;
+    with_rows.added = added;
+    run_or_throw(call.name, flash_decode(device, stream, dtype, &with_rows));
+  } else {
+    run_or_throw(call.name, flash_forward(device, stream, dtype, &params));
+  }
+  if (call.append.k) {
+    k.finish();
+    v.finish();
+  }
   out.finish();
   result.out = out.result(dv);
   return result;

@@ -29,7 +29,18 @@ _HOST_LIBRARY = _PACKAGE / "libflash_attn_host.so"
 _KERNELS = _PACKAGE / "kernels"
 _STABLE = "_shim_stable.so"
 # csrc/host/api.h numbers kinds and dtypes in this order.
-_KINDS = ("forward", "combine", "append", "delta", "backward", "convert", "s_dmask", "fill", "dq")
+_KINDS = (
+    "forward",
+    "combine",
+    "append",
+    "delta",
+    "backward",
+    "convert",
+    "s_dmask",
+    "fill",
+    "dq",
+    "decode",
+)
 _DTYPES = (*_support.HALF_DTYPES, _support.FP8_DTYPE)
 # Bits of csrc/host/api.h and the features that they stand for.
 _FEATURE_BITS = (

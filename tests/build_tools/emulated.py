@@ -21,6 +21,8 @@ FAMILIES = (
 # Forward: with turns, and wide; with Q in registers; with one buffer of Q. Backward: steps of 128
 # queries; of 64; consumers that share keys.
 HEAD_DIMS = (64, 128, 256)
+# Panels of 32 columns; of 64; chunks of Q that threads have no equal shares of; Q in shared memory.
+DECODE_HEAD_DIMS = (96, 128, 192, 256)
 
 # What programs of cases begin and end with.
 HEAD = """
@@ -48,12 +50,17 @@ print(json.dumps(told))
 """
 
 
+def _namespace(unit: codegen.Unit) -> str:
+    return "decode" if unit.kind == "decode" else "sm90"
+
+
 def kernel_source(units: list[codegen.Unit]) -> str:
     """Units in one file, and a table of them by name."""
     params = {unit.symbol: codegen.kind_in(unit.family, unit.kind).params for unit in units}
     cases = "".join(
         f'  if (called == "{unit.symbol}") {{\n'
         f"    const auto& params = *static_cast<const flash::{params[unit.symbol]}*>(given);\n"
+        f"    g_storage = flash::{_namespace(unit)}::storage;\n"
         f"    return run_grid(grid, threads, [&] {{ {unit.symbol}(params); }});\n"
         "  }\n"
         for unit in units
@@ -66,10 +73,14 @@ def kernel_source(units: list[codegen.Unit]) -> str:
 namespace flash::sm90 {{
 __attribute__((aligned(1024))) __shared__ unsigned char storage[emulator::kSmemBytes];
 }}
+namespace flash::decode {{
+__attribute__((aligned(1024))) __shared__ unsigned char storage[emulator::kSmemBytes];
+}}
+static unsigned char* g_storage;  // of the kernel that runs
 {"".join(unit.source for unit in units)}
 static void run_grid(unsigned grid, unsigned threads, const std::function<void()>& kernel) {{
   for (unsigned i = 0; i < grid; ++i) {{
-    emulator::g_smem = flash::sm90::storage;
+    emulator::g_smem = g_storage;
     emulator::run_cta(i, grid, threads, kernel);
   }}
 }}
@@ -81,13 +92,14 @@ void run_kernel(const char* name, unsigned grid, unsigned threads, const void* g
 
 
 def build_driver(folder: Path, head_dims: tuple[int, ...], dtype: str = "bf16") -> Path:
-    """The stub driver with sm90's kernels and what they need, in `folder`."""
+    """The stub driver with sm90's and the decode kernels and what they need, in `folder`."""
     units = [
         unit
         for unit in codegen.units()
         if (
             unit.family in FAMILIES and unit.head_dim in head_dims and unit.dtype in (dtype, "e4m3")
         )
+        or (unit.kind == "decode" and unit.head_dim in DECODE_HEAD_DIMS and unit.dtype == dtype)
         or (unit.kind in ("fill", "delta") and unit.dtype == dtype)
     ]
     source = folder / "kernels.cpp"
@@ -141,7 +153,11 @@ def run(package: Stub, driver: Stub, log: Path, program: str, **environment: str
 
 
 def answers(
-    machine: Stub, log: Path, program: str, cases: dict[str, str]
+    machine: Stub,
+    log: Path,
+    program: str,
+    cases: dict[str, str],
+    head_dims: tuple[int, ...] = HEAD_DIMS,
 ) -> tuple[dict[tuple[int, str], str], set[str]]:
     """What each case came to, "" or its error, and the kernels that ran.
 
@@ -149,7 +165,7 @@ def answers(
     several rounds, and little L2 cache, so that heads come in sections.
     """
     results = {}
-    for d in HEAD_DIMS:
+    for d in head_dims:
         rows = "".join(
             f"    {name!r}: lambda: {text.format(d=d)},\n" for name, text in cases.items()
         )

@@ -158,6 +158,10 @@ CUresult cuLaunchKernelEx(const CUlaunchConfig* config, CUkernel kernel, void** 
                    static_cast<const unsigned char*>(params[0])[i]);
   }
   note(line);
+  if (config->numAttrs != 0) {
+    snprintf(line, sizeof(line), "attribute %s %d", name, config->attrs[0].id);
+    note(line);
+  }
   if (run_kernel != nullptr) run_kernel(name, config->gridDimX, config->blockDimX, params[0]);
   return 0;
 }

@@ -111,12 +111,13 @@ def plan_and_run(
         ctypes.c_uint64.from_buffer(call, OFFSETS[name]).value = 4096
     for name, value in rows.items():
         setattr(call.head, name, value)
-    workspace = (ctypes.c_int64 * 6)()
+    workspace = (ctypes.c_int64 * 7)()
     ok = host.flash_plan_forward(device, BF16, splits, ctypes.byref(call), workspace)
-    *_, next_tile = workspace
+    *_, next_tile, decodes = workspace
     if next_tile:
         ctypes.c_uint64.from_buffer(call, OFFSETS["next_tile"]).value = 4096
-    return ok and host.flash_forward(device, ctypes.c_void_p(stream), BF16, ctypes.byref(call))
+    run = host.flash_decode if decodes else host.flash_forward
+    return ok and run(device, ctypes.c_void_p(stream), BF16, ctypes.byref(call))
 """
 
 
@@ -124,7 +125,8 @@ def plan_and_run(
 def offsets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
     """Offsets of fields of flash::ForwardParams, as the host's compiler lays them out."""
     folder = tmp_path_factory.mktemp("offsets")
-    fields = {name: f"seqs.{name}" for name in ("b", "sq", "sk", "cache_rows", "block_table")}
+    sizes = ("b", "sq", "sk", "cache_rows", "block_table", "seqused_k")
+    fields = {name: f"seqs.{name}" for name in sizes}
     fields["rng_state"] = "scores.rng_state"
     fields["alibi_slopes"] = "scores.alibi_slopes"
     fields["window_left"] = "scores.window_left"
@@ -169,7 +171,8 @@ def test_few_queries_over_many_keys_are_split_where_parts_can_be_merged(
     folder = tmp_path / "kernels"
     lay_out_kernels(folder)
     index = folder / "index.txt"
-    without = "".join(x for x in index.read_text("utf-8").splitlines(True) if x[:7] != "combine")
+    kept = [x for x in index.read_text("utf-8").splitlines(True) if x[:6] != "decode"]
+    without = "".join(x for x in kept if x[:7] != "combine")
     row = "combine common 0 bf16 90 cubin flash_combine_bf16 90.cubin\n"
     text = f"""OFFSETS = {offsets}
 host.flash_open({str(folder)!r}.encode())
@@ -190,17 +193,63 @@ say(plan_and_run(0, splits=2, b=1, sq=1, sk=8192))
     assert "none of kind combine" in asked
 
 
+def test_few_queries_get_equal_shares_of_the_keys_or_the_parts_asked_for(
+    stub: Stub, tmp_path: Path, offsets: dict[str, int]
+) -> None:
+    text = """
+say(plan_and_run(0, splits=0, b=1, sq=1, sk=8192))
+say(plan_and_run(0, splits=0, b=300, sq=8, sk=100, given=["seqused_k"]))
+say(plan_and_run(0, splits=0, b=1, sq=9, d=256, sk=8192))
+say(plan_and_run(0, splits=3, b=5, sq=1, sk=8192))
+say(plan_and_run(0, splits=3, b=5, sq=1, sk=65, given=["seqused_k"]))
+say(plan_and_run(0, splits=1, b=5, sq=33, sk=8192))
+say(plan_and_run(0, splits=1, b=5, sq=1, sk=64))
+"""
+    told = run_calls(stub, tmp_path / "log", offsets, text)
+    assert {line.strip() for line in told.splitlines()} == {"1"}
+    one, many, wide, parts, few, *others = launches(tmp_path / "log")
+    # Two heads of keys, so two queries are four rows; two CTAs a multiprocessor, or one.
+    assert (one.kernel, one.grid, one.block) == ("flash_fwd_decode_d64_bf16", 2 * 132, 128)
+    assert (many.kernel, many.grid) == ("flash_fwd_decode_d64_bf16", 2 * 132)
+    assert (wide.kernel, wide.grid) == ("flash_fwd_decode_wide_d256_bf16", 132)
+    # 65 keys are two blocks.
+    assert (parts.grid, few.grid) == (3 * 2 * 5, 2 * 2 * 5)
+    # More rows than a tile has, or few keys and no cache.
+    assert {x.kernel for x in others} == {"flash_fwd_sm80_d64_bf16"}
+
+
+@pytest.mark.parametrize(("archs", "overlaps"), [(("90",), True), (("80+ptx",), False)])
+def test_a_launch_overlaps_only_where_the_code_waits_by_itself(
+    stub: Stub, tmp_path: Path, offsets: dict[str, int], archs: tuple[str, ...], overlaps: bool
+) -> None:
+    # PTX of an earlier architecture has no instruction for it.
+    folder = tmp_path / "kernels"
+    lay_out_kernels(folder, archs)
+    text = f"""OFFSETS = {offsets}
+host.flash_open({str(folder)!r}.encode())
+say(plan_and_run(0, splits=0, b=1, sq=1, sk=8192)); say(plan_and_run(0))
+"""
+    stub.run(program(stub, RUN + text), tmp_path / "log")
+    decode, forward = launches(tmp_path / "log")
+    assert (decode.kernel, forward.kernel) == (
+        "flash_fwd_decode_d64_bf16",
+        "flash_fwd_sm80_d64_bf16",
+    )
+    programmatic = "attribute flash_fwd_decode_d64_bf16 6"
+    assert lines_of(tmp_path / "log", "attribute") == [programmatic] * overlaps
+
+
 def test_splits_fit_the_keys_and_the_device(
     stub: Stub, tmp_path: Path, offsets: dict[str, int]
 ) -> None:
     text = """
 def ctas(**sizes):
-    say(plan_and_run(0, **sizes))
-ctas(splits=0, b=1, sq=1, sk=1024)
-ctas(splits=0, b=33, sq=1, sk=8192)
-ctas(splits=0, b=8, sq=1, sk=8192)
-ctas(splits=64, b=1, sq=1, sk=300)
-ctas(splits=5, b=1, sq=1, sk=0)
+    say(plan_and_run(0, sq=40, **sizes))
+ctas(splits=0, b=1, sk=1024)
+ctas(splits=0, b=33, sk=8192)
+ctas(splits=0, b=8, sk=8192)
+ctas(splits=64, b=1, sk=300)
+ctas(splits=5, b=1, sk=0)
 """
     told = run_calls(stub, tmp_path / "log", offsets, text)
     assert {line.strip() for line in told.splitlines()} == {"1"}

@@ -17,9 +17,10 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "device/tile": ("host/flash.h", "ptx"),
     "device/attn": ("host/flash.h", "ptx", "tile"),
     "device/common": ("host/flash.h", "ptx", "tile", "attn"),
-    "device/sm80": ("host/flash.h", "ptx", "tile", "attn", "common"),
+    "device/sm80": ("host/flash.h", "ptx", "tile", "attn", "common", "device/common/arch.h"),
     "device/sm90": ("host/flash.h", "ptx", "tile", "attn"),
-    "host": ("device/sm80/config.h", "device/sm90/config.h", "device/common/config.h"),
+    "device/decode": ("host/flash.h", "ptx", "tile", "attn", "device/common/arch.h"),
+    "host": tuple(f"device/{family}/config.h" for family in ("sm80", "sm90", "decode", "common")),
     "torch": ("host/api.h", "host/flash.h"),
 }
 FILES = [path for path in sorted(CSRC.rglob("*")) if path.suffix in (".h", ".cuh", ".cpp")]

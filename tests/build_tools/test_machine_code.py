@@ -63,6 +63,7 @@ MUST_HAVE = {
     "s_dmask": (PRODUCT,),
     "fill": (STORE,),
     "dq": (*HOPPER, STORE),
+    "decode": (PRODUCT, COPY, FRAGMENT, LOAD, STORE),
 }
 ARITHMETIC = r"HMMA|FADD|FFMA|FMUL|MUFU|F2|LDGSTS|LDSM|REDG?\."
 # Copies of other sizes: the backward pass brings 4-byte row statistics too.
@@ -86,6 +87,8 @@ PRODUCT_OF_DTYPE = {
 # other forward kernel has a place here.
 # backward: dK and dV fill the registers, and what is spilled stands outside the products: addresses
 # and masks of a step. Its speed with these spills is what benchmarks/README.md compares with SDPA.
+# decode: O fills the registers at head dim 256; what is spilled is needed between sequences, and a
+# step of the loop, which is bound by memory, reloads ten words of it at most.
 # delta, append: bound by memory; a few addresses, with some compilers only.
 SPILLS = {
     ("forward", 128): {"100": 16},
@@ -93,6 +96,8 @@ SPILLS = {
     ("backward", 128): {"80": 56, "90": 40},
     ("backward", 192): {"80": 252, "90": 104},
     ("backward", 256): {"80": 40, "90": 48, "100": 204, "120": 40},
+    ("decode", 192): {"80": 156, "90": 12},
+    ("decode", 256): {"80": 800, "86": 612, "89": 612, "90": 900},
     ("delta", 0): {"100": 12, "120": 36},
     ("append", 0): {"100": 32, "120": 8},
 }

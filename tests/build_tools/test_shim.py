@@ -205,36 +205,55 @@ def test_an_append_comes_before_the_attention(installed: Stub, tmp_path: Path) -
     text = (
         CACHE
         + """
-q, new, cache, cos = make(2, 3, 4, 64), make(2, 5, 2, 64), make(2, 40, 2, 64), make(50, 16)
+q, new, cache, cos = make(2, 33, 4, 64), make(2, 5, 2, 64), make(2, 40, 2, 64), make(50, 16)
 out, lse = decode(q, cache, cache, new, new, cos)
 decode(q, cache, cache)
 print(json.dumps([[list(out.shape), list(lse.shape)], cache.data_ptr()]))
 """
     )
     shapes, cache = run(installed, tmp_path / "log", text)
-    assert shapes == [[2, 3, 4, 64], [2, 4, 3]]
+    assert shapes == [[2, 33, 4, 64], [2, 4, 33]]
     append, attention, plain = launches(tmp_path / "log")
     assert (append.kernel, plain.kernel) == ("flash_append_bf16", "flash_fwd_sm80_d64_bf16")
-    # A warp a row and head: 5 new rows of 2 heads and 3 queries of 4, of 2 sequences.
-    assert append.grid == (5 * 2 + 3 * 4) * 2 // 4
+    # A warp a row and head: 5 new rows of 2 heads and 33 queries of 4, of 2 sequences.
+    assert append.grid == (5 * 2 + 33 * 4) * 2 // 4
     with_append, without = (ForwardHead.from_buffer_copy(x.params) for x in (attention, plain))
     assert with_append.k.ptr == without.k.ptr == cache
     assert with_append.q.ptr != without.q.ptr
+
+
+def test_few_queries_append_rotate_and_attend_in_one_launch(
+    installed: Stub, tmp_path: Path
+) -> None:
+    text = (
+        CACHE
+        + """
+q, new, cache, cos = make(2, 3, 4, 64), make(2, 5, 2, 64), make(2, 40, 2, 64), make(50, 16)
+out, lse = decode(q, cache, cache, new, new, cos)
+print(json.dumps([[list(out.shape), list(lse.shape)], [q.data_ptr(), cache.data_ptr()]]))
+"""
+    )
+    shapes, pointers = run(installed, tmp_path / "log", text)
+    assert shapes == [[2, 3, 4, 64], [2, 4, 3]]
+    (launch,) = launches(tmp_path / "log")
+    assert launch.kernel == "flash_fwd_decode_d64_bf16"
+    params = ForwardHead.from_buffer_copy(launch.params)
+    assert [params.q.ptr, params.k.ptr] == pointers
 
 
 def test_packed_new_rows_are_counted_once(installed: Stub, tmp_path: Path) -> None:
     text = (
         CACHE
         + """
-q, new, cache, cos = make(7, 4, 64), make(9, 2, 64), make(2, 40, 2, 64), make(50, 16)
-cu_q, cu_new = torch.tensor([0, 3, 7]).int(), torch.tensor([0, 9, 9]).int()
+q, new, cache, cos = make(70, 4, 64), make(9, 2, 64), make(2, 40, 2, 64), make(50, 16)
+cu_q, cu_new = torch.tensor([0, 3, 70]).int(), torch.tensor([0, 9, 9]).int()
 out, lse = decode(q, cache, cache, new, new, cos, cu_q=cu_q, cu_new=cu_new)
 print(json.dumps([list(out.shape), list(lse.shape)]))
 """
     )
-    assert run(installed, tmp_path / "log", text) == [[7, 4, 64], [4, 7]]
+    assert run(installed, tmp_path / "log", text) == [[70, 4, 64], [4, 70]]
     append, _, fill = launches(tmp_path / "log")
-    assert append.grid == -(-(9 * 2 + 7 * 4) // 4)
+    assert append.grid == -(-(9 * 2 + 70 * 4) // 4)
     assert fill.kernel == "flash_fill_bf16"
 
 
@@ -251,7 +270,7 @@ print(json.dumps([torch.equal(a, b) for a, b in zip(caches, before)]))
     )
     # The stub's kernels write nothing: what was copied there is what comes back.
     assert run(installed, tmp_path / "log", text) == [True, True]
-    _, attention = launches(tmp_path / "log")
+    (attention,) = launches(tmp_path / "log")
     assert ForwardHead.from_buffer_copy(attention.params).k.row == 2 * 24
 
 
@@ -259,7 +278,7 @@ def test_parts_are_merged_where_a_call_is_split(installed: Stub, tmp_path: Path)
     text = (
         CACHE
         + """
-decode(make(2, 3, 4, 64), make(2, 400, 2, 64), make(2, 400, 2, 64), splits=3)
+decode(make(2, 33, 4, 64), make(2, 400, 2, 64), make(2, 400, 2, 64), splits=3)
 out, lse = cuda.combine(torch.zeros(5, 2, 7, 3, 20), torch.zeros(5, 2, 7, 3))
 wrong = told(lambda: cuda.combine(torch.zeros(5, 2, 7, 3, 20), torch.zeros(5, 2, 3, 7)))
 print(json.dumps([list(out.shape), list(lse.shape), str(out.dtype), wrong[1]]))
@@ -270,7 +289,7 @@ print(json.dumps([list(out.shape), list(lse.shape), str(out.dtype), wrong[1]]))
     assert "got shapes (5, 2, 7, 3, 20) and (5, 2, 3, 7)" in wrong
     split, combine, parts = launches(tmp_path / "log")
     assert split.grid == 3 * 2 * 4
-    assert (combine.kernel, combine.grid) == ("flash_combine_bf16", 2 * 4 * 3 // 4)
+    assert (combine.kernel, combine.grid) == ("flash_combine_bf16", 2 * 4 * 33 // 4)
     assert parts.grid == -(-2 * 7 * 3 // 4)
 
 

@@ -13,11 +13,11 @@ struct Counter {
 
   // By every CTA before it counts: the first one makes it a counter.
   __device__ void open(uint64_t call_number) const {
-    const uint64_t fresh = call_number << kCounterBits;
-    uint64_t found = ptx::ld_global_64(word);
-    while (found >> kCounterBits != call_number) {
-      const uint64_t before = ptx::atomic_compare_exchange(word, found, fresh);
-      found = before == found ? fresh : before;
+    uint64_t found = 0;  // as a call in front leaves it
+    uint64_t before = ptx::atomic_compare_exchange(word, 0, call_number << kCounterBits);
+    while (before != found && before >> kCounterBits != call_number) {
+      found = before;
+      before = ptx::atomic_compare_exchange(word, found, call_number << kCounterBits);
     }
   }
 

@@ -38,8 +38,11 @@ struct Sequence {
   int index;
   int cache_row;  // row of the cache, or of the block table
   int sq, sk;
+  int skip;         // slots in front of the first key
   int64_t first_q;  // row of a packed q, else 0
   int64_t first_k;  // row of a packed k, else keys to skip
+
+  __device__ Sequence() {}
 
   __device__ Sequence(const Sequences& all, int index) : index(index), cache_row(index) {
     const int32_t* cu_q = all.cu_seqlens_q;
@@ -60,7 +63,7 @@ struct Sequence {
       cache_row = all.kv_batch_idx[index];
       if (cache_row < 0 || cache_row >= all.cache_rows) sk = 0;
     }
-    const int skip = all.leftpad_k ? min(max(all.leftpad_k[index], 0), sk) : 0;
+    skip = all.leftpad_k ? min(max(all.leftpad_k[index], 0), sk) : 0;
     first_k = (all.block_table ? 0 : start_k) + skip;
     sk -= skip;
   }

@@ -12,6 +12,10 @@ namespace flash::attn {
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
 
+// The shift of a row that has seen no key: below all scores, and finite, so that hidden scores of
+// -inf get p = 0.
+constexpr float kLowestShift = -3.0e38f;
+
 __device__ inline float infinity() { return __int_as_float(0x7f800000); }
 
 // Row statistics of kM x 16 rows: rows l / 4 and l / 4 + 8 of each 16.
@@ -20,15 +24,12 @@ struct Softmax {
   float shift[kM][2];
   float sum[kM][2];  // of this lane's columns only, until finish()
 
-  // A row that has seen no key yet has a shift below all scores; it is finite, so that hidden
-  // scores of -inf get p = 0.
   __device__ void clear() {
-    constexpr float kLowest = -3.0e38f;
 #pragma unroll
     for (int m = 0; m < kM; ++m) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        shift[m][h] = kLowest;
+        shift[m][h] = kLowestShift;
         sum[m][h] = 0.0f;
       }
     }

@@ -112,10 +112,8 @@ __device__ inline void st_global_128(void* gmem, uint4 x) {
                : "memory");
 }
 
-__device__ inline uint64_t ld_global_64(const uint64_t* gmem) {
-  uint64_t x;
-  asm volatile("ld.relaxed.gpu.global.b64 %0, [%1];" : "=l"(x) : "l"(gmem) : "memory");
-  return x;
+__device__ inline void prefetch_l1(const void* gmem) {
+  asm volatile("prefetch.global.L1 [%0];" ::"l"(gmem));
 }
 
 __device__ inline void st_global_64(uint64_t* gmem, uint64_t x) {
@@ -142,6 +140,10 @@ __device__ inline uint64_t atomic_compare_exchange(uint64_t* gmem, uint64_t expe
   return before;
 }
 
+// Orders what this thread did, or saw of others at a barrier, before what it does next, for all
+// threads of the device.
+__device__ inline void fence() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
+
 // Adds to memory without a reply.
 __device__ inline void red_add_f32(float* gmem, float x) {
   asm volatile("red.global.add.f32 [%0], %1;" ::"l"(gmem), "f"(x) : "memory");
@@ -165,6 +167,26 @@ __device__ inline void wait_until_equal(const int32_t* gmem, int x) {
 // Adds to a counter, behind what this thread did before, and what it saw of others at a barrier.
 __device__ inline void red_release_add(int32_t* gmem, int x) {
   asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(gmem), "r"(x) : "memory");
+}
+
+// Waits for a value that nobody needs: for the line of memory that it stands in.
+__device__ inline void touch(uint32_t x) {
+  asm volatile(
+      "{.reg .pred never; setp.eq.u32 never, %0, 0x80A5C3E1; @never nanosleep.u32 0;}" ::"r"(x));
+}
+
+// Waits for the kernel in front on the stream, if this one was allowed to begin beside its end; and
+// lets the one behind begin, if it is.
+__device__ inline void wait_for_kernel_in_front() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+__device__ inline void let_kernel_behind_begin() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
 }
 
 }  // namespace flash::ptx

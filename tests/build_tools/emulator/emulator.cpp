@@ -51,6 +51,16 @@ struct Warpgroup {
   uint64_t num_done = 0;
 };
 
+// The copies by cp.async of one thread.
+struct Copy {
+  uint32_t smem;
+  const void* gmem;
+};
+struct CopyGroups {
+  std::deque<std::vector<Copy>> committed;
+  std::vector<Copy> open;
+};
+
 constexpr size_t kStackBytes = 256 * 1024;
 
 ucontext_t g_scheduler;
@@ -62,6 +72,7 @@ NamedBarrier g_named[16];
 std::map<uint32_t, MBarrier> g_mbarriers;
 std::vector<Warpgroup> g_warpgroups;
 std::vector<std::function<void()>> g_copies;  // asked for and not yet done
+std::map<unsigned, CopyGroups> g_copy_groups;  // of each thread
 std::map<unsigned, int> g_stores;             // of each thread, likewise
 std::mt19937 g_random(1);
 
@@ -189,6 +200,15 @@ bool do_product(Warpgroup& group) {
   return true;
 }
 
+void do_copy(const Copy& copy) {
+  unsigned char* to = at(copy.smem, 16);
+  if (copy.gmem == nullptr) {
+    memset(to, 0, 16);
+  } else {
+    memcpy(to, copy.gmem, 16);
+  }
+}
+
 bool do_copy() {
   if (g_copies.empty()) return false;
   const size_t chosen = g_random() % g_copies.size();
@@ -293,6 +313,29 @@ void mbarrier_arrive(uint32_t address, int bytes) {
 void mbarrier_wait(uint32_t address, uint32_t parity) {
   const MBarrier& barrier = mbarrier(address);
   wait_until([&barrier, parity] { return (barrier.phase & 1) != parity; }, "a barrier");
+}
+
+void cp_async(uint32_t smem, const void* gmem) {
+  if (smem % 16 != 0 || reinterpret_cast<uintptr_t>(gmem) % 16 != 0) {
+    stop("a copy to %u is not of whole 16 bytes", smem);
+  }
+  const Copy copy = {smem, gmem};
+  if (one_in(3)) do_copy(copy);  // as soon as that: what is there must not be needed any more
+  g_copy_groups[threadIdx.x].open.push_back(copy);
+}
+
+void cp_async_commit() {
+  CopyGroups& mine = g_copy_groups[threadIdx.x];
+  mine.committed.push_back(std::move(mine.open));
+  mine.open.clear();
+}
+
+void cp_async_wait(int pending) {
+  CopyGroups& mine = g_copy_groups[threadIdx.x];
+  while (mine.committed.size() > static_cast<size_t>(pending)) {
+    for (const Copy& copy : mine.committed.front()) do_copy(copy);
+    mine.committed.pop_front();
+  }
 }
 
 void bulk_load(uint32_t smem, const void* gmem, int bytes, uint32_t address) {
@@ -400,6 +443,7 @@ void run_cta(unsigned block, unsigned grid, unsigned threads, const std::functio
   g_warps.assign((threads + 31) / 32, {});
   g_warpgroups.assign((threads + 127) / 128, {});
   g_mbarriers.clear();
+  g_copy_groups.clear();
   for (NamedBarrier& barrier : g_named) barrier = {};
   memset(g_smem, 0xFF, kSmemBytes);  // NaN in every format
   if (g_fibers.size() != threads) g_fibers = std::vector<Fiber>(threads);

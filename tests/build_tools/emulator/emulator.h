@@ -1,9 +1,9 @@
 // A CTA on a CPU: enough of CUDA's words and of a multiprocessor to run device code as it stands.
 //
 // Every thread of a CTA is a fiber; they take turns in an order drawn anew each time. What the GPU
-// does asynchronously is done late and at random here: copies by TMA some turns after they were
-// asked for, products of warpgroups some turns after the last warp asked, reading shared memory and
-// registers as they are at that moment. So a missing wait or a buffer that is released too early
+// does asynchronously is done late and at random here: copies by TMA some turns after they were asked
+// for, those of cp.async at any time up to their wait, products of warpgroups some turns after the
+// last warp asked, reading shared memory and registers as they are at that moment. So a missing wait or a buffer that is released too early
 // gives a wrong result, and a barrier that is never completed a report.
 #pragma once
 
@@ -70,6 +70,11 @@ void barrier_sync(int id, int count);
 void mbarrier_init(uint32_t barrier, int count);
 void mbarrier_arrive(uint32_t barrier, int bytes);
 void mbarrier_wait(uint32_t barrier, uint32_t parity);
+
+// Copies 16 bytes, or zeros where `gmem` is null, between here and when its group is waited for.
+void cp_async(uint32_t smem, const void* gmem);
+void cp_async_commit();
+void cp_async_wait(int pending);
 
 void bulk_load(uint32_t smem, const void* gmem, int bytes, uint32_t barrier);
 void tma_load(uint32_t smem, const flash::TensorMap& map, uint32_t barrier, const int (&place)[4]);
@@ -143,6 +148,19 @@ T __shfl_xor_sync(uint32_t, T x, int mask) {
   return emulator::from_bits<T>(slots.of[lane ^ mask][0]);
 }
 
+template <class T>
+T __shfl_sync(uint32_t, T x, int lane) {
+  const emulator::Slots& slots = emulator::exchange({emulator::bits_of<T>(x)});
+  return emulator::from_bits<T>(slots.of[lane][0]);
+}
+
+template <class T>
+T __shfl_up_sync(uint32_t, T x, int step) {
+  const int lane = threadIdx.x % 32;
+  const emulator::Slots& slots = emulator::exchange({emulator::bits_of<T>(x)});
+  return emulator::from_bits<T>(slots.of[lane < step ? lane : lane - step][0]);
+}
+
 inline uint32_t __ballot_sync(uint32_t, bool x) {
   const emulator::Slots& slots = emulator::exchange({x});
   uint32_t votes = 0;
@@ -150,3 +168,4 @@ inline uint32_t __ballot_sync(uint32_t, bool x) {
   return votes;
 }
 inline bool __any_sync(uint32_t mask, bool x) { return __ballot_sync(mask, x) != 0; }
+inline bool __all_sync(uint32_t mask, bool x) { return __ballot_sync(mask, x) == mask; }

@@ -16,6 +16,15 @@ inline uint32_t smem_address(const void* ptr) {
 inline int opaque(int x) { return x; }
 inline float opaque(float x) { return x; }
 
+inline void cp_async_16(uint32_t smem, const void* gmem, bool valid) {
+  emulator::cp_async(smem, valid ? gmem : nullptr);
+}
+inline void cp_async_commit() { emulator::cp_async_commit(); }
+template <int kPending>
+void cp_async_wait() {
+  emulator::cp_async_wait(kPending);
+}
+
 inline void ldmatrix_x4(uint32_t (&r)[4], uint32_t smem) {
   const emulator::Slots& rows = emulator::exchange({smem});
   const int lane = threadIdx.x % 32;
@@ -61,7 +70,7 @@ inline float ld_shared_f32(uint32_t smem) {
 
 inline void st_global_128(void* gmem, uint4 x) { memcpy(gmem, &x, 16); }
 
-inline uint64_t ld_global_64(const uint64_t* gmem) { return *gmem; }
+inline void prefetch_l1(const void*) {}
 
 inline void st_global_64(uint64_t* gmem, uint64_t x) { *gmem = x; }
 
@@ -76,6 +85,11 @@ inline uint64_t atomic_compare_exchange(uint64_t* gmem, uint64_t expected, uint6
   if (before == expected) *gmem = x;
   return before;
 }
+
+inline void fence() {}
+inline void touch(uint32_t) {}
+inline void wait_for_kernel_in_front() {}
+inline void let_kernel_behind_begin() {}
 
 inline void red_add_f32(float* gmem, float x) { *gmem += x; }
 

@@ -1,0 +1,73 @@
+// Tile sizes of the decode family: the one place that knows them, read by the kernels and by the
+// host.
+#pragma once
+
+#include "device/common/arch.h"
+
+namespace flash::decode {
+
+struct Tile {
+  int rows;  // queries times heads of a group
+  int head_dim;
+  int warps;
+  int block_n;
+  int stages;  // blocks of K and V in shared memory
+  int ctas;    // an SM
+
+  constexpr int threads() const { return warps * 32; }
+  // Q; behind it, eight rows of O of every warp.
+  constexpr int scratch_bytes() const {
+    const int q = rows * head_dim * 2;
+    const int o = warps * 8 * head_dim * 4;
+    return q > o ? q : o;
+  }
+  // The ring, scratch, two statistics of each warp's rows, and a flag.
+  constexpr int smem_bytes() const {
+    return 2 * stages * block_n * head_dim * 2 + scratch_bytes() + warps * 16 * 8 + 16;
+  }
+};
+
+// For each number of rows and head dim the preferred tile first: the first that fits is used.
+constexpr Tile kTiles[] = {
+    {16, 64, 4, 64, 6, 2},   //
+    {16, 64, 4, 64, 4, 2},   //
+    {16, 64, 4, 64, 2, 2},   //
+    {16, 96, 4, 64, 4, 2},   //
+    {16, 96, 4, 64, 2, 2},   //
+    {16, 96, 4, 64, 2, 1},   //
+    {16, 128, 4, 64, 3, 2},  //
+    {16, 128, 4, 64, 2, 2},  //
+    {16, 128, 4, 64, 2, 1},  //
+    {16, 192, 4, 64, 4, 1},  //
+    {16, 192, 4, 64, 2, 1},  //
+    {16, 192, 2, 32, 2, 1},  //
+    {16, 256, 4, 64, 3, 1},  //
+    {16, 256, 4, 64, 2, 1},  //
+    {16, 256, 2, 32, 2, 1},  //
+    {64, 64, 4, 64, 6, 2},   //
+    {64, 64, 4, 64, 4, 2},   //
+    {64, 64, 4, 64, 2, 2},   //
+    {64, 96, 4, 64, 4, 2},   //
+    {64, 96, 4, 64, 2, 2},   //
+    {64, 96, 4, 64, 2, 1},   //
+    {64, 128, 4, 64, 3, 2},  //
+    {64, 128, 4, 64, 2, 2},  //
+    {64, 128, 4, 64, 2, 1},  //
+    {64, 192, 4, 32, 8, 1},  //
+    {64, 192, 4, 32, 5, 1},  //
+    {64, 192, 4, 32, 2, 1},  //
+    {64, 256, 4, 32, 6, 1},  //
+    {64, 256, 4, 32, 4, 1},  //
+    {64, 256, 4, 32, 2, 1},  //
+};
+
+constexpr Tile tile(int rows, int head_dim, int cc) {
+  for (const Tile& tile : kTiles) {
+    const int smem = tile.ctas * (tile.smem_bytes() + 1024);
+    if (tile.rows == rows && tile.head_dim == head_dim && smem <= common::smem_of_sm(cc))
+      return tile;
+  }
+  return {};
+}
+
+}  // namespace flash::decode

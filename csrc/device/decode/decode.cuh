@@ -1,0 +1,256 @@
+// Attention of few queries over a long cache, at the speed of memory.
+//
+// The rows of a tile are queries times the heads of a group, so that a key is read once for all of
+// them; 16 rows or 64. A CTA has four warps and a ring of blocks of K and V. With 16 rows each warp
+// has keys of its own, a softmax of its own and waits for its own copies alone; at the end of a
+// sequence the warps merge. With 64 rows they share the keys and have 16 rows each.
+//
+//   find this CTA's share of all blocks (work.cuh)
+//   start copies of the first blocks
+//   for each (sequence, key-value head) of the share:
+//     load Q, rotated if asked for
+//     for each block: wait for it; start the copies of another; S = Q K^T; softmax; O += P V
+//     merge the warps; store O, or a part of it; whoever stores the last part merges (merge.cuh)
+//
+// Copies run ahead over the borders of sequences, so memory never waits. New rows of the cache are
+// taken in on the way (keys.cuh): one launch does all. Bound by memory: docs/kernels/decode.md.
+// Sources: Flash-Decoding; Stream-K (arXiv:2301.03598).
+#pragma once
+
+#include "attn/scores.cuh"
+#include "decode/config.h"
+#include "decode/keys.cuh"
+#include "decode/merge.cuh"
+#include "tile/products.cuh"
+
+namespace flash::decode {
+
+template <class T_, int kHeadDim_, int kRows_>
+struct Config {
+  using T = T_;
+  static constexpr Tile kTile = tile(kRows_, kHeadDim_, common::kArch);
+  static constexpr int kHeadDim = kHeadDim_;
+  static constexpr int kRows = kRows_;
+  static constexpr int kWarps = kTile.warps;
+  static constexpr int kThreads = kTile.threads();
+  static constexpr int kBlockN = kTile.block_n;
+  static constexpr int kStages = kTile.stages;
+  static constexpr int kScratchBytes = kTile.scratch_bytes();
+  static constexpr int kRowWarps = kRows / 16;             // warps with the same keys
+  static constexpr int kKeyGroups = kWarps / kRowWarps;    // of warps with the same rows
+  static constexpr int kGroupKeys = kBlockN / kKeyGroups;  // of a block
+  // Steps of Q that stay in registers, where there are some.
+  static constexpr int kHeld = kRows == 16 && kHeadDim <= 128 ? kHeadDim / 16 : 0;
+  static constexpr bool kLoadsEarly = kHeld > 0;  // Q of the next pair
+  static_assert(kRowWarps == 1 || kKeyGroups == 1, "warps share either rows or keys");
+  using TileQ = tile::SmemTile<kRows, kHeadDim>;
+  using TileK = tile::SmemTile<kGroupKeys, kHeadDim>;
+  using HeldQ = tile::HeldA<1, kHeld>;
+  using AccS = tile::Accumulators<1, kGroupKeys / 8>;
+  using AccO = tile::Accumulators<1, kHeadDim / 8>;
+  using Softmax = attn::Softmax<1>;
+};
+
+// Q of one pair on its way to shared memory. Rows and columns that are not there become zeros.
+template <class Cfg>
+struct Queries {
+  using TileQ = typename Cfg::TileQ;
+  static constexpr int kChunks = TileQ::kCols / tile::kChunk;
+  static constexpr int kAll = TileQ::kRows * kChunks;
+  static constexpr int kMine = (kAll + Cfg::kThreads - 1) / Cfg::kThreads;  // chunks of a thread
+  static constexpr int kAtOnce = Cfg::kHeadDim > 128 ? 2 : kMine < 4 ? kMine : 4;
+  uint4 x[kAtOnce];
+
+  __device__ static const uint16_t* row(const DecodeParams& params, const attn::Sequence& seq,
+                                        const Row& row) {
+    const ForwardParams& call = params.call;
+    return attn::rows_of_q(call.q, call.seqs, seq, row.head) + row.position * call.q.row;
+  }
+
+  // The first ones, or those from `first` on.
+  __device__ void load(const DecodeParams& params, const attn::Sequence& seq, int head_k,
+                       int thread, int first = 0) {
+    const int rows = num_rows(params, seq);
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int at = thread + (first + i) * Cfg::kThreads;
+      const int r = at / kChunks;
+      const int col = at % kChunks * tile::kChunk;
+      x[i] = make_uint4(0, 0, 0, 0);
+      if (r < rows && col < params.call.d) {
+        const uint16_t* from = row(params, seq, Row(params, head_k, r));
+        x[i] = *reinterpret_cast<const uint4*>(from + col);
+      }
+    }
+  }
+
+  // All of them, behind load().
+  __device__ void store(const DecodeParams& params, const attn::Sequence& seq, int head_k,
+                        uint32_t smem, int thread) {
+#pragma unroll 1
+    for (int first = 0; first < kMine; first += kAtOnce) {
+      if (first > 0) load(params, seq, head_k, thread, first);
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        const int at = thread + (first + i) * Cfg::kThreads;
+        if (at < kAll) ptx::st_shared_128(smem + TileQ::offset(at / kChunks, at % kChunks), x[i]);
+      }
+    }
+    if (!params.added.rotary_cos) return;
+    __syncthreads();
+    for (int r = thread / 32; r < num_rows(params, seq); r += Cfg::kWarps) {
+      const Row it(params, head_k, r);
+      const auto put = [&](int col, uint4 x) {
+        ptx::st_shared_128(smem + TileQ::offset(r, col / tile::kChunk), x);
+      };
+      const int position =
+          attn::position_of_query(params.added, params.call.seqs, seq.index, it.position);
+      attn::move_row<typename Cfg::T>(put, row(params, seq, it), params.call.d, position,
+                                      params.added, thread % 32);
+    }
+  }
+};
+
+// What becomes of the scores of a lane's two rows. Keys are named by their slots.
+struct RowRules {
+  int low[2], high[2];  // slots that the row sees
+  int position[2];
+  float slope[2];
+  int all_low, all_high;  // slots that every row sees
+
+  __device__ RowRules(const DecodeParams& params, const attn::Sequence& seq, int head_k, int row) {
+    const ForwardParams& call = params.call;
+    const attn::Mask mask(call.scores, seq.sq, seq.sk);
+    const int last = max(seq.sq - 1, 0);
+    all_low = seq.skip + mask.lowest(last);
+    all_high = seq.skip + mask.highest(0);
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const Row at(params, head_k, row + 8 * h);
+      const int i = min(at.position, last);
+      low[h] = seq.skip + mask.lowest(i);
+      high[h] = seq.skip + mask.highest(i);
+      position[h] = seq.skip + i + mask.diagonal;
+      slope[h] = 0.0f;
+      if (call.scores.alibi_slopes && at.position == i) {
+        slope[h] = call.scores.alibi_slopes[seq.index * call.scores.alibi_batch_stride + at.head];
+      }
+    }
+  }
+
+  // Softcap and ALiBi; the first entry of this lane is at slot `col`.
+  template <int kN>
+  __device__ void transform(tile::Accumulators<1, kN>& s, const Scores& scores, int col) const {
+    const float inverse_cap = 1.0f / scores.softcap;
+#pragma unroll
+    for (int n = 0; n < kN; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        float x = s.c[0][n][i] * scores.softmax_scale;
+        if (scores.softcap > 0.0f) x = scores.softcap * attn::tanh(x * inverse_cap);
+        s.c[0][n][i] = x - slope[i / 2] * abs(position[i / 2] - (col + 8 * n + i % 2));
+      }
+    }
+  }
+
+  template <int kN>
+  __device__ void hide(tile::Accumulators<1, kN>& s, int col) const {
+#pragma unroll
+    for (int n = 0; n < kN; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int slot = col + 8 * n + i % 2;
+        if (slot < low[i / 2] || slot >= high[i / 2]) s.c[0][n][i] = -attn::infinity();
+      }
+    }
+  }
+};
+
+// Brings all parameters to this multiprocessor at once. Each line of them that is met on the way
+// would cost a trip to L2.
+__device__ inline void fetch(const DecodeParams& params, int lane) {
+  constexpr int kLine = 64;
+  constexpr int kLines = (sizeof(DecodeParams) + kLine - 1) / kLine;
+  static_assert(kLines <= 32, "a lane takes a line");
+  const auto* words = reinterpret_cast<const uint32_t*>(&params);
+  ptx::touch(words[min(lane, kLines - 1) * (kLine / 4)]);
+}
+
+template <class Cfg>
+__device__ inline void decode(const DecodeParams& params) {
+  using T = typename Cfg::T;
+  using TileQ = typename Cfg::TileQ;
+  using TileK = typename Cfg::TileK;
+  extern __shared__ __align__(128) unsigned char storage[];
+  unsigned char* scratch = storage + Cfg::kStages * KeyRing<Cfg>::kStageBytes;
+  auto* statistics = reinterpret_cast<float2*>(scratch + Cfg::kScratchBytes);
+  const WarpRows<Cfg> warp_rows{statistics, reinterpret_cast<float*>(scratch)};
+  int* flag = reinterpret_cast<int*>(statistics + Cfg::kWarps * 16);
+  const uint32_t q = ptx::smem_address(scratch);
+  const ForwardParams& call = params.call;
+  const int thread = threadIdx.x;
+  const int lane = thread % 32;
+  const int warp_row = thread / 32 % Cfg::kRowWarps * 16;
+  const int warp_key = thread / 32 / Cfg::kRowWarps * Cfg::kGroupKeys;
+
+  ptx::let_kernel_behind_begin();
+  fetch(params, lane);
+  ptx::wait_for_kernel_in_front();
+  Walk<Cfg::kBlockN> walk(params);
+  if (walk.left == 0) return;
+  KeyRing<Cfg> ring(params, walk, ptx::smem_address(storage), thread);
+  Queries<Cfg> queries;
+#pragma unroll 1
+  for (int i = 0; i < Cfg::kStages - 1; ++i) {
+    ring.start();
+    if (i == 0) queries.load(params, walk.seq, walk.head, thread);
+  }
+
+  const bool is_plain = attn::is_plain(call.scores);
+  const float scale_log2 = is_plain ? call.scores.softmax_scale * attn::kLog2e : attn::kLog2e;
+  for (;;) {
+    queries.store(params, walk.seq, walk.head, q, thread);
+    const bool is_whole = walk.is_whole();
+    const Parts parts = is_whole ? Parts{0, 1, 0} : walk.parts();
+    __syncthreads();
+    // Its answer comes while keys and values are on their way.
+    if (!is_whole && thread == Cfg::kThreads - 1) {
+      attn::Counter{call.next_tile + parts.first}.open(params.call_number);
+    }
+    typename Cfg::HeldQ held;
+    held.template load<TileQ>(q, warp_row, lane);
+    const RowRules rules(params, walk.seq, walk.head, warp_row + lane / 4);
+    typename Cfg::AccO o;
+    typename Cfg::Softmax softmax;
+    o.clear();
+    softmax.clear();
+    const int count = walk.here();
+    int first = walk.block * Cfg::kBlockN + warp_key;
+    for (int i = 0; i < count; ++i, first += Cfg::kBlockN) {
+      ring.wait();
+      ring.start();
+      typename Cfg::AccS s;
+      s.clear();
+      tile::multiply_abt<T, TileQ, TileK>(s, q, ring.k(), warp_row, 0, lane, held);
+      const int col = first + lane % 4 * 2;
+      if (!is_plain) rules.transform(s, call.scores, col);
+      if (first < rules.all_low || first + Cfg::kGroupKeys > rules.all_high) rules.hide(s, col);
+      softmax.follow(o, s, scale_log2);
+      softmax.exponentiate(s, scale_log2);
+      tile::multiply_pb<T, TileK>(o, s, ring.v(), lane);
+      ring.pass();
+    }
+    __syncthreads();  // everyone is done with Q
+    const attn::Sequence seq = walk.seq;
+    const int head = walk.head;
+    walk.advance(count);
+    const bool is_last = walk.left == 0;
+    if (Cfg::kLoadsEarly && !is_last) queries.load(params, walk.seq, walk.head, thread);
+    finish<Cfg>(params, seq, head, o, softmax, warp_rows, is_whole, parts, flag, thread);
+    if (is_last) return;
+    if (!Cfg::kLoadsEarly) queries.load(params, walk.seq, walk.head, thread);
+    __syncthreads();  // everyone is done with scratch
+  }
+}
+
+}  // namespace flash::decode

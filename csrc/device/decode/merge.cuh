@@ -1,0 +1,242 @@
+// What warps and CTAs with parts of the same keys make of them: O, or a part of it for others.
+#pragma once
+
+#include "attn/counter.cuh"
+#include "attn/softmax.cuh"
+#include "decode/work.cuh"
+
+namespace flash::decode {
+
+// A row: query `position` of its sequence, of query head `head`.
+struct Row {
+  int position, head;
+
+  __device__ Row(const DecodeParams& params, int head_k, uint32_t index) {
+    const uint32_t group = params.group;
+    position = index * params.group_inverse >> 16;
+    head = head_k * group + index - position * group;
+  }
+};
+
+__device__ inline int num_rows(const DecodeParams& params, const attn::Sequence& seq) {
+  return params.group * seq.sq;
+}
+
+// Four columns of a row that is complete.
+template <class T>
+__device__ inline void store(const ForwardParams& call, const attn::Sequence& seq, const Row& row,
+                             int col, float4 x) {
+  uint16_t* to = attn::rows_of_q(call.o, call.seqs, seq, row.head) + row.position * call.o.row;
+  *reinterpret_cast<uint2*>(to + col) = make_uint2(ptx::pack<T>(x.x, x.y), ptx::pack<T>(x.z, x.w));
+}
+
+__device__ inline void store_lse(const ForwardParams& call, const attn::Sequence& seq,
+                                 const Row& row, float shift, float sum) {
+  const int64_t batch = call.seqs.cu_seqlens_q ? 0 : seq.index * call.lse_batch;
+  call.lse[batch + row.head * call.lse_head + seq.first_q + row.position] =
+      sum == 0.0f ? attn::infinity() : (shift + ptx::lg2(sum)) * attn::kLn2;
+}
+
+// Where the parts of a pair stand. Where pairs are cut anywhere, a share has two rooms: one for a
+// pair that began in front of it, then one for a pair that goes on behind it.
+struct PartRows {
+  float* o;
+  float2* statistics;
+  uint32_t rooms;  // of a share
+  uint32_t rows;   // of a room
+  uint32_t width;
+
+  __device__ PartRows(const DecodeParams& params, const Parts& parts)
+      : rooms(params.call.num_splits > 0 ? 1 : 2),
+        rows(params.group * params.call.seqs.sq),
+        width(params.call.dv) {
+    const int64_t first = static_cast<int64_t>(parts.first * rooms) * rows;
+    o = params.call.o_partial + first * width;
+    statistics = reinterpret_cast<float2*>(params.call.lse_partial) + first;
+  }
+
+  // Row `row` of a part.
+  __device__ float* o_of(uint32_t part, uint32_t row) const {
+    return o + static_cast<int64_t>(room(part)) * (rows * width) + row * width;
+  }
+  __device__ float2* statistics_of(uint32_t part, uint32_t row) const {
+    return statistics + room(part) * rows + row;
+  }
+
+ private:
+  __device__ uint32_t room(uint32_t part) const { return max(part * rooms, rooms - 1); }
+};
+
+// A sum of parts whose shifts differ.
+struct Sum {
+  float shift = attn::kLowestShift;
+  float sum = 0.0f;
+  float4 o = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+
+  // Several parts at once: their exponentials do not wait for one another.
+  template <int kParts>
+  __device__ void add(const float2 (&statistics)[kParts], const float4 (&x)[kParts]) {
+    float to = shift;
+#pragma unroll
+    for (int i = 0; i < kParts; ++i) to = fmaxf(to, statistics[i].x);
+    const float kept = ptx::ex2(shift - to);
+    shift = to;
+    sum *= kept;
+    o = make_float4(o.x * kept, o.y * kept, o.z * kept, o.w * kept);
+#pragma unroll
+    for (int i = 0; i < kParts; ++i) {
+      const float weight = ptx::ex2(statistics[i].x - to);
+      sum += statistics[i].y * weight;
+      o.x += x[i].x * weight;
+      o.y += x[i].y * weight;
+      o.z += x[i].z * weight;
+      o.w += x[i].w * weight;
+    }
+  }
+
+  __device__ float4 normalised() const {
+    const float factor = sum == 0.0f ? 0.0f : __fdividef(1.0f, sum);
+    return make_float4(o.x * factor, o.y * factor, o.z * factor, o.w * factor);
+  }
+};
+
+// Merges all parts of a pair.
+template <class Cfg>
+__device__ inline void merge_parts(const DecodeParams& params, const attn::Sequence& seq,
+                                   int head_k, const Parts& parts, int thread) {
+  constexpr int kAtOnce = 16;
+  constexpr int kQuads = Cfg::kHeadDim / 4;
+  const ForwardParams& call = params.call;
+  const PartRows from(params, parts);
+  const int rows = num_rows(params, seq);
+  for (int at = thread; at < rows * kQuads; at += Cfg::kThreads) {
+    const int r = at / kQuads;
+    const int col = at % kQuads * 4;
+    if (col >= call.dv) continue;
+    Sum total;
+#pragma unroll 1
+    for (int first = 0; first < parts.count; first += kAtOnce) {
+      float2 statistics[kAtOnce];
+      float4 x[kAtOnce];
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        // Behind the last one it counts as a part without keys.
+        const int part = min(first + i, parts.count - 1);
+        statistics[i] = make_float2(attn::kLowestShift, 0.0f);
+        if (first + i < parts.count) statistics[i] = *from.statistics_of(part, r);
+        x[i] = *reinterpret_cast<const float4*>(from.o_of(part, r) + col);
+      }
+      total.add(statistics, x);
+    }
+    const Row row(params, head_k, r);
+    store<typename Cfg::T>(call, seq, row, col, total.normalised());
+    if (col == 0) store_lse(call, seq, row, total.shift, total.sum);
+  }
+}
+
+// What warps have of a pair, in shared memory: their rows' statistics, and eight rows of O at a
+// time.
+template <class Cfg>
+struct WarpRows {
+  float2* statistics;  // [kWarps][16]
+  float* o;            // [kWarps][8][kHeadDim]
+
+  // Groups of eight columns change places, so that four rows meet no bank conflict.
+  __device__ float* entry(int warp, int row, int col) const {
+    return o + (warp * 8 + row) * Cfg::kHeadDim + (col ^ (row & 3) * 8);
+  }
+
+  // Rows [8 half, + 8) of this warp's 16.
+  template <int half>
+  __device__ void put(const typename Cfg::AccO& acc, const typename Cfg::Softmax& softmax, int warp,
+                      int lane) const {
+    const int row = lane / 4;
+#pragma unroll
+    for (int n = 0; n < Cfg::kHeadDim / 8; ++n) {
+      *reinterpret_cast<float2*>(entry(warp, row, 8 * n + lane % 4 * 2)) =
+          make_float2(acc.c[0][n][2 * half], acc.c[0][n][2 * half + 1]);
+    }
+    if (lane % 4 == 0) {
+      statistics[warp * 16 + 8 * half + row] =
+          make_float2(softmax.shift[0][half], softmax.sum[0][half]);
+    }
+  }
+
+  // Four columns of a row of the tile, over the warps with other keys.
+  __device__ Sum sum(int row, int col) const {
+    float2 of_warp[Cfg::kKeyGroups];
+    float4 x[Cfg::kKeyGroups];
+#pragma unroll
+    for (int group = 0; group < Cfg::kKeyGroups; ++group) {
+      const int warp = group * Cfg::kRowWarps + row / 16;
+      of_warp[group] = statistics[warp * 16 + row % 16];
+      x[group] = *reinterpret_cast<const float4*>(entry(warp, row % 8, col));
+    }
+    Sum total;
+    total.add(of_warp, x);
+    return total;
+  }
+};
+
+// Eight rows of every warp leave: as results, or as a part of them.
+template <class Cfg, int half>
+__device__ inline void finish_rows(const DecodeParams& params, const attn::Sequence& seq,
+                                   int head_k, const WarpRows<Cfg>& from, bool is_whole,
+                                   const Parts& parts, int rows, int thread) {
+  constexpr int kQuads = Cfg::kHeadDim / 4;
+  const ForwardParams& call = params.call;
+  for (int at = thread; at < Cfg::kRowWarps * 8 * kQuads; at += Cfg::kThreads) {
+    const int col = at % kQuads * 4;
+    const int r = at / kQuads / 8 * 16 + 8 * half + at / kQuads % 8;
+    if (r >= rows || col >= call.dv) continue;
+    const Sum total = from.sum(r, col);
+    if (is_whole) {
+      const Row row(params, head_k, r);
+      store<typename Cfg::T>(call, seq, row, col, total.normalised());
+      if (col == 0) store_lse(call, seq, row, total.shift, total.sum);
+    } else {
+      const PartRows to(params, parts);
+      *reinterpret_cast<float4*>(to.o_of(parts.index, r) + col) = total.o;
+      if (col == 0) *to.statistics_of(parts.index, r) = make_float2(total.shift, total.sum);
+    }
+  }
+}
+
+// What the CTA has of a pair leaves: as results if that is all of it, else as a part, and the last
+// part that comes makes results of all. Everyone is done with scratch.
+template <class Cfg>
+__device__ inline void finish(const DecodeParams& params, const attn::Sequence& seq, int head_k,
+                              const typename Cfg::AccO& o, typename Cfg::Softmax& softmax,
+                              const WarpRows<Cfg>& scratch, bool is_whole, const Parts& parts,
+                              int* flag, int thread) {
+  const int rows = num_rows(params, seq);
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    softmax.sum[0][h] += __shfl_xor_sync(kAllLanes, softmax.sum[0][h], 1);
+    softmax.sum[0][h] += __shfl_xor_sync(kAllLanes, softmax.sum[0][h], 2);
+  }
+  scratch.template put<0>(o, softmax, thread / 32, thread % 32);
+  __syncthreads();
+  finish_rows<Cfg, 0>(params, seq, head_k, scratch, is_whole, parts, rows, thread);
+  if (rows > 8) {
+    __syncthreads();
+    scratch.template put<1>(o, softmax, thread / 32, thread % 32);
+    __syncthreads();
+    finish_rows<Cfg, 1>(params, seq, head_k, scratch, is_whole, parts, rows, thread);
+  }
+  if (is_whole) return;
+  const attn::Counter counter{params.call.next_tile + parts.first};
+  __syncthreads();
+  if (thread == 0) {
+    ptx::fence();
+    const bool is_last = static_cast<int>(counter.count()) + 1 == parts.count;
+    if (is_last) ptx::fence();
+    *flag = is_last;
+  }
+  __syncthreads();
+  if (*flag == 0) return;
+  merge_parts<Cfg>(params, seq, head_k, parts, thread);
+  if (thread == 0) counter.close();
+}
+
+}  // namespace flash::decode

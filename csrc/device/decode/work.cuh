@@ -1,0 +1,200 @@
+// How the work of a decode call is dealt out: equal shares of all blocks of keys.
+//
+// The blocks of all (sequence, key-value head) pairs stand in one line, pair behind pair. Every CTA
+// finds its share of the line by itself: lengths are read on the device, so a captured call can run
+// again with others.
+#pragma once
+
+#include "attn/mask.cuh"
+#include "attn/sequence.cuh"
+#include "ptx/memory.cuh"
+
+namespace flash::decode {
+
+constexpr uint32_t kAllLanes = 0xffffffffu;
+
+__device__ inline bool appends(const DecodeParams& params) { return params.added.k.ptr != nullptr; }
+
+// Slots of the cache that a sequence's queries see, or that its new keys fill, in blocks.
+struct Span {
+  int begin, end;
+
+  __device__ Span() {}
+
+  __device__ Span(const DecodeParams& params, const attn::Sequence& seq, int block_n) {
+    const attn::Mask mask(params.call.scores, seq.sq, seq.sk);
+    int low = seq.skip;
+    int high = seq.skip;
+    if (seq.sq > 0) {
+      low += mask.lowest(0);
+      high += mask.highest(seq.sq - 1);
+    }
+    if (appends(params)) {
+      low = min(low, max(params.call.seqs.seqused_k[seq.index], 0));
+      high = seq.skip + seq.sk;
+    }
+    begin = low / block_n;
+    end = (max(high, low) + block_n - 1) / block_n;
+    // Without keys the results are written all the same.
+    if (end == begin && seq.sq > 0) ++end;
+  }
+
+  __device__ uint32_t size() const { return end - begin; }
+};
+
+// Equal shares: the first `extra` have one block more than the others.
+struct Deal {
+  uint32_t num, each, extra;
+
+  __device__ Deal() {}
+
+  __device__ Deal(uint32_t num_ctas, uint32_t num_blocks)
+      : num(min(num_ctas, num_blocks)), each(1), extra(0) {
+    if (num_blocks <= num_ctas) return;
+    each = num_blocks / num;
+    extra = num_blocks - each * num;
+  }
+
+  __device__ uint32_t first_of(uint32_t share) const { return share * each + min(share, extra); }
+
+  // Who has a block.
+  __device__ uint32_t owner_of(uint32_t block) const {
+    if (each == 1 && extra == 0) return block;
+    const uint32_t in_front = extra * (each + 1);
+    return block < in_front ? block / (each + 1) : extra + (block - in_front) / each;
+  }
+};
+
+// Who shares a pair with whom.
+struct Parts {
+  int first;  // share with the pair's first block
+  int count;
+  int index;  // of this share's part
+};
+
+// Walks over a CTA's share, pair by pair.
+template <int kBlockN>
+struct Walk {
+  const DecodeParams& params;
+  attn::Sequence seq;
+  Span span;
+  int head;
+  int block;  // the next one, of those of the pair
+  int left;   // blocks of the share from there on
+  Deal deal;
+  uint32_t index;  // of the pair's first block in the line
+
+  __device__ explicit Walk(const DecodeParams& params) : params(params), left(0) {
+    const uint32_t share = blockIdx.x;
+    if (params.call.num_splits > 0) {
+      take_split(share);
+    } else {
+      take_share(share);
+    }
+  }
+
+  // Blocks of the pair that are in the share.
+  __device__ int here() const { return min(left, span.end - block); }
+
+  __device__ bool is_whole() const { return here() == static_cast<int>(span.size()); }
+
+  __device__ Parts parts() const {
+    const uint32_t splits = params.call.num_splits;
+    const uint32_t share = blockIdx.x;
+    if (splits > 0) {
+      const uint32_t each = (span.size() + splits - 1) / splits;
+      const int split = (block - span.begin) / each;
+      return {static_cast<int>(share) - split, static_cast<int>((span.size() + each - 1) / each),
+              split};
+    }
+    const int first = deal.owner_of(index);
+    const int last = deal.owner_of(index + span.size() - 1);
+    return {first, last - first + 1, static_cast<int>(share) - first};
+  }
+
+  // Behind `count` blocks of the pair, which are all of them or the last of the share.
+  __device__ void advance(int count) {
+    block += count;
+    left -= count;
+    if (left == 0 || block < span.end) return;
+    index += span.size();
+    if (++head == params.call.hk) {
+      head = 0;
+      do {
+        find(seq.index + 1);
+      } while (span.size() == 0);
+    }
+    block = span.begin;
+  }
+
+ private:
+  __device__ void find(int sequence) {
+    seq = attn::Sequence(params.call.seqs, sequence);
+    span = Span(params, seq, kBlockN);
+  }
+
+  // One of num_splits parts of a pair.
+  __device__ void take_split(uint32_t share) {
+    const uint32_t splits = params.call.num_splits;
+    const uint32_t pair = share / splits;
+    const uint32_t sequence = pair / params.call.hk;
+    head = pair - sequence * params.call.hk;
+    find(sequence);
+    const uint32_t each = (span.size() + splits - 1) / splits;
+    block = span.begin + (share - pair * splits) * each;
+    left = max(min(static_cast<int>(each), span.end - block), 0);
+  }
+
+  // Blocks of the sequence's pairs.
+  __device__ uint32_t num_blocks() const { return span.size() * params.call.hk; }
+
+  // Every warp does the same: each lane counts the blocks of a few sequences, in their order.
+  __device__ void take_share(uint32_t share) {
+    const int b = params.call.seqs.b;
+    const int lane = threadIdx.x % 32;
+    const int each = (b + 31) / 32;
+    uint32_t mine = 0;
+#pragma unroll 1
+    for (int i = lane * each; i < min(b, (lane + 1) * each); ++i) {
+      find(i);
+      mine += num_blocks();
+    }
+    uint32_t up_to_here = mine;
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) {
+      const uint32_t other = __shfl_up_sync(kAllLanes, up_to_here, step);
+      if (lane >= step) up_to_here += other;
+    }
+    deal = Deal(gridDim.x, __shfl_sync(kAllLanes, up_to_here, 31));
+    if (share >= deal.num) return;
+    const uint32_t first = deal.first_of(share);
+    left = deal.first_of(share + 1) - first;
+    const int source = __ffs(__ballot_sync(kAllLanes, up_to_here > first)) - 1;
+    uint32_t in_front = __shfl_sync(kAllLanes, up_to_here - mine, source);
+    if (each == 1) {
+      take_from(source);
+    } else {
+      find(source * each);
+      while (in_front + num_blocks() <= first) {
+        in_front += num_blocks();
+        find(seq.index + 1);
+      }
+    }
+    head = (first - in_front) / span.size();
+    const uint32_t of_head = first - in_front - head * span.size();
+    block = span.begin + of_head;
+    index = first - of_head;
+  }
+
+  // The sequence that lane `source` has found.
+  __device__ void take_from(int source) {
+    seq.index = source;
+    seq.first_q = __shfl_sync(kAllLanes, seq.first_q, source);
+    seq.first_k = __shfl_sync(kAllLanes, seq.first_k, source);
+    for (int* x : {&seq.cache_row, &seq.sq, &seq.sk, &seq.skip, &span.begin, &span.end}) {
+      *x = __shfl_sync(kAllLanes, *x, source);
+    }
+  }
+};
+
+}  // namespace flash::decode

@@ -1,0 +1,80 @@
+"""The decode kernels on a CPU: shim, host library and device code, as in `test_emulated.py`.
+
+Cases are cache rows: the whole list of them runs on a GPU (`test_kvcache.py`). Two multiprocessors
+have four shares, so that sequences are cut, and what is left of a share is several of them.
+"""
+
+from __future__ import annotations
+
+import pytest
+from emulated import DECODE_HEAD_DIMS, answers
+from native_tools import Stub
+
+PROGRAM = """
+import flash_attn, flash_attn_interface
+from cache_problem import CacheProblem
+from flash_attn import backends
+from problem_types import BF16
+from running import assert_cache_follows_rule, published_cache_results
+import torch
+
+backends._backend_for = lambda problem, name: cuda
+
+def step(module=flash_attn, **row):
+    problem = CacheProblem(dtype=BF16, **row)
+    assert_cache_follows_rule(problem, published_cache_results(problem, "cpu", module))
+
+def fa3(**row):
+    step(flash_attn_interface, **row)
+"""
+CASES = {
+    "whole": "step(d={d}, seqlens=None, capacity=1100)",
+    "ragged": "step(d={d}, b=5, capacity=700, seqlens=(700, 1, 0, 130, 64))",
+    "without_keys": "step(d={d}, seqlens=(0, 0))",
+    "many_sequences": "step(d={d}, b=40, capacity=90, seqlens=tuple(range(3, 83, 2)))",
+    "one_head": "step(d={d}, hq=16, hk=1, seqlens=(300, 31), capacity=300)",
+    "causal_rows": "step(d={d}, sq=5, causal=True, seqlens=(200, 3), capacity=256)",
+    "many_rows": "step(d={d}, sq=16, causal=True, seqlens=(200, 90), capacity=256, hq=8)",
+    "window": "step(d={d}, sq=3, window=(70, 0), seqlens=(400, 30), capacity=400)",
+    "window_both": "step(d={d}, sq=4, window=(100, 1), seqlens=(400, 30), capacity=400)",
+    "chunk": "fa3(d={d}, sq=4, attention_chunk=100, seqlens=(310, 99), capacity=400)",
+    "softcap": "step(d={d}, softcap=15.0, sq=2)",
+    "alibi": "step(d={d}, alibi='bh', sq=5, causal=True, hq=8)",
+    "negative_scale": "step(d={d}, softmax_scale=-0.2)",
+    "pages": "step(d={d}, page=16, capacity=700, seqlens=(699, 300), sq=2, causal=True)",
+    "odd_pages": "step(d={d}, page=5, capacity=300, seqlens=(299, 17))",
+    "pages_of_one": "step(d={d}, page=1, capacity=130, seqlens=(130, 0))",
+    "append": "step(d={d}, sq=3, s_new=3, causal=True, seqlens=(200, 0), capacity=300)",
+    "append_interleaved": "step(d={d}, sq=3, s_new=3, causal=True, rotary_dim=32)",
+    "append_half": "step(d={d}, sq=3, s_new=3, causal=True, rotary_dim=48, interleaved=False)",
+    "append_pages": "step(d={d}, page=16, sq=2, s_new=20, seqlens=(61, 90), capacity=200)",
+    "append_more_than_seen": "step(d={d}, s_new=9, window=(2, 0), seqlens=(61, 90))",
+    "append_leftpad": "step(d={d}, leftpad=(5, 61), sq=4, s_new=4, causal=True, rotary_dim=32)",
+    "append_packed": "fa3(d={d}, b=3, seqlens=(3, 70, 97), lens_new=(2, 0, 5), sq=2)",
+    "rows_of_cache": "step(d={d}, b=3, seqlens=(3, 40, 97), batch_idx=(4, 0, 2), s_new=1)",
+    "packed_queries": "fa3(d={d}, b=4, seqlens=(3, 40, 97, 5), lens_q=(1, 0, 4, 2), causal=True)",
+    "unsplit": "step(d={d}, num_splits=1, capacity=700, seqlens=(680, 3))",
+    "splits": "step(d={d}, num_splits=3, capacity=700, seqlens=(680, 3), sq=2)",
+    "narrow_v": "step(d={d}, dv={d} - 24, s_new=1)",
+    "odd_head_dim": "step(d={d} - 8, s_new=2, sq=2, causal=True)",
+    "unaligned_head_dim": "step(d={d} - 5, s_new=2, sq=2, causal=True)",
+}
+
+
+@pytest.fixture(scope="module")
+def told(machine: Stub, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, str], str]:
+    """What each case came to."""
+    log = tmp_path_factory.mktemp("log") / "log"
+    results, launched = answers(machine, log, PROGRAM, CASES, DECODE_HEAD_DIMS)
+    narrow = {f"flash_fwd_decode_d{d}_bf16" for d in DECODE_HEAD_DIMS}
+    wide = {f"flash_fwd_decode_wide_d{d}_bf16" for d in DECODE_HEAD_DIMS}
+    assert launched == narrow | wide | {"flash_fill_bf16"}
+    return results
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("d", DECODE_HEAD_DIMS)
+def test_decode_kernels_compute_attention(
+    told: dict[tuple[int, str], str], d: int, name: str
+) -> None:
+    assert told[d, name] == ""
