@@ -86,8 +86,8 @@ Shape shape_of_hopper(int family, int kind, int head_dim) {
   const bool is_wide = family == kSm90Wide || family == kSm90Fp8Wide;
   const sm90::Serves serves = is_wide ? sm90::kFull : sm90::kAll;
   const sm90::ForwardTile tile = sm90::forward_tile(serves, head_dim, element_bytes(family));
-  return {tile.block_m(), tile.block_n, tile.threads(),    tile.smem_bytes(),
-          sm90::kBoxM,    false,        tile.element_bytes};
+  return {tile.block_m(),    tile.block_n, tile.threads(), tile.smem_bytes(), sm90::kBoxM, false, 0,
+          tile.element_bytes};
 }
 
 // Whether later rows see more keys. Else tiles of one head run side by side, as no long ones must

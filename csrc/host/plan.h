@@ -29,8 +29,8 @@ struct Shape {
   int smem_bytes;
   int box_m;  // rows in one copy of Q, forward, or of dK, by TMA; 0: there are no tensor maps
   bool makes_sums = false;  // backward: dQ is added up in memory; else it has a kernel of its own
-  int element_bytes = 2;    // of Q, K and V
   int ctas = 0;             // an SM, of kernels whose CTAs have shares of the work
+  int element_bytes = 2;    // of Q, K and V
 };
 
 // The shape of a kernel built for head dim `head_dim` and architecture `arch` (80 for 8.0).

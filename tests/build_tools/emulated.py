@@ -99,13 +99,8 @@ def build_driver(folder: Path, head_dims: tuple[int, ...], dtype: str = "bf16") 
         if (
             unit.family in FAMILIES and unit.head_dim in head_dims and unit.dtype in (dtype, "e4m3")
         )
-        or (
-            unit.dtype == dtype
-            and (
-                (unit.kind == "decode" and unit.head_dim in DECODE_HEAD_DIMS)
-                or unit.kind in ("fill", "delta")
-            )
-        )
+        or (unit.kind == "decode" and unit.head_dim in DECODE_HEAD_DIMS and unit.dtype == dtype)
+        or (unit.kind in ("fill", "delta") and unit.dtype == dtype)
     ]
     source = folder / "kernels.cpp"
     source.write_text(kernel_source(units), "utf-8")

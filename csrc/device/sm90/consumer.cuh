@@ -193,10 +193,9 @@ class Consumer {
     }
   }
 
-  // 8-bit elements are packed already.
-  __device__ __forceinline__ void pack(const AccS& s) {
+  __device__ __forceinline__ void pack(AccS& s) {
     if constexpr (Cfg::kIsFp8) {
-      tile::copy(p_, next_p_);
+      softmax_.absorb(s, p_, block_scale_);
     } else {
       tile::pack<T>(p_, s);
     }
@@ -245,8 +244,10 @@ class Consumer {
       attn::hide(s, mask, row, col);
     }
     if constexpr (Cfg::kIsFp8) {
+      // Scores become p where there is room for it, behind the product that reads the last one.
       if (!is_whole) lazy_left_ = lazy_run(t, key_block - 1) + 1;
-      softmax_.absorb(s, next_p_, scale);
+      block_scale_ = scale;
+      softmax_.move(s, scale);
     } else {
       softmax_.absorb(s, scale);
       // One more: this block will be counted too.
@@ -374,12 +375,12 @@ class Consumer {
   const ForwardParams& params_;
   const TensorMap& o_map_;
   const float all_scale_log2_;
-  float scale_log2_;  // of the tile
+  float scale_log2_;   // of the tile
+  float block_scale_;  // of scores that are not p yet
   const Pipeline<Cfg>& pipe_;
   const int consumer_;
   AccO o_;
   uint32_t p_[Cfg::kDepthOfP / 16][4];
-  uint32_t next_p_[Cfg::kIsFp8 ? Cfg::kDepthOfP / 16 : 1][4];
   uint32_t q_[Cfg::kDepth / 16][4];  // where the tile's Q is held
   typename SoftmaxOf<Cfg::kIsFp8>::Type softmax_;
   uint32_t tile_ = 0;   // of the scores, counted from the start

@@ -13,12 +13,9 @@ namespace flash::sm90 {
 struct Fp8Softmax : Softmax {
   static constexpr float kHead = 8.0f;
 
-  // Scores become p, packed as A operands of the product with V. A lane's four values of a step are
-  // not neighbours: within 16 columns the operand's order is 0 1 8 9, 2 3 10 11, ... So is that of
-  // V (fp8_transpose.cuh).
+  // Moves the shift up to the maximum.
   template <int kN>
-  __device__ __forceinline__ void absorb(tile::Accumulators<1, kN>& s, uint32_t (&p)[kN / 4][4],
-                                         float scale) {
+  __device__ __forceinline__ void move(const tile::Accumulators<1, kN>& s, float scale) {
     float top[2] = {quick_largest(s, 0) * scale, quick_largest(s, 1) * scale};
     is_moved = any(top[0] - shift[0] > kHead || top[1] - shift[1] > kHead || top[0] < 0.0f ||
                    top[1] < 0.0f);
@@ -35,6 +32,14 @@ struct Fp8Softmax : Softmax {
         sum[h] *= factor[h];
       }
     }
+  }
+
+  // Scores become p, packed as A operands of the product with V. A lane's four values of a step are
+  // not neighbours: within 16 columns the operand's order is 0 1 8 9, 2 3 10 11, ... So is that of
+  // V (fp8_transpose.cuh).
+  template <int kN>
+  __device__ __forceinline__ void absorb(tile::Accumulators<1, kN>& s, uint32_t (&p)[kN / 4][4],
+                                         float scale) {
     float part[4] = {0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll
     for (int k = 0; k < kN / 4; ++k) {

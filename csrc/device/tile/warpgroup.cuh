@@ -202,15 +202,6 @@ __device__ __forceinline__ void store_rows(uint16_t* to, int64_t row_stride,
   }
 }
 
-template <int kSteps>
-__device__ __forceinline__ void copy(uint32_t (&to)[kSteps][4], const uint32_t (&from)[kSteps][4]) {
-#pragma unroll
-  for (int k = 0; k < kSteps; ++k) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) to[k][i] = from[k][i];
-  }
-}
-
 // Stores the transpose of what pack() made of 16 rows: into columns [col, + 16) of a tile.
 template <class Tile, int kSteps>
 __device__ __forceinline__ void store_transposed(uint32_t smem, const uint32_t (&p)[kSteps][4],
