@@ -24,7 +24,7 @@ Attention = Callable[[Any, Any, Any], Any]
 
 OURS, FA3 = gpu.OURS, "FlashAttention-3"
 WARM_UP = 5  # steps whose time does not count
-LEARNING_RATE = 1e-3
+LEARNING_RATE = 1e-4
 
 
 @dataclass(frozen=True)
