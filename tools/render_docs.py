@@ -23,7 +23,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 sys.path.insert(0, str(ROOT))
-BLOCK = re.compile(r"(?<=<!-- table:)([a-z_]+) -->\n.*?(?=<!-- end -->)", re.DOTALL)
+BLOCK = re.compile(r"(?<=<!-- table:)([a-z0-9_]+) -->\n.*?(?=<!-- end -->)", re.DOTALL)
 
 
 def truth(name: str) -> ModuleType:
