@@ -161,10 +161,10 @@ def _hopper_forward(serves: str) -> Kind:
 
 
 KINDS_OF_FAMILIES = {
-    ("sm90_wide", "forward"): _hopper_forward("kFull"),
+    ("sm90_wide", "forward"): _hopper_forward("kLong"),
     ("sm90", "forward"): _hopper_forward("kPlain"),
     ("sm90_scored", "forward"): _hopper_forward("kAll"),
-    ("sm90_fp8_wide", "forward"): _hopper_forward("kFull"),
+    ("sm90_fp8_wide", "forward"): _hopper_forward("kLong"),
     ("sm90_fp8", "forward"): _hopper_forward("kPlain"),
     ("sm90_fp8_scored", "forward"): _hopper_forward("kAll"),
     ("sm90", "backward"): dataclasses.replace(

@@ -44,9 +44,9 @@ def _show_report(report: dict[str, Any]) -> None:
     )
     _show_table(
         "What would run",
-        ("device", "problem", "backend", "forward kernel"),
+        ("device", "problem", "backend", "kernels"),
         (
-            (p["device"], p["title"], p["backend"] or _why(p["reasons"]), p["kernel"] or "")
+            (p["device"], p["title"], p["backend"] or _why(p["reasons"]), ", ".join(p["kernels"]))
             for p in report["plans"]
         ),
     )

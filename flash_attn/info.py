@@ -42,13 +42,13 @@ class Device:
 class Plan:
     """What runs a typical problem on a device: a backend, or why none that takes it does.
 
-    `kernel` is that of the forward pass, where the backend has kernels and one is certain.
+    `kernels` are those of the passes, where the backend has compiled ones.
     """
 
     device: str
     title: str
     backend: Optional[str]
-    kernel: Optional[str]
+    kernels: list[str]
     reasons: dict[str, list[str]]
 
 
@@ -89,8 +89,8 @@ def plans() -> list[Plan]:
             chosen = next((name for name, reasons in rows if not reasons), None)
             takers = [row.name for row in _support.BACKENDS if device.type in row.device_types]
             reasons = {name: words for name, words in rows if name in takers}
-            kernel = cuda.forward_kernel(problem) if chosen == "cuda" else None
-            made.append(Plan(device.name, title, chosen, kernel, reasons))
+            kernels = cuda.kernels(problem) if chosen == "cuda" else []
+            made.append(Plan(device.name, title, chosen, kernels, reasons))
     return made
 
 

@@ -244,6 +244,28 @@ int enter(int ordinal, void* stream, int dtype, const Params& params, int head_d
   return scope.ok() && run({*on, stream, dtype, head_dim}, params);
 }
 
+constexpr int kRows = 4096;
+
+// A call of usual sizes with such features.
+template <class Params>
+void make_usual(Params* params, int head_dim, int features, int num_queries) {
+  alignas(16) static int64_t memory[2];  // looked at by nobody
+  const int d = (head_dim + 15) / 16 * 16;
+  params->q = params->k = params->v = params->o = {memory, int64_t{kRows} * d, d, d};
+  params->seqs.b = params->seqs.cache_rows = params->hq = params->hk = 1;
+  params->seqs.sq = num_queries;
+  params->seqs.sk = kRows;
+  params->d = params->dv = d;
+  params->scores.softmax_scale = 1.0f;
+  params->scores.window_left = -1;
+  params->scores.window_right = (features & FLASH_MASK) != 0 ? 0 : -1;
+  params->scores.softcap = (features & FLASH_SCORED) != 0 ? 1.0f : 0.0f;
+  if ((features & FLASH_DROPOUT) != 0) params->scores.rng_state = memory;
+  if ((features & FLASH_PAGES) != 0) {
+    params->seqs.block_table = reinterpret_cast<const int32_t*>(memory);
+  }
+}
+
 }  // namespace
 
 const char* flash_last_error() { return last_error().data; }
@@ -256,24 +278,19 @@ int flash_find(int kind, int head_dim, int dtype, int cc) {
   return find({kind, head_dim, dtype, cc}) != nullptr;
 }
 
-const char* flash_forward_kernel(int head_dim, int dtype, int cc, int features) {
-  constexpr int kRows = 4096;
-  alignas(16) static int64_t memory[2];  // looked at by nobody
-  ForwardParams params = {};
-  const int d = (head_dim + 15) / 16 * 16;
-  params.q = params.k = params.v = params.o = {memory, int64_t{kRows} * d, d, d};
-  params.seqs.b = params.seqs.cache_rows = params.hq = params.hk = 1;
-  params.seqs.sq = params.seqs.sk = kRows;
-  params.d = params.dv = d;
-  params.scores.softmax_scale = 1.0f;
-  params.scores.window_left = -1;
-  params.scores.window_right = (features & FLASH_MASK) != 0 ? 0 : -1;
-  params.scores.softcap = (features & FLASH_SCORED) != 0 ? 1.0f : 0.0f;
-  if ((features & FLASH_DROPOUT) != 0) params.scores.rng_state = memory;
-  if ((features & FLASH_PAGES) != 0) {
-    params.seqs.block_table = reinterpret_cast<const int32_t*>(memory);
+const char* flash_kernel_of(int kind, int head_dim, int dtype, int cc, int features) {
+  ForwardParams forward = {};
+  BackwardParams backward = {};
+  Want want = {kind, head_dim, dtype, cc};
+  if (kind == FLASH_BACKWARD) {
+    make_usual(&backward, head_dim, features, kRows);
+    backward.dout = backward.dq = backward.dk = backward.dv_grad = backward.q;
+    want.backward = &backward;
+  } else {
+    make_usual(&forward, head_dim, features, kind == FLASH_DECODE ? 1 : kRows);
+    want.forward = &forward;
   }
-  const Kernel* found = find({FLASH_FORWARD, head_dim, dtype, cc, &params});
+  const Kernel* found = find(want);
   return found == nullptr ? nullptr : found->symbol;
 }
 

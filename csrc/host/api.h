@@ -55,9 +55,10 @@ FLASH_API int flash_num_kernels();
 // capability `cc` (10 * major + minor). Needs no driver.
 FLASH_API int flash_find(int kind, int head_dim, int dtype, int cc);
 
-// The kernel that serves such a forward call of usual sizes, or null. Needs no driver.
+// The kernel that serves such a call of usual sizes, forward, backward or with one query, or null.
+// Needs no driver.
 enum FlashFeature { FLASH_MASK = 1, FLASH_SCORED = 2, FLASH_DROPOUT = 4, FLASH_PAGES = 8 };
-FLASH_API const char* flash_forward_kernel(int head_dim, int dtype, int cc, int features);
+FLASH_API const char* flash_kernel_of(int kind, int head_dim, int dtype, int cc, int features);
 
 // 10 * major + minor of a device, 0 on failure.
 FLASH_API int flash_compute_capability(int device);

@@ -103,7 +103,7 @@ struct ForwardParams {
   int32_t heads_per_section;
   // CTAs take tile after tile by this counter (attn/counter.cuh); null: each tile has its CTA.
   uint64_t* next_tile;
-  int32_t sm_margin;  // multiprocessors that such CTAs leave to other kernels
+  int32_t sm_margin;                        // multiprocessors that such CTAs leave to other kernels
   Factors q_descale, k_descale, v_descale;  // of 8-bit operands
 };
 

@@ -84,7 +84,7 @@ Shape shape_of_hopper(int family, int kind, int head_dim) {
     return {tile.block_m(), tile.block_n, tile.threads(), tile.smem_bytes(), sm90::kBoxM};
   }
   const bool is_wide = family == kSm90Wide || family == kSm90Fp8Wide;
-  const sm90::Serves serves = is_wide ? sm90::kFull : sm90::kAll;
+  const sm90::Serves serves = is_wide ? sm90::kLong : sm90::kAll;
   const sm90::ForwardTile tile = sm90::forward_tile(serves, head_dim, element_bytes(family));
   return {tile.block_m(),    tile.block_n, tile.threads(), tile.smem_bytes(), sm90::kBoxM, false, 0,
           tile.element_bytes};

@@ -129,7 +129,7 @@ def _load() -> tuple[Optional[ctypes.CDLL], str, str]:
         # By its path and first: the shim then takes this one, whatever LD_LIBRARY_PATH has.
         host = _open(_HOST_LIBRARY, system)
         host.flash_last_error.restype = ctypes.c_char_p
-        host.flash_forward_kernel.restype = ctypes.c_char_p
+        host.flash_kernel_of.restype = ctypes.c_char_p
         serve = _open(shim, f"{system}, another build of torch than {version}").flash_attn_serve
         serve.restype = ctypes.c_char_p
         error = serve(str(_KERNELS).encode(), int(_serves_directly()))
@@ -167,18 +167,23 @@ def why_not(problem: Problem) -> list[str]:
     return reasons
 
 
-def forward_kernel(problem: Problem) -> Optional[str]:
-    """The kernel that runs a problem's forward pass on a CUDA device; None where that depends on
-    its sizes (a cache is read in parts where the batch is small).
+def kernels(problem: Problem) -> list[str]:
+    """The kernels that run a problem of usual sizes on a CUDA device: forward, or one query over a
+    cache; and backward, if it is asked for.
     """
-    if _HOST is None or problem.capability is None or "kv_append" in problem.features:
-        return None
+    if _HOST is None or problem.capability is None:
+        return []
+    kinds = ["decode" if problem.features & {"kv_append", "paged_kv"} else "forward"]
+    kinds += ["backward"] * ("backward" in problem.features)
     asked = sum(bit for bit, names in _FEATURE_BITS if names & problem.features)
     head_dim = max(problem.head_dim, problem.head_dim_v)
     major, minor = problem.capability
     dtype = _DTYPES.index(problem.dtype)
-    name: Optional[bytes] = _HOST.flash_forward_kernel(head_dim, dtype, 10 * major + minor, asked)
-    return None if name is None else name.decode()
+    cc = 10 * major + minor
+    names: list[Optional[bytes]] = [
+        _HOST.flash_kernel_of(_KINDS.index(kind), head_dim, dtype, cc, asked) for kind in kinds
+    ]
+    return [name.decode() for name in names if name is not None]
 
 
 def forward(call: Forward, name: str) -> tuple[Tensor, Tensor, Tensor]:

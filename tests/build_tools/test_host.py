@@ -471,12 +471,15 @@ def test_the_kernel_of_a_call_is_known_without_a_device(
     # Masks 1, scores that are changed 2, dropout 4, pages 8, as csrc/host/api.h has them.
     text = f"""
 host.flash_open({str(hopper)!r}.encode())
-host.flash_forward_kernel.restype = ctypes.c_char_p
+host.flash_kernel_of.restype = ctypes.c_char_p
 for head_dim, cc, features in (
     (64, 90, 0), (64, 90, 1), (64, 90, 2), (64, 90, 4), (64, 90, 8), (100, 90, 3), (64, 80, 0),
 ):
-    print(host.flash_forward_kernel(head_dim, 1, cc, features).decode())
-print(host.flash_forward_kernel(512, 1, 90, 0))
+    print(host.flash_kernel_of(0, head_dim, 1, cc, features).decode())
+print(host.flash_kernel_of(0, 512, 1, 90, 0))
+for head_dim, features in ((192, 1), (96, 4)):
+    print(host.flash_kernel_of(4, head_dim, 1, 90, features).decode())
+print(host.flash_kernel_of(9, 128, 1, 90, 9).decode())
 """
     child = stub.run(program(stub, text), tmp_path / "log")
     assert child.stdout.split() == [
@@ -488,6 +491,9 @@ print(host.flash_forward_kernel(512, 1, 90, 0))
         "flash_fwd_sm90_scored_d128_bf16",
         "flash_fwd_sm80_d64_bf16",
         "None",
+        "flash_bwd_sm90_d192_bf16",
+        "flash_bwd_sm80_d96_bf16",
+        "flash_fwd_decode_d128_bf16",
     ]
 
 

@@ -7,9 +7,9 @@ namespace flash::sm90 {
 constexpr int kBoxM = 64;  // rows of a consumer
 
 // Calls that a kernel serves: all; those whose scores go to softmax as they are (no softcap, no
-// ALiBi, a positive scale); of these, those without masks. What a kernel need not do makes it
-// smaller, and short calls faster.
-enum Serves { kAll, kPlain, kFull };
+// ALiBi, a positive scale); of these, long ones, for which wider tiles pay. What a kernel need not
+// do makes it smaller, and short calls faster.
+enum Serves { kAll, kPlain, kLong };
 
 struct ForwardTile {
   bool is_wide;  // more rows to each block of keys, or, of 8-bit elements, more keys
@@ -62,10 +62,9 @@ constexpr ForwardTile kForwardTiles[] = {
     {false, 256, 2, 96, 2, 1, false, false, 1}, {true, 128, 2, 192, 2, 1, true, false, 1},
 };
 
-// Masks waste more of a wide tile.
 constexpr ForwardTile forward_tile(Serves serves, int head_dim, int element_bytes = 2) {
   for (const ForwardTile& tile : kForwardTiles) {
-    if (tile.is_wide == (serves == kFull) && tile.head_dim == head_dim &&
+    if (tile.is_wide == (serves == kLong) && tile.head_dim == head_dim &&
         tile.element_bytes == element_bytes) {
       return tile;
     }
