@@ -9,7 +9,16 @@ import pytest
 import torch
 import training
 
-SIZE = training.Size(layers=1, heads=2, head_dim=32, vocabulary=32, batch=2, seqlen=64, steps=12)
+SIZE = training.Size(
+    layers=1,
+    heads=2,
+    head_dim=32,
+    vocabulary=32,
+    batch=2,
+    seqlen=64,
+    steps=12,
+    learning_rate=1e-3,
+)
 
 
 def test_tokens_follow_a_rule_but_for_one_in_ten() -> None:
