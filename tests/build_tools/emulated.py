@@ -48,6 +48,28 @@ for name, run in CASES.items():
         told[name] = f"{type(error).__name__}: {error}"
 print(json.dumps(told))
 """
+# Forward calls that kernels of every dtype must do; a test's program has `dense` and `packed`.
+FORWARD_CASES = {
+    "one_row": "dense({d}, 1, 1)",
+    "ragged": "dense({d}, 200, 333)",
+    "whole_blocks": "dense({d}, 256, 256, hq=4, hk=2)",
+    "full": "dense({d}, 700, 600, hq=4, hk=2)",
+    "causal": "dense({d}, 300, 300, causal=True)",
+    "causal_many_heads": "dense({d}, 300, 300, hq=6, hk=3, b=3, causal=True)",
+    "causal_more_keys": "dense({d}, 257, 640, causal=True)",
+    "rows_without_keys": "dense({d}, 300, 100, causal=True)",
+    "window": "dense({d}, 500, 500, window=(100, 30))",
+    "chunk": "dense({d}, 256, 512, attention_chunk=150)",
+    "softcap": "dense({d}, 200, 300, softcap=10.0, causal=True)",
+    "alibi": "dense({d}, 200, 290, slopes=torch.tensor([0.1, 0.4]))",
+    "negative_scale": "dense({d}, 200, 300, scale=-0.1)",
+    "narrow_v": "dense({d}, 150, 270, dv={d} - 24)",
+    "odd_head_dim": "dense({d} - 8, 150, 270)",
+    "rising_scores": "dense({d}, 200, 900, rise=60.0)",
+    "packed": "packed({d}, (100, 0, 200, 1, 64), (100, 50, 333, 257, 0))",
+    "packed_causal": "packed({d}, (130, 5, 256), (130, 300, 256), causal=True)",
+    "packed_used": "packed({d}, (130, 5, 256), (130, 300, 256), used_k=(1, 290, 0))",
+}
 
 
 def _namespace(unit: codegen.Unit) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from emulated import HEAD_DIMS, answers
+from emulated import FORWARD_CASES, HEAD_DIMS, answers
 from native_tools import Stub
 
 PROGRAM = """
@@ -65,28 +65,10 @@ def packed(d, lens_q, lens_k, hq=2, hk=1, used_k=None, **options):
     judge((got[0][rows], got[1][:, rows]), oracle)
 """
 CASES = {
-    "one_row": "dense({d}, 1, 1)",
-    "ragged": "dense({d}, 200, 333)",
-    "whole_blocks": "dense({d}, 256, 256, hq=4, hk=2)",
-    "full": "dense({d}, 700, 600, hq=4, hk=2)",
+    **FORWARD_CASES,
     "many_keys": "dense({d}, 70, 2100, b=1)",
     "no_descale": "dense({d}, 100, 200, descaled=False)",
-    "causal": "dense({d}, 300, 300, causal=True)",
-    "causal_many_heads": "dense({d}, 300, 300, hq=6, hk=3, b=3, causal=True)",
-    "causal_more_keys": "dense({d}, 257, 640, causal=True)",
-    "rows_without_keys": "dense({d}, 300, 100, causal=True)",
-    "window": "dense({d}, 500, 500, window=(100, 30))",
-    "chunk": "dense({d}, 256, 512, attention_chunk=150)",
-    "softcap": "dense({d}, 200, 300, softcap=10.0, causal=True)",
-    "alibi": "dense({d}, 200, 290, slopes=torch.tensor([0.1, 0.4]))",
-    "negative_scale": "dense({d}, 200, 300, scale=-0.1)",
-    "narrow_v": "dense({d}, 150, 270, dv={d} - 24)",
-    "odd_head_dim": "dense({d} - 8, 150, 270)",
-    "rising_scores": "dense({d}, 200, 900, rise=60.0)",
     "negative_scores": "dense({d}, 200, 300, rise=100.0, sign=-1.0)",
-    "packed": "packed({d}, (100, 0, 200, 1, 64), (100, 50, 333, 257, 0))",
-    "packed_causal": "packed({d}, (130, 5, 256), (130, 300, 256), causal=True)",
-    "packed_used": "packed({d}, (130, 5, 256), (130, 300, 256), used_k=(1, 290, 0))",
 }
 
 
