@@ -307,24 +307,41 @@ def rounded(value: Any) -> Any:
     return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+def run_or_plot(
+    description: str,
+    add_options: Callable[[argparse.ArgumentParser], Any],
+    run: Callable[[argparse.Namespace], Path],
+    draw: Callable[[dict[str, Any], Path], None],
+) -> int:
+    """The command line of a benchmark: `run` with its options, or `plot` beside a result."""
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     runs = commands.add_parser("run", help="measure this GPU")
-    runs.add_argument("--dtypes", nargs="+", default=["bfloat16"], choices=("bfloat16", "float16"))
+    add_options(runs)
     runs.add_argument("--out", type=Path, help="the JSON file to write")
     plots = commands.add_parser("plot", help="draw a result")
     plots.add_argument("result", type=Path)
     arguments = parser.parse_args()
     if arguments.command == "run":
-        print(run(arguments.dtypes, arguments.out))
+        print(run(arguments))
         return 0
-    from plot import plot_ratios
-
     picture = arguments.result.with_suffix(".png")
-    plot_ratios(json.loads(arguments.result.read_text("utf-8")), picture)
+    draw(json.loads(arguments.result.read_text("utf-8")), picture)
     print(picture)
     return 0
+
+
+def main() -> int:
+    def add_options(runs: argparse.ArgumentParser) -> None:
+        choices = ("bfloat16", "float16")
+        runs.add_argument("--dtypes", nargs="+", default=["bfloat16"], choices=choices)
+
+    def draw(result: dict[str, Any], picture: Path) -> None:
+        from plot import plot_ratios
+
+        plot_ratios(result, picture)
+
+    return run_or_plot(__doc__ or "", add_options, lambda a: run(a.dtypes, a.out), draw)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import random
 import site
 import sys
@@ -338,24 +337,16 @@ def run(fa3: Path, fa4: Optional[Path], out: Optional[Path]) -> Path:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    commands = parser.add_subparsers(dest="command", required=True)
-    runs = commands.add_parser("run", help="measure this GPU")
-    runs.add_argument("--fa3", type=Path, required=True, help="FlashAttention-3's extension")
-    runs.add_argument("--fa4", type=Path, help="a folder that has FlashAttention-4 installed")
-    runs.add_argument("--out", type=Path, help="the JSON file to write")
-    plots = commands.add_parser("plot", help="draw a result")
-    plots.add_argument("result", type=Path)
-    arguments = parser.parse_args()
-    if arguments.command == "run":
-        print(run(arguments.fa3, arguments.fa4, arguments.out))
-        return 0
-    from plot import plot_peers
+    def add_options(runs: argparse.ArgumentParser) -> None:
+        runs.add_argument("--fa3", type=Path, required=True, help="FlashAttention-3's extension")
+        runs.add_argument("--fa4", type=Path, help="a folder that has FlashAttention-4 installed")
 
-    picture = arguments.result.with_suffix(".png")
-    plot_peers(json.loads(arguments.result.read_text("utf-8")), picture)
-    print(picture)
-    return 0
+    def draw(result: dict[str, Any], picture: Path) -> None:
+        from plot import plot_peers
+
+        plot_peers(result, picture)
+
+    return gpu.run_or_plot(__doc__ or "", add_options, lambda a: run(a.fa3, a.fa4, a.out), draw)
 
 
 if __name__ == "__main__":

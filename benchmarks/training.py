@@ -10,7 +10,6 @@ SDPA's backends are from each other tells how much that is.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -235,23 +234,15 @@ def run(library: Optional[Path], out: Optional[Path]) -> Path:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    commands = parser.add_subparsers(dest="command", required=True)
-    runs = commands.add_parser("run", help="train on this GPU")
-    runs.add_argument("--fa3", type=Path, help="FlashAttention-3's extension")
-    runs.add_argument("--out", type=Path, help="the JSON file to write")
-    plots = commands.add_parser("plot", help="draw a result")
-    plots.add_argument("result", type=Path)
-    arguments = parser.parse_args()
-    if arguments.command == "run":
-        print(run(arguments.fa3, arguments.out))
-        return 0
-    from plot import plot_training
+    def add_options(runs: argparse.ArgumentParser) -> None:
+        runs.add_argument("--fa3", type=Path, help="FlashAttention-3's extension")
 
-    picture = arguments.result.with_suffix(".png")
-    plot_training(json.loads(arguments.result.read_text("utf-8")), picture)
-    print(picture)
-    return 0
+    def draw(result: dict[str, Any], picture: Path) -> None:
+        from plot import plot_training
+
+        plot_training(result, picture)
+
+    return gpu.run_or_plot(__doc__ or "", add_options, lambda a: run(a.fa3, a.out), draw)
 
 
 if __name__ == "__main__":
