@@ -23,6 +23,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from accuracy import distance
+
 RESULTS = Path(__file__).resolve().parent / "results"
 TOKENS, HIDDEN = 16384, 2048
 HEAD_DIMS = (64, 128, 256)
@@ -107,10 +109,7 @@ class Calls:
     def difference(self) -> float:
         """How far the methods are from each other: out, dq, dk, dv, the largest of all."""
         ours, theirs = ((self.outs[m].detach(), *self.gradients(m)) for m in METHODS)
-        return max(
-            ((x.double() - y.double()).norm() / y.double().norm()).item()
-            for x, y in zip(ours, theirs)
-        )
+        return max(map(distance, ours, theirs))
 
 
 class CudaTimer:
@@ -282,17 +281,19 @@ def write(result: dict[str, Any], out: Path | None) -> Path:
     """The result as JSON, a row a line, numbers of four digits."""
     path = out or RESULTS / f"{result['date']}-{slug(result['device'])}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    tables = ("cpu", "operations", "rows")
+    tables = {key: rows for key, rows in result.items() if is_table(rows)}
     head = {key: rounded(value) for key, value in result.items() if key not in tables}
     parts = [json.dumps(head, indent=1)[:-2]]
-    for key in tables:
-        if key not in result:
-            continue
-        lines = ",\n".join(f"  {json.dumps(rounded(row))}" for row in result[key])
+    for key, rows in tables.items():
+        lines = ",\n".join(f"  {json.dumps(rounded(row))}" for row in rows)
         parts.append(f' "{key}": [\n{lines}\n ]')
     text = ",\n".join(parts) + "\n}\n"
     path.write_text(text, "utf-8")
     return path
+
+
+def is_table(value: Any) -> bool:
+    return isinstance(value, list) and any(isinstance(row, dict) for row in value)
 
 
 def slug(device: str) -> str:
