@@ -194,10 +194,27 @@ def measure(
     return rows
 
 
-def cpu_times(device: str = "cuda") -> list[dict[str, Any]]:
-    """Microseconds that the CPU spends in one forward call, without and with gradients to come."""
+def cpu_turns(calls: dict[str, Callable[[], Any]], device: str = "cuda") -> dict[str, list[float]]:
+    """Microseconds that the CPU spends in each call: one number a round, by method."""
     import time
 
+    import torch
+
+    rounds: dict[str, list[float]] = {method: [] for method in calls}
+    for turn, method in product(range(CPU_ROUNDS), calls):
+        if device == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(CPU_CALLS):
+            calls[method]()
+        spent = time.perf_counter() - start
+        if turn > 0:  # the first one loads and compiles
+            rounds[method].append(spent / CPU_CALLS * 1e6)
+    return rounds
+
+
+def cpu_times(device: str = "cuda") -> list[dict[str, Any]]:
+    """Microseconds that the CPU spends in one forward call, without and with gradients to come."""
     import torch
 
     calls = Calls(Case("bfloat16", *CPU_SHAPE, causal=False), device)
@@ -209,17 +226,8 @@ def cpu_times(device: str = "cuda") -> list[dict[str, Any]]:
     }
     rows = []
     for needs_grad in (False, True):
-        rounds: dict[str, list[float]] = {method: [] for method in METHODS}
         with torch.set_grad_enabled(needs_grad):
-            for turn, method in product(range(CPU_ROUNDS), METHODS):
-                if device == "cuda":
-                    torch.cuda.synchronize()
-                start = time.perf_counter()
-                for _ in range(CPU_CALLS):
-                    run[method]()
-                spent = time.perf_counter() - start
-                if turn > 0:  # the first one loads and compiles
-                    rounds[method].append(spent / CPU_CALLS * 1e6)
+            rounds = cpu_turns(run, device)
         us = {m: {"median": median(t), "min": min(t), "max": max(t)} for m, t in rounds.items()}
         rows.append({"gradients": needs_grad, "us": us, "ratio": ratio_of(rounds)})
     return rows

@@ -230,7 +230,24 @@ def decode_section(result: dict[str, Any]) -> str:
     header = ("Call", "Batch", "Keys", "Of the ceiling", "Ratio", *(f"{m}, us" for m in methods))
     parts = [heading(result, f"Reading: {result['read_gbps']:.0f} GB/s. {mean}")]
     parts.append(table(header, lines))
+    parts += [layers_table(result["layers"])] if "layers" in result else []
     return "\n".join(parts)
+
+
+def layers_table(rows: list[dict[str, Any]]) -> str:
+    """The graph of all layers of a step, and in brackets what a call costs the CPU."""
+    methods = list(rows[0]["us"])
+    lines = [
+        (
+            str(row["batch"]),
+            str(row["seqlen"]),
+            f"{row['ratio']:.2f}",
+            *(f"{row['us'][m] * row['layers']:.0f} ({row['cpu_us'][m]:.1f})" for m in methods),
+        )
+        for row in rows
+    ]
+    title = f"**{rows[0]['layers']} layers in a graph**, us, and in brackets the CPU's for a call"
+    return f"{title}\n\n{table(('Batch', 'Keys', 'Ratio', *methods), lines)}"
 
 
 def training_section(result: dict[str, Any]) -> str:
