@@ -237,14 +237,19 @@ def flash_attn_with_kvcache(
     `cache_batch_idx` and `cache_leftpad`; q may be packed, (total_q, hq, d) with `cu_seqlens_q` and
     `max_seqlen_q`; new keys may be packed, (total_new, hk, d) with `cu_seqlens_k_new`;
     `rotary_seqlens` (b,) int32 is the rotary position of the first new key in place of
-    `cache_seqlens`; the cache may be FP8.
+    `cache_seqlens`; under `attention_chunk` each query has a position of its own, as under a mask;
+    the cache may be FP8.
 
     Returns out, or (out, softmax_lse, out_accum, softmax_lse_accum) with `return_softmax_lse`; the
     accumulators of split calls are empty where the call was not split.
     """
     name = "flash_attn_with_kvcache"
     check_cache(name, q, k_cache, v_cache)
+    _arguments.check_optional_tensors(
+        name, qv=qv, cu_seqlens_q=cu_seqlens_q, scheduler_metadata=scheduler_metadata
+    )
     _arguments.check_num_splits(name, num_splits, _support.MAX_SPLITS_FA3)
+    _arguments.check_sm_margin(name, sm_margin)
     _ops_fa3.check_metadata(name, scheduler_metadata, q)
     out, softmax_lse = with_kvcache(
         name,
@@ -274,6 +279,7 @@ def flash_attn_with_kvcache(
         softcap=softcap,
         rotary_interleaved=rotary_interleaved,
         num_splits=num_splits,
+        table_name="page_table",
     )
     if not return_softmax_lse:
         return out
