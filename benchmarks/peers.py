@@ -65,6 +65,11 @@ def ready(inputs: Inputs, methods: Methods) -> dict[str, Any]:
     return {name: made(inputs) for name, made in methods.items() if made.takes(inputs.case)}
 
 
+def two_of(methods: Methods) -> Methods:
+    """Ours, and the one that errors and hard inputs are judged by."""
+    return {name: methods[name] for name in (OURS, FA3)}
+
+
 def difference(methods: dict[str, Any]) -> float:
     """How far others are from ours: out, dq, dk, dv, the largest of all."""
     ours = methods[OURS].results()
@@ -125,8 +130,7 @@ def errors(inputs: Inputs, known: Methods) -> dict[str, Any]:
 
 def slowed(case: Case, timer: gpu.Timer, known: Methods) -> Iterator[dict[str, Any]]:
     """A row for each kind of inputs: the time of a forward call over that of normal inputs."""
-    chosen = {name: known[name] for name in (OURS, FA3)}
-    methods = {kind: ready(Inputs(case, kind), chosen) for kind in KINDS}
+    methods = {kind: ready(Inputs(case, kind), known) for kind in KINDS}
     calls = {
         f"{kind} {name}": method.forward
         for kind, by_name in methods.items()
@@ -137,8 +141,8 @@ def slowed(case: Case, timer: gpu.Timer, known: Methods) -> Iterator[dict[str, A
         yield {
             **asdict(case),
             "inputs": kind,
-            "ms": {name: ms[f"{kind} {name}"] for name in chosen},
-            "slower": {name: ms[f"{kind} {name}"] / ms[f"normal {name}"] for name in chosen},
+            "ms": {name: ms[f"{kind} {name}"] for name in known},
+            "slower": {name: ms[f"{kind} {name}"] / ms[f"normal {name}"] for name in known},
             "difference": distance(*(method.forward() for method in by_name.values())),
         }
 
@@ -163,11 +167,11 @@ def tables(methods: Methods) -> dict[str, list[dict[str, Any]]]:
         torch.cuda.empty_cache()
     for kind, head_dim, causal in product(("normal", "outliers"), gpu.HEAD_DIMS, (False, True)):
         case = dense(head_dim, causal, 1024, tokens=2048)
-        accuracy.append(errors(Inputs(case, kind), methods))
+        accuracy.append(errors(Inputs(case, kind), two_of(methods)))
         tell(case, told_of(accuracy[-1], "error"))
     for head_dim in gpu.HEAD_DIMS:
         case = dense(head_dim, False, 4096)
-        for row in slowed(case, timer, methods):
+        for row in slowed(case, timer, two_of(methods)):
             tell(case, told_of(row, "slower"))
             hard.append(row)
     return {"rows": rows, "accuracy": accuracy, "hard": hard}
