@@ -64,7 +64,7 @@ def test_every_method_has_a_time() -> None:
         return [call()] * count
 
     calls = {"slow": lambda: 2.0, "fast": lambda: 1.0}
-    assert peers.take_turns(calls, timer) == {"slow": 2.0, "fast": 1.0}
+    assert peers.take_turns(calls, timer, 75.0) == {"slow": 2.0, "fast": 1.0}
 
 
 def test_the_difference_is_the_largest_of_all_methods() -> None:
