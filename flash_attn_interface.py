@@ -29,7 +29,7 @@ from typing import Any, Optional, Union
 import torch
 from torch import Tensor
 
-from flash_attn import _arguments, _fakes, _ops_fa3, _support
+from flash_attn import _arguments, _fakes, _ops_splits, _support
 from flash_attn._attention_fa3 import attend
 from flash_attn._kvcache import check_cache, with_kvcache
 from flash_attn.flash_attn_interface import maybe_contiguous, round_multiple
@@ -250,7 +250,7 @@ def flash_attn_with_kvcache(
     )
     _arguments.check_num_splits(name, num_splits, _support.MAX_SPLITS_FA3)
     _arguments.check_sm_margin(name, sm_margin)
-    _ops_fa3.check_metadata(name, scheduler_metadata, q)
+    _ops_splits.check_metadata(name, scheduler_metadata, q)
     out, softmax_lse = with_kvcache(
         name,
         q,
@@ -310,7 +310,9 @@ def flash_attn_combine(
             else flash_attn_3_gpu.fwd_combine(out_partial, lse_partial, out)
         )
     except RuntimeError as error:
-        raise _arguments.renamed(error, _ops_fa3.COMBINE, "flash_attn_combine") from error.__cause__
+        raise _arguments.renamed(
+            error, _ops_splits.COMBINE, "flash_attn_combine"
+        ) from error.__cause__
     return result
 
 
@@ -370,7 +372,7 @@ def get_scheduler_metadata(
             sm_margin,
         )
     except RuntimeError as error:
-        raise _arguments.renamed(error, _ops_fa3.METADATA, name) from None
+        raise _arguments.renamed(error, _ops_splits.METADATA, name) from None
     return result
 
 
