@@ -23,6 +23,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from accuracy import distance
+
 RESULTS = Path(__file__).resolve().parent / "results"
 TOKENS, HIDDEN = 16384, 2048
 HEAD_DIMS = (64, 128, 256)
@@ -107,10 +109,7 @@ class Calls:
     def difference(self) -> float:
         """How far the methods are from each other: out, dq, dk, dv, the largest of all."""
         ours, theirs = ((self.outs[m].detach(), *self.gradients(m)) for m in METHODS)
-        return max(
-            ((x.double() - y.double()).norm() / y.double().norm()).item()
-            for x, y in zip(ours, theirs)
-        )
+        return max(map(distance, ours, theirs))
 
 
 class CudaTimer:
@@ -195,10 +194,27 @@ def measure(
     return rows
 
 
-def cpu_times(device: str = "cuda") -> list[dict[str, Any]]:
-    """Microseconds that the CPU spends in one forward call, without and with gradients to come."""
+def cpu_turns(calls: dict[str, Callable[[], Any]], device: str = "cuda") -> dict[str, list[float]]:
+    """Microseconds that the CPU spends in each call: one number a round, by method."""
     import time
 
+    import torch
+
+    rounds: dict[str, list[float]] = {method: [] for method in calls}
+    for turn, method in product(range(CPU_ROUNDS), calls):
+        if device == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(CPU_CALLS):
+            calls[method]()
+        spent = time.perf_counter() - start
+        if turn > 0:  # the first one loads and compiles
+            rounds[method].append(spent / CPU_CALLS * 1e6)
+    return rounds
+
+
+def cpu_times(device: str = "cuda") -> list[dict[str, Any]]:
+    """Microseconds that the CPU spends in one forward call, without and with gradients to come."""
     import torch
 
     calls = Calls(Case("bfloat16", *CPU_SHAPE, causal=False), device)
@@ -210,17 +226,8 @@ def cpu_times(device: str = "cuda") -> list[dict[str, Any]]:
     }
     rows = []
     for needs_grad in (False, True):
-        rounds: dict[str, list[float]] = {method: [] for method in METHODS}
         with torch.set_grad_enabled(needs_grad):
-            for turn, method in product(range(CPU_ROUNDS), METHODS):
-                if device == "cuda":
-                    torch.cuda.synchronize()
-                start = time.perf_counter()
-                for _ in range(CPU_CALLS):
-                    run[method]()
-                spent = time.perf_counter() - start
-                if turn > 0:  # the first one loads and compiles
-                    rounds[method].append(spent / CPU_CALLS * 1e6)
+            rounds = cpu_turns(run, device)
         us = {m: {"median": median(t), "min": min(t), "max": max(t)} for m, t in rounds.items()}
         rows.append({"gradients": needs_grad, "us": us, "ratio": ratio_of(rounds)})
     return rows
@@ -282,17 +289,19 @@ def write(result: dict[str, Any], out: Path | None) -> Path:
     """The result as JSON, a row a line, numbers of four digits."""
     path = out or RESULTS / f"{result['date']}-{slug(result['device'])}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    tables = ("cpu", "operations", "rows")
+    tables = {key: rows for key, rows in result.items() if is_table(rows)}
     head = {key: rounded(value) for key, value in result.items() if key not in tables}
     parts = [json.dumps(head, indent=1)[:-2]]
-    for key in tables:
-        if key not in result:
-            continue
-        lines = ",\n".join(f"  {json.dumps(rounded(row))}" for row in result[key])
+    for key, rows in tables.items():
+        lines = ",\n".join(f"  {json.dumps(rounded(row))}" for row in rows)
         parts.append(f' "{key}": [\n{lines}\n ]')
     text = ",\n".join(parts) + "\n}\n"
     path.write_text(text, "utf-8")
     return path
+
+
+def is_table(value: Any) -> bool:
+    return isinstance(value, list) and any(isinstance(row, dict) for row in value)
 
 
 def slug(device: str) -> str:

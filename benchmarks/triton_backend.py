@@ -20,6 +20,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any, Optional
 
 import gpu
+from accuracy import distance
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,7 +32,6 @@ OURS, COMPILED, EAGER = METHODS = ("flash_attn", "torch.compile", "torch")
 ROTARY_SHAPE = (4, 4096, 32, 128)
 LOGITS_SHAPE = (8192, 50304)
 NORM_SHAPE = (16384, 4096)
-MAX_DIFFERENCE = 0.02
 TIMING = {"warm_up_ms": 10.0, "total_ms": 40.0}
 
 
@@ -146,12 +146,8 @@ def measure(operation: Operation, timer: gpu.Timer) -> list[dict[str, Any]]:
         return torch.autograd.grad(*given, retain_graph=True)
 
     results = {m: [*(x.detach() for x in outs[m]), *gradients(m)] for m in METHODS}
-    found = max(
-        ((x.double() - y.double()).norm() / y.double().norm()).item()
-        for m in METHODS
-        for x, y in zip(results[m], results[EAGER])
-    )
-    if not found <= MAX_DIFFERENCE:
+    found = max(distance(x, y) for m in METHODS for x, y in zip(results[m], results[EAGER]))
+    if not found <= gpu.MAX_DIFFERENCE:
         raise RuntimeError(f"{operation.name}: the results differ by {found:.1e} of their norm")
     del results
     rows = []

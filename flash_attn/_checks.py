@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from flash_attn import _support
-from flash_attn._arguments import fail
+from flash_attn._arguments import check_sm_margin, fail
 from flash_attn._problem import Append, Backward, Forward, Scores, Sequences, lse_dtype
 
 
@@ -281,7 +281,6 @@ def _check_append(name: str, call: Forward, append: Append) -> None:
     is_packed = append.cu_seqlens is not None
     b = call.q.shape[0] if seqs.cu_seqlens_q is None else seqs.cu_seqlens_q.shape[0] - 1
     for argument, new, cache in (("k", append.k, k), ("v", append.v, v)):
-        lead = (append.k.shape[0],) if is_packed else (b, append.k.shape[1])
         if new.dim() != (3 if is_packed else 4):
             rank = "total_k_new" if is_packed else "batch_size, seqlen_new"
             fail(
@@ -289,6 +288,7 @@ def _check_append(name: str, call: Forward, append: Append) -> None:
                 f"{argument} must have shape ({rank}, num_heads_k, head_size)",
                 f"shape {tuple(new.shape)}",
             )
+        lead = (append.k.shape[0],) if is_packed else (b, append.k.shape[1])
         _check_shape(name, argument, new, (*lead, *cache.shape[2:]), "(of the new rows)")
         if new.dtype != call.q.dtype:
             fail(
@@ -360,8 +360,7 @@ def _check_fa3(name: str, call: Forward) -> None:
         _check_shape(name, "qv", call.qv, (*q.shape[:-1], v.shape[-1]), "(like q, dim of v)")
         if call.qv.dtype != q.dtype or q.dtype == torch.float8_e4m3fn:
             fail(name, "qv must have the dtype of q, and not FP8", f"{call.qv.dtype}, q {q.dtype}")
-    if call.sm_margin < 0:
-        fail(name, "sm_margin must be 0 or positive", f"{call.sm_margin}", ValueError)
+    check_sm_margin(name, call.sm_margin)
     descale = call.descale
     for argument, x in (
         ("q_descale", descale.q),

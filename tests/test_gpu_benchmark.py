@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from typing import Any
 
 import gpu
 import pytest
+import result_tables
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -165,12 +165,7 @@ def test_a_result_is_written_and_drawn(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_a_result_is_rendered_with_ratios_spread_and_speed() -> None:
-    spec = importlib.util.spec_from_file_location("render_docs", ROOT / "tools" / "render_docs.py")
-    assert spec is not None
-    assert spec.loader is not None
-    render_docs = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(render_docs)
-    text = render_docs.gpu_section({**example(), "file": "no-such-file.json"})
+    text = result_tables.gpu_section({**example(), "file": "no-such-file.json"})
     lines = text.splitlines()
     assert lines[0] == "### NVIDIA Example 80GB, 2026-11-21"
     assert "| with gradients to come | 12.0 (from 11.0) | 12.0 (from 11.0) |" in lines
