@@ -1,4 +1,4 @@
-"""Lets Triton compile for a GPU that is not there: nothing is launched, and what would be is kept in
+"""Triton compiles for a GPU that is not there: nothing is launched, and what would be is kept in
 `LAUNCHED`, a kernel's arguments each time.
 """
 
