@@ -263,6 +263,7 @@ void make_usual(Params* params, int head_dim, int features, int num_queries) {
   if ((features & FLASH_DROPOUT) != 0) params->scores.rng_state = memory;
   if ((features & FLASH_PAGES) != 0) {
     params->seqs.block_table = reinterpret_cast<const int32_t*>(memory);
+    params->seqs.page_size = params->seqs.num_pages = 16;
   }
 }
 

@@ -42,6 +42,12 @@ bool has_rows(const Sequences& seqs) {
          (seqs.cu_seqlens_k == nullptr || seqs.total_k > 0);
 }
 
+// Pages that can be copied in pieces of rows, from their first key on.
+bool has_whole_pieces(const Sequences& seqs) {
+  return seqs.num_pages > 0 && seqs.page_size % sm90::kLeastPageRows == 0 &&
+         seqs.leftpad_k == nullptr;
+}
+
 // Multiprocessors that a call may take: at least one.
 int num_sms_for(const ForwardParams& params, const Device& device) {
   return clamp(int64_t{device.num_sms} - params.sm_margin, 1, device.num_sms);
@@ -136,12 +142,15 @@ bool takes(int family, const ForwardParams& params) {
   if (!is_scored && !is_plain(params.scores)) return false;
   // A wide tile has more rows that are empty, and more keys that a mask hides.
   if (family == kSm90Wide && seqs.sq < (has_mask(params.scores) ? 2048 : 256)) return false;
-  // More keys at a time cost less, but more of the last ones are none. Heads of up to 96 have kernels
-  // of their own.
+  // More keys at a time cost less, but more of the last ones are none. Heads of up to 96 have
+  // kernels of their own.
   const bool is_narrow = params.d <= 96 && params.dv <= 96;
   if (family == kSm90Fp8Wide && (seqs.sk < 2048 || is_narrow)) return false;
-  return has_rows(seqs) && seqs.block_table == nullptr && params.scores.rng_state == nullptr &&
-         params.num_splits <= 1 && have_tensor_maps(params, element_bytes(family));
+  if (seqs.block_table != nullptr && (element_bytes(family) == 1 || !has_whole_pieces(seqs))) {
+    return false;
+  }
+  return has_rows(seqs) && params.scores.rng_state == nullptr && params.num_splits <= 1 &&
+         have_tensor_maps(params, element_bytes(family));
 }
 
 bool takes(int family, const BackwardParams& params) {

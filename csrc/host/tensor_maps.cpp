@@ -1,5 +1,6 @@
 #include "host/tensor_maps.h"
 
+#include "device/sm90/config.h"
 #include "host/api.h"
 
 namespace flash::host {
@@ -29,7 +30,11 @@ Extents extents_of(const Params& params, int64_t rows_of_cache) {
   Extent q = {params.d, seqs.sq, params.hq, seqs.b};
   if (seqs.cu_seqlens_q != nullptr) q = {params.d, seqs.total_q, params.hq, 1};
   Extent k = {params.d, seqs.sk, params.hk, rows_of_cache};
-  if (seqs.cu_seqlens_k != nullptr) k = {params.d, seqs.total_k, params.hk, 1};
+  if (seqs.block_table != nullptr) {
+    k = {params.d, seqs.page_size, params.hk, seqs.num_pages};
+  } else if (seqs.cu_seqlens_k != nullptr) {
+    k = {params.d, seqs.total_k, params.hk, 1};
+  }
   Extents all = {q, k, k, q};
   all.v.cols = all.o.cols = params.dv;
   return all;
@@ -85,9 +90,12 @@ bool make_tma_params(const ForwardParams& params, const Shape& shape, int dtype,
   made->call = params;
   made->scale_log2 = params.scores.softmax_scale * kLog2e;
   const int bytes = shape.element_bytes;
+  const int rows = params.seqs.block_table == nullptr
+                       ? shape.block_n
+                       : sm90::rows_of_piece(params.seqs.page_size, shape.block_n);
   return make_map(params.q, all.q, shape.box_m, dtype, &made->q, bytes) &&
-         make_map(params.k, all.k, shape.block_n, dtype, &made->k, bytes) &&
-         make_map(params.v, all.v, shape.block_n, dtype, &made->v, bytes) &&
+         make_map(params.k, all.k, rows, dtype, &made->k, bytes) &&
+         make_map(params.v, all.v, rows, dtype, &made->v, bytes) &&
          make_map(params.o, all.o, shape.box_m, dtype, &made->o);
 }
 

@@ -6,8 +6,7 @@
 #include "attn/mask.cuh"
 #include "attn/schedule.cuh"
 #include "attn/sequence.cuh"
-#include "ptx/tma.cuh"
-#include "sm90/pipeline.cuh"
+#include "sm90/key_blocks.cuh"
 
 namespace flash::sm90 {
 
@@ -68,7 +67,7 @@ struct Schedule {
     tile.first_q = static_cast<int>(seq.first_q);
     tile.batch_q = seqs.cu_seqlens_q ? 0 : seq.index;
     tile.first_k = static_cast<int>(seq.first_k);
-    tile.batch_k = seqs.cu_seqlens_k ? 0 : seq.cache_row;
+    tile.batch_k = seqs.cu_seqlens_k && !seqs.block_table ? 0 : seq.cache_row;
     tile.head_k = attn::key_head(at.head, params.hq, params.hk);
 
     const attn::Mask mask(params.scores, seq.sq, seq.sk);
@@ -83,33 +82,23 @@ struct Schedule {
       const int first = row0 + 64 * consumer;
       tile.lazy_begin[consumer] = (mask.lowest(first + 63) + Cfg::kBlockN - 1) / Cfg::kBlockN;
       const int lazy_end = (max(mask.highest(first), 1) - 1) / Cfg::kBlockN;
-      tile.lazy_end[consumer] = min(lazy_end, tile.end - 1);
+      // A lazy maximum may need keys once more, as rows.
+      tile.lazy_end[consumer] = seqs.block_table ? 0 : min(lazy_end, tile.end - 1);
       if (!Cfg::kHasOBuffer) {
         const int seen = mask.highest(min(first + 63, last_row));
         const int end_of_seen = max((seen + Cfg::kBlockN - 1) / Cfg::kBlockN, tile.begin + 1);
         tile.skipped[consumer] = tile.end - end_of_seen;
       }
     }
-    // Behind the last row of K and V there are zeros; behind a sequence there is anything.
+    // Behind the last row of K and V there are zeros; behind a sequence, and behind the last key of
+    // a page, there is anything.
     const int num_rows = seqs.cu_seqlens_k ? seqs.total_k : seqs.sk;
     const int left = tile.sk - (tile.end - 1) * Cfg::kBlockN;
-    const bool is_cut = left < Cfg::kBlockN && tile.first_k + tile.sk < num_rows;
+    const bool is_cut =
+        left < Cfg::kBlockN && (seqs.block_table || tile.first_k + tile.sk < num_rows);
     tile.tail = is_cut ? max(left, 0) : Cfg::kBlockN;
   }
 };
-
-// Loads the first `num_panels` panels of a tile; `more_bytes` will come by another copy.
-template <class SmemTile>
-__device__ inline void load_tile(uint32_t smem, const TensorMap& map, uint32_t full, int num_panels,
-                                 int row, int head, int batch, int more_bytes = 0) {
-  ptx::mbarrier_arrive_expect(full, num_panels * SmemTile::kPanelBytes + more_bytes);
-#pragma unroll
-  for (int panel = 0; panel < SmemTile::kCols / 64; ++panel) {
-    if (panel < num_panels) {
-      ptx::tma_load(smem + panel * SmemTile::kPanelBytes, map, full, panel * 64, row, head, batch);
-    }
-  }
-}
 
 __device__ inline Descale descale_of(const ForwardParams& params, const Tile& tile) {
   const auto factor = [&](const Factors& x) {
@@ -144,13 +133,14 @@ __device__ inline void plan_tiles(const TmaForwardParams& params, const Pipeline
   }
 }
 
-// One lane's work: K, V and Q in the order in which the consumers take them. V stays one block
-// behind K, from tile to tile too: a block's scores come before its product with V.
-template <class Cfg>
-__device__ inline void load_tiles(const TmaForwardParams& params, const Pipeline<Cfg>& pipe) {
+// K, V and Q in the order in which the consumers take them: the work of one lane, or of a warp
+// where a `Block` of keys is. V stays one block behind K, from tile to tile too: a block's scores
+// come before its product with V.
+template <class Cfg, class Block>
+__device__ inline void load_tiles(const TmaForwardParams& params, const Pipeline<Cfg>& pipe,
+                                  int lane) {
   using TileQ = typename Cfg::TileQ;
-  using TileK = typename Cfg::TileK;
-  constexpr int kPanels = TileK::kCols / 64;
+  constexpr int kPanels = Cfg::TileK::kCols / 64;
   // Columns of V behind its head dim meet columns of O that nobody stores.
   constexpr int kPanel = 128 / Cfg::kElementBytes;
   const int panels_v = min((params.call.dv + kPanel - 1) / kPanel, kPanels);
@@ -159,45 +149,58 @@ __device__ inline void load_tiles(const TmaForwardParams& params, const Pipeline
   ptx::tma_prefetch(params.v);
 
   uint32_t block = 0;  // blocks of K so far
-  int row_v = 0;
-  int head_v = 0;
-  int batch_v = 0;
+  Block last;
   const auto load_last_v = [&] {
     if (block == 0) return;
     pipe.v_in().wait_empty(block - 1);
-    load_tile<TileK>(pipe.v_in_buffer(block - 1), params.v, pipe.v_in().full(block - 1), panels_v,
-                     row_v, head_v, batch_v);
+    last.load(pipe.v_in_buffer(block - 1), params.v, pipe.v_in().full(block - 1), panels_v);
+  };
+  const auto load_q = [&](uint32_t i, const Tile& tile) {
+#pragma unroll 1
+    for (int consumer = 0; consumer < Cfg::kConsumers; ++consumer) {
+      pipe.q(consumer).wait_empty(i);
+      if (!Block::is_leader(lane)) continue;
+      load_tile<TileQ>(pipe.q_buffer(i, consumer), params.q, pipe.q(consumer).full(i), kPanels,
+                       tile.first_q + tile.row0 + 64 * consumer, tile.head, tile.batch_q);
+    }
   };
   for (uint32_t i = 0;; ++i) {
     pipe.tiles().wait_full(i);
     const Tile& tile = pipe.tile(i);
     if (tile.end == 0) break;
-    pipe.begun().arrive_full(i);
+    if (Block::is_leader(lane)) pipe.begun().arrive_full(i);
     for (int j = tile.end - 1; j >= tile.begin; --j) {
-      const int row = tile.first_k + j * Cfg::kBlockN;
+      const Block now(params.call.seqs, tile, j, lane);
       pipe.k().wait_empty(block);
-      load_tile<TileK>(pipe.k_buffer(block), params.k, pipe.k().full(block), kPanels, row,
-                       tile.head_k, tile.batch_k);
+      now.load(pipe.k_buffer(block), params.k, pipe.k().full(block), kPanels);
       const bool is_first = j == tile.end - 1;
       // Where the next Q waits for this tile's last scores, it must not hold up the last V.
       if (!is_first || !Cfg::kHasOBuffer) load_last_v();
       if (is_first) {
-#pragma unroll 1
-        for (int consumer = 0; consumer < Cfg::kConsumers; ++consumer) {
-          pipe.q(consumer).wait_empty(i);
-          load_tile<TileQ>(pipe.q_buffer(i, consumer), params.q, pipe.q(consumer).full(i), kPanels,
-                           tile.first_q + tile.row0 + 64 * consumer, tile.head, tile.batch_q);
-        }
+        load_q(i, tile);
         if (Cfg::kHasOBuffer) load_last_v();
       }
-      row_v = row;
-      head_v = tile.head_k;
-      batch_v = tile.batch_k;
+      last = now;
       ++block;
     }
-    pipe.tiles().arrive_empty(i);
+    Block::join();
+    if (Block::is_leader(lane)) pipe.tiles().arrive_empty(i);
   }
   load_last_v();
+}
+
+// The same by a warp, for keys in rows or in pages.
+template <class Cfg>
+__device__ inline void load_tiles(const TmaForwardParams& params, const Pipeline<Cfg>& pipe,
+                                  int lane) {
+  using TileK = typename Cfg::TileK;
+  if constexpr (!Cfg::kIsFp8) {
+    if (params.call.seqs.block_table) {
+      load_tiles<Cfg, BlockOfPages<TileK>>(params, pipe, lane);
+      return;
+    }
+  }
+  if (lane == 0) load_tiles<Cfg, BlockOfRows<TileK>>(params, pipe, 0);
 }
 
 // Whether a consumer's rows of O leave in one piece: rows behind a packed sequence belong to

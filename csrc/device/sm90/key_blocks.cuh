@@ -1,0 +1,80 @@
+// Blocks of K and V in memory, and how they come to shared memory.
+#pragma once
+
+#include "ptx/tma.cuh"
+#include "sm90/pipeline.cuh"
+
+namespace flash::sm90 {
+
+// Loads the first `num_panels` panels of a tile; `more_bytes` will come by another copy.
+template <class SmemTile>
+__device__ inline void load_tile(uint32_t smem, const TensorMap& map, uint32_t full, int num_panels,
+                                 int row, int head, int batch, int more_bytes = 0) {
+  ptx::mbarrier_arrive_expect(full, num_panels * SmemTile::kPanelBytes + more_bytes);
+#pragma unroll
+  for (int panel = 0; panel < SmemTile::kCols / 64; ++panel) {
+    if (panel < num_panels) {
+      ptx::tma_load(smem + panel * SmemTile::kPanelBytes, map, full, panel * 64, row, head, batch);
+    }
+  }
+}
+
+// A block whose rows stand one behind the other. One lane copies it.
+template <class TileK>
+class BlockOfRows {
+  int row_, head_, batch_;
+
+ public:
+  __device__ BlockOfRows() {}
+  __device__ BlockOfRows(const Sequences&, const Tile& tile, int j, int)
+      : row_(tile.first_k + j * TileK::kRows), head_(tile.head_k), batch_(tile.batch_k) {}
+
+  __device__ void load(uint32_t smem, const TensorMap& map, uint32_t full, int num_panels) const {
+    load_tile<TileK>(smem, map, full, num_panels, row_, head_, batch_);
+  }
+  __device__ static bool is_leader(int) { return true; }
+  __device__ static void join() {}
+};
+
+// A block in pages. It comes in pieces, each as many rows as divide both page and block, and of one
+// panel; a warp copies it, each lane a piece, whose page it looks up.
+template <class TileK>
+class BlockOfPages {
+  static constexpr int kPanels = TileK::kCols / 64;
+  static_assert(TileK::kRows / kLeastPageRows * kPanels <= 32, "a piece for each lane");
+  int panel_, first_;  // of the piece: where it stands in the block
+  int row_, head_, page_;
+
+ public:
+  __device__ BlockOfPages() {}
+  __device__ BlockOfPages(const Sequences& seqs, const Tile& tile, int j, int lane) {
+    const int rows = rows_of_piece(seqs.page_size, TileK::kRows);
+    const int pieces = TileK::kRows / rows;
+    panel_ = lane / pieces;
+    first_ = lane % pieces * rows;
+    // Pieces behind the last key are any; the table is not read where there is no key.
+    const int last = max(tile.sk - 1, 0) / rows * rows;
+    const int key = min(j * TileK::kRows + first_, last);
+    const int32_t* table = seqs.block_table + tile.batch_k * seqs.block_table_stride;
+    const int page = tile.sk > 0 ? table[key / seqs.page_size] : 0;
+    // Nothing outside the cache is ever read.
+    page_ = min(max(page, 0), seqs.num_pages - 1);
+    row_ = key % seqs.page_size;
+    head_ = tile.head_k;
+  }
+
+  __device__ void load(uint32_t smem, const TensorMap& map, uint32_t full, int num_panels) const {
+    if (panel_ == 0 && first_ == 0) {
+      ptx::mbarrier_arrive_expect(full, num_panels * TileK::kPanelBytes);
+    }
+    join();
+    if (panel_ < num_panels) {
+      ptx::tma_load(smem + panel_ * TileK::kPanelBytes + first_ * 128, map, full, panel_ * 64, row_,
+                    head_, page_);
+    }
+  }
+  __device__ static bool is_leader(int lane) { return lane == 0; }
+  __device__ static void join() { __syncwarp(); }
+};
+
+}  // namespace flash::sm90
