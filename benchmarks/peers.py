@@ -23,6 +23,7 @@ from statistics import median
 from typing import Any, Optional
 
 import gpu
+import report
 from accuracy import distance, exact_attention
 from peer_methods import FA3, KINDS, OURS, Case, Inputs, Methods, load
 
@@ -31,7 +32,7 @@ SEQLENS = (512, 1024, 2048, 4096, 16384)
 SEQLENS_OF_BOTH = (512, 2048, 16384)
 LENGTHS = tuple(random.Random(1234 + i).randint(100, 4000) for i in range(16))
 WARM_UP_MS, TOTAL_MS, TOTAL_MS_OF_BOTH, TOTAL_MS_OF_KINDS = 20.0, 75.0, 50.0, 40.0
-RESULTS = ("out", "dq", "dk", "dv")
+TENSORS = ("out", "dq", "dk", "dv")
 
 
 def dense(head_dim: int, causal: bool, seqlen: int, tokens: int = gpu.TOKENS) -> Case:
@@ -124,7 +125,7 @@ def errors(inputs: Inputs, known: Methods) -> dict[str, Any]:
     """The row of how far every method is from float64."""
     exact = exact_results(inputs)
     found = {
-        name: dict(zip(RESULTS, map(distance, method.results(), exact)))
+        name: dict(zip(TENSORS, map(distance, method.results(), exact)))
         for name, method in ready(inputs, known).items()
     }
     return {**asdict(inputs.case), "inputs": inputs.kind, "error": found}
@@ -184,14 +185,10 @@ def run(fa3: Path, fa4: Optional[Path], out: Optional[Path]) -> Path:
     import torch
 
     measured = tables(load(fa3, fa4))
-    machine = gpu.machine()
-    machine["versions"]["cuDNN"] = str(torch.backends.cudnn.version())
+    versions = {"cuDNN": str(torch.backends.cudnn.version())}
     if fa4:
-        for name in ("flash-attn-4", "nvidia-cutlass-dsl"):
-            machine["versions"][name] = version(name)
-    result = {**machine, "kind": "peers", **measured}
-    name = f"{result['date']}-peers-{gpu.slug(result['device'])}.json"
-    return gpu.write(result, out or gpu.RESULTS / name)
+        versions.update({name: version(name) for name in ("flash-attn-4", "nvidia-cutlass-dsl")})
+    return report.write({**report.of_gpu("peers", versions), **measured}, out)
 
 
 def main() -> int:
@@ -204,7 +201,7 @@ def main() -> int:
 
         plot_peers(result, picture)
 
-    return gpu.run_or_plot(__doc__ or "", add_options, lambda a: run(a.fa3, a.fa4, a.out), draw)
+    return report.run_or_plot(__doc__ or "", add_options, lambda a: run(a.fa3, a.fa4, a.out), draw)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from statistics import median
 from typing import Any, Optional
 
 import gpu
+import report
 
 Attention = Callable[[Any, Any, Any], Any]
 
@@ -227,10 +228,7 @@ def run(library: Optional[Path], out: Optional[Path]) -> Path:
         rows.append({"method": name, "step_ms": step_ms, **found})
         print(f"{name}: {step_ms:.1f} ms a step, loss {found['losses'][-1]:.4f}", file=sys.stderr)
         torch.cuda.empty_cache()
-    machine = gpu.machine()
-    result = {**machine, "kind": "training", "size": asdict(size), "rows": rows}
-    name = f"{result['date']}-training-{gpu.slug(result['device'])}.json"
-    return gpu.write(result, out or gpu.RESULTS / name)
+    return report.write({**report.of_gpu("training"), "size": asdict(size), "rows": rows}, out)
 
 
 def main() -> int:
@@ -242,7 +240,7 @@ def main() -> int:
 
         plot_training(result, picture)
 
-    return gpu.run_or_plot(__doc__ or "", add_options, lambda a: run(a.fa3, a.out), draw)
+    return report.run_or_plot(__doc__ or "", add_options, lambda a: run(a.fa3, a.out), draw)
 
 
 if __name__ == "__main__":
