@@ -17,6 +17,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Optional
 
+import fa3_operators
 import gpu
 import report
 
@@ -179,32 +180,21 @@ def fa3() -> Attention:
     """The operators of FlashAttention-3's extension."""
     import torch
 
-    ops = torch.ops.flash_attn_3
-
     class Function(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, q: Any, k: Any, v: Any) -> Any:
-            out, lse = ops.fwd.default(q, k, v, is_causal=True, num_splits=1)[:2]
+            out, lse = fa3_operators.forward(q, k, v, causal=True)
             ctx.save_for_backward(q, k, v, out, lse)
             return out
 
         @staticmethod
         def backward(ctx: Any, dout: Any) -> Any:
-            q, k, v, out, lse = ctx.saved_tensors
-            made = [torch.empty_like(x) for x in (q, k, v)]
-            given = (dout.contiguous(), q, k, v, out, lse, *made, *[None] * 7)
-            ops.bwd.default(*given, True, -1, -1)
-            return tuple(made)
+            return tuple(fa3_operators.backward(dout.contiguous(), *ctx.saved_tensors, causal=True))
 
     def attend(q: Any, k: Any, v: Any) -> Any:
         return Function.apply(q, k, v)
 
     return attend
-
-
-def distance(one: list[float], other: list[float]) -> float:
-    """How far two curves are from each other, where they are farthest."""
-    return max(abs(x - y) for x, y in zip(one, other))
 
 
 def run(library: Optional[Path], out: Optional[Path]) -> Path:

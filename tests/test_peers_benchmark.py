@@ -17,9 +17,20 @@ import pytest
 import result_tables
 import torch
 from accuracy import with_outliers
-from peer_methods import FA3, KINDS, OURS, Case, FlashAttention4, FlashAttn, Inputs, add_cute
+from peer_methods import (
+    FA3,
+    KINDS,
+    OURS,
+    Case,
+    FlashAttention3,
+    FlashAttention4,
+    FlashAttn,
+    Inputs,
+    add_cute,
+)
 
 import flash_attn
+import flash_attn_interface
 
 DENSE = Case("dense", 2, 1024, 4, 4, 64, causal=False)
 
@@ -147,6 +158,25 @@ def test_forward_and_backward_together_give_the_gradients_of_the_backward() -> N
     names = ("forward", "backward", "both")
     assert [method.of(passes).__name__ for passes in gpu.PASSES] == list(names)
     assert all(map(torch.equal, method.of("fwd+bwd")(), method.of("bwd")()))
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        SMALL,
+        Case("grouped", 2, 70, 4, 2, 32, causal=True),
+        Case("window", 1, 90, 2, 2, 32, causal=False, window=31),
+        Case("packed", 3, 90, 2, 2, 32, causal=True, lengths=(1, 90, 33)),
+    ],
+    ids=lambda case: case.kind,
+)
+def test_flash_attention_3_is_asked_for_the_same(case: Case) -> None:
+    # The operators of that name that this package has.
+    assert flash_attn_interface.flash_attn_3_gpu
+    inputs = Inputs(case, device="cpu")
+    theirs = FlashAttention3(inputs)
+    assert peers.difference({OURS: FlashAttn(inputs), FA3: theirs}) < 5e-3
+    assert all(map(torch.equal, theirs.both(), theirs.backward()))
 
 
 @pytest.mark.parametrize("kind", KINDS)
