@@ -68,6 +68,7 @@ class Consumer {
   __device__ __forceinline__ void run_apart() {
     for (uint32_t tile = 0; pipe_.tile(tile).end > 0; ++tile) {
       open(tile);
+      skip_blocks(pipe_.tile(tile).skipped[consumer_]);
       first_step();
       while (left_ > 0) step(false);
       last_step();
@@ -88,6 +89,16 @@ class Consumer {
     if constexpr (Cfg::kTile.holds_q) {
       tile::load_a<TileQ>(q_, pipe_.q_buffer(tile, consumer_), warp_row(), lane());
       release_q(true);
+    }
+  }
+
+  // Gives back the first blocks of a tile in front of which no product is due.
+  __device__ __forceinline__ void skip_blocks(int blocks) {
+    for (left_ -= blocks; blocks > 0; --blocks, ++block_) {
+      pipe_.k().wait_full(block_);
+      release(pipe_.k(), block_);
+      pipe_.v().wait_full(block_);
+      release(pipe_.v(), block_);
     }
   }
 
