@@ -65,8 +65,7 @@ def with_kvcache(
         _arguments.fail(
             name, f"{argument} is about new keys, so k and v must also be given", "k None"
         )
-    if softmax_scale is None:
-        softmax_scale = _arguments.default_scale(q, qv)
+    softmax_scale = _arguments.scale(softmax_scale, q, qv)
     left, right = _arguments.window(name, window_size)
     seqlens = _seqlens_tensor(name, cache_seqlens, q, cu_seqlens_q)
     try:
