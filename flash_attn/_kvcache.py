@@ -109,8 +109,8 @@ def with_kvcache(
 
 # Rules that speak of the caches when they say k and v.
 _OF_CACHES = re.compile(
-    r"\w+: ([kv] must have shape \(batch_size, seqlen, |v must have the shape of k |q and k must|"
-    r"query and \w+ must|Number of heads|Paged KV cache)"
+    r"\w+: ([kv] must have shape \(batch_size, seqlen, |v must have the shape of k |"
+    r"\w+ and \w+ must|Number of heads|Paged KV cache)"
 )
 
 
