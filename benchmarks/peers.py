@@ -155,7 +155,7 @@ def tell(case: Case, told: str) -> None:
 
 
 def told_of(row: dict[str, Any], field: str) -> str:
-    return f"{row['inputs']}, {field} {row[field]}"
+    return f"{row['inputs']}, {field} {report.rounded(row[field])}"
 
 
 def tables(methods: Methods) -> dict[str, list[dict[str, Any]]]:
