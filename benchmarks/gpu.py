@@ -158,7 +158,7 @@ def take_turns(
 def ratio_of(rounds: dict[str, list[float]]) -> dict[str, float]:
     """How many times as fast as SDPA: the median over rounds, the smallest, the largest."""
     ratios = [theirs / ours for ours, theirs in zip(rounds[OURS], rounds[THEIRS])]
-    return {"median": median(ratios), "min": min(ratios), "max": max(ratios)}
+    return spread(ratios)
 
 
 def measure(
@@ -223,9 +223,16 @@ def cpu_times(device: str = "cuda") -> list[dict[str, Any]]:
     for needs_grad in (False, True):
         with torch.set_grad_enabled(needs_grad):
             rounds = cpu_turns(run, device)
-        us = {m: {"median": median(t), "min": min(t), "max": max(t)} for m, t in rounds.items()}
-        rows.append({"gradients": needs_grad, "us": us, "ratio": ratio_of(rounds)})
+        rows.append({
+            "gradients": needs_grad,
+            "us": {method: spread(times) for method, times in rounds.items()},
+            "ratio": ratio_of(rounds),
+        })  # fmt: skip
     return rows
+
+
+def spread(times: list[float]) -> dict[str, float]:
+    return {"median": median(times), "min": min(times), "max": max(times)}
 
 
 def run(dtypes: list[str], out: Path | None) -> Path:

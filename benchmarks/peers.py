@@ -16,12 +16,14 @@ import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 from importlib.metadata import version
 from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Any, Optional
 
+import fa3_operators
 import gpu
 import report
 from accuracy import distance, exact_attention
@@ -150,6 +152,18 @@ def slowed(case: Case, timer: gpu.Timer, known: Methods) -> Iterator[dict[str, A
         }
 
 
+def cpu_times(device: str = "cuda") -> dict[str, Any]:
+    """The row of what the CPU spends in a forward call whose kernels are shorter than that."""
+    import torch
+
+    from flash_attn import flash_attn_func
+
+    qkv = [torch.randn(gpu.CPU_SHAPE, dtype=torch.bfloat16, device=device) for _ in range(3)]
+    calls = {OURS: partial(flash_attn_func, *qkv), FA3: partial(fa3_operators.forward, *qkv, False)}
+    rounds = gpu.cpu_turns(calls, device)
+    return {"gradients": False, "us": {name: gpu.spread(times) for name, times in rounds.items()}}
+
+
 def tell(case: Case, told: str) -> None:
     print(f"{case.kind} {case.head_dim} {case.mask} {case.seqlen}: {told}", file=sys.stderr)
 
@@ -177,7 +191,7 @@ def tables(methods: Methods) -> dict[str, list[dict[str, Any]]]:
         for row in slowed(case, timer, two_of(methods)):
             tell(case, told_of(row, "slower"))
             hard.append(row)
-    return {"rows": rows, "accuracy": accuracy, "hard": hard}
+    return {"cpu": [cpu_times()], "rows": rows, "accuracy": accuracy, "hard": hard}
 
 
 def run(fa3: Path, fa4: Optional[Path], out: Optional[Path]) -> Path:

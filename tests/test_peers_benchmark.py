@@ -200,12 +200,17 @@ def test_errors_and_hard_inputs_become_tables() -> None:
 
 
 def test_a_run_measures_speed_errors_and_hard_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The operators of FlashAttention-3's name that this package has.
+    assert flash_attn_interface.flash_attn_3_gpu
     monkeypatch.setattr(peers, "cases", lambda: iter([SMALL]))
     monkeypatch.setattr(peers, "dense", lambda *sizes, **tokens: SMALL)
     monkeypatch.setattr(peers, "Inputs", partial(Inputs, device="cpu"))
     monkeypatch.setattr(gpu, "HEAD_DIMS", (32,))
     monkeypatch.setattr(gpu, "CudaTimer", lambda: lambda call, count: [2.0])
+    monkeypatch.setattr(gpu, "CPU_SHAPE", (1, 8, 1, 8))
+    monkeypatch.setattr(peers, "cpu_times", partial(peers.cpu_times, device="cpu"))
     tables = peers.tables({OURS: FlashAttn, FA3: FlashAttn})
+    assert all(us["min"] > 0 for us in tables["cpu"][0]["us"].values())
     assert [(row["passes"], row["ratio"]) for row in tables["rows"]] == [("fwd", 1.0), ("bwd", 1.0)]
     assert len(tables["accuracy"]) == 2 * 2
     assert [row["inputs"] for row in tables["hard"]] == list(KINDS)
