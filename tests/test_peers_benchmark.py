@@ -13,6 +13,7 @@ from typing import Any
 
 import gpu
 import peers
+import plot
 import pytest
 import result_tables
 import torch
@@ -217,3 +218,14 @@ def test_a_run_measures_speed_errors_and_hard_inputs(monkeypatch: pytest.MonkeyP
     for row in tables["hard"]:
         assert row["slower"] == {OURS: 1.0, FA3: 1.0}
         assert row["difference"] == 0.0
+
+
+def test_a_pass_of_fewer_lengths_is_drawn(tmp_path: Path) -> None:
+    rows = [
+        {**vars(case), "passes": passes, "ratio": 1.0 + 0.1 * index}
+        for case in peers.cases()
+        for index, passes in enumerate(peers.passes_of(case))
+    ]
+    result = {"device": "NVIDIA Example", "date": "2026-11-21", "versions": {"torch": "2.11.0"}}
+    plot.plot_peers({**result, "rows": rows}, tmp_path / "peers.png")
+    assert (tmp_path / "peers.png").read_bytes().startswith(b"\x89PNG")
