@@ -80,7 +80,7 @@ def flash_attn_func(
         q_descale,
         k_descale,
         v_descale,
-        _scale(softmax_scale, q, qv),
+        _arguments.scale(softmax_scale, q, qv),
         causal,
         *_arguments.window(name, window_size),
         attention_chunk,
@@ -138,7 +138,7 @@ def flash_attn_varlen_func(
         q_descale,
         k_descale,
         v_descale,
-        _scale(softmax_scale, q, qv),
+        _arguments.scale(softmax_scale, q, qv),
         causal,
         *_arguments.window(name, window_size),
         attention_chunk,
@@ -185,7 +185,7 @@ def flash_attn_qkvpacked_func(
         q_descale,
         k_descale,
         v_descale,
-        _scale(softmax_scale, qkv, None),
+        _arguments.scale(softmax_scale, qkv),
         causal,
         *_arguments.window(name, window_size),
         attention_chunk,
@@ -510,10 +510,6 @@ def _flash_attn_backward(
         sm_margin,
     )
     return softmax_d
-
-
-def _scale(softmax_scale: Optional[float], q: Tensor, qv: Optional[Tensor]) -> float:
-    return _arguments.default_scale(q, qv) if softmax_scale is None else softmax_scale
 
 
 def _check_qkv(name: str, qkv: Tensor, num_heads_q: Optional[int]) -> None:

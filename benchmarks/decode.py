@@ -23,6 +23,7 @@ from statistics import median
 from typing import Any, Optional
 
 import gpu
+import report
 from accuracy import distance
 from decode_methods import OURS, Case, Inputs, Libraries, Step, all_inputs
 
@@ -173,13 +174,11 @@ def run(libraries: Libraries, out: Optional[Path], quick: bool) -> Path:
     ceiling = read_ceiling()
     rows = list(rows_of(cases(quick), libraries, ceiling))
     layers = list(rows_of(models(), libraries, ceiling))
-    machine = gpu.machine()
-    machine["versions"]["cuDNN"] = str(torch.backends.cudnn.version())
+    versions = {"cuDNN": str(torch.backends.cudnn.version())}
     if libraries.flashinfer:
-        machine["versions"]["FlashInfer"] = version("flashinfer-python")
-    result = {**machine, "kind": "decode", "read_gbps": ceiling, "rows": rows, "layers": layers}
-    name = f"{result['date']}-decode-{gpu.slug(result['device'])}.json"
-    return gpu.write(result, out or gpu.RESULTS / name)
+        versions["FlashInfer"] = version("flashinfer-python")
+    machine = report.of_gpu("decode", versions)
+    return report.write({**machine, "read_gbps": ceiling, "rows": rows, "layers": layers}, out)
 
 
 def main() -> int:

@@ -20,6 +20,7 @@ from statistics import median
 from typing import Any, Optional
 
 import gpu
+import report
 from accuracy import distance, exact_attention, with_outliers
 
 OURS, PEER = gpu.OURS, "FlashAttention-3"
@@ -165,9 +166,7 @@ def run(fa3: Path, out: Optional[Path]) -> Path:
         told = ", ".join(f"{name} {x:.0f}" for name, x in rows[-1]["tflops"].items())
         print(f"{case.head_dim} {mask} {case.seqlen}: {told}", file=sys.stderr)
         torch.cuda.empty_cache()
-    result = {**gpu.machine(), "kind": "fp8", "rows": rows}
-    name = f"{result['date']}-fp8-{gpu.slug(result['device'])}.json"
-    return gpu.write(result, out or gpu.RESULTS / name)
+    return report.write({**report.of_gpu("fp8"), "rows": rows}, out)
 
 
 def main() -> int:

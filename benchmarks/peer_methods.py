@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
 
+import fa3_operators
 import gpu
 from accuracy import with_outliers
 
@@ -223,53 +224,27 @@ class FlashAttention3(Method):
     """The operators of its extension, without autograd."""
 
     def __init__(self, inputs: Inputs) -> None:
-        import torch
-
-        self.inputs = inputs
-        self.ops = torch.ops.flash_attn_3
+        case = inputs.case
         self.qkv = [x.detach() for x in inputs.qkv]
-        self.out, self.lse = self._forward()
+        self.dout = inputs.dout
+        longest = max(case.lengths) if case.lengths else None
+        self.rule = (case.causal, case.window_size, inputs.cu_seqlens, longest)
+        self.saved = self._forward()
 
     def _forward(self) -> Any:
-        case, starts = self.inputs.case, self.inputs.cu_seqlens
-        packed = {}
-        if case.lengths:
-            longest = max(case.lengths)
-            packed = {
-                "cu_seqlens_q": starts,
-                "cu_seqlens_k": starts,
-                "max_seqlen_q": longest,
-                "max_seqlen_k": longest,
-            }
-        left, right = case.window_size
-        return self.ops.fwd.default(
-            *self.qkv,
-            is_causal=case.causal,
-            window_size_left=left,
-            window_size_right=right,
-            num_splits=1,
-            **packed,
-        )[:2]
+        return fa3_operators.forward(*self.qkv, *self.rule)
+
+    def _backward(self, out: Any, lse: Any) -> Any:
+        return fa3_operators.backward(self.dout, *self.qkv, out, lse, *self.rule)
 
     def forward(self) -> Any:
         return self._forward()[0]
 
     def backward(self) -> Any:
-        return self._backward(self.out, self.lse)
+        return self._backward(*self.saved)
 
     def both(self) -> Any:
         return self._backward(*self._forward())
-
-    def _backward(self, out: Any, lse: Any) -> Any:
-        import torch
-
-        case, starts = self.inputs.case, self.inputs.cu_seqlens
-        longest = max(case.lengths) if case.lengths else None
-        made = [torch.empty_like(x) for x in self.qkv]
-        given = (self.inputs.dout, *self.qkv, out, lse, *made, starts, starts)
-        rule = (case.causal, *case.window_size)
-        self.ops.bwd.default(*given, None, None, longest, longest, None, *rule)
-        return made
 
 
 Methods = dict[str, type[Method]]

@@ -16,13 +16,16 @@ import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 from importlib.metadata import version
 from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Any, Optional
 
+import fa3_operators
 import gpu
+import report
 from accuracy import distance, exact_attention
 from peer_methods import FA3, KINDS, OURS, Case, Inputs, Methods, load
 
@@ -31,7 +34,7 @@ SEQLENS = (512, 1024, 2048, 4096, 16384)
 SEQLENS_OF_BOTH = (512, 2048, 16384)
 LENGTHS = tuple(random.Random(1234 + i).randint(100, 4000) for i in range(16))
 WARM_UP_MS, TOTAL_MS, TOTAL_MS_OF_BOTH, TOTAL_MS_OF_KINDS = 20.0, 75.0, 50.0, 40.0
-RESULTS = ("out", "dq", "dk", "dv")
+TENSORS = ("out", "dq", "dk", "dv")
 
 
 def dense(head_dim: int, causal: bool, seqlen: int, tokens: int = gpu.TOKENS) -> Case:
@@ -124,7 +127,7 @@ def errors(inputs: Inputs, known: Methods) -> dict[str, Any]:
     """The row of how far every method is from float64."""
     exact = exact_results(inputs)
     found = {
-        name: dict(zip(RESULTS, map(distance, method.results(), exact)))
+        name: dict(zip(TENSORS, map(distance, method.results(), exact)))
         for name, method in ready(inputs, known).items()
     }
     return {**asdict(inputs.case), "inputs": inputs.kind, "error": found}
@@ -149,12 +152,24 @@ def slowed(case: Case, timer: gpu.Timer, known: Methods) -> Iterator[dict[str, A
         }
 
 
+def cpu_times(device: str = "cuda") -> dict[str, Any]:
+    """The row of what the CPU spends in a forward call whose kernels are shorter than that."""
+    import torch
+
+    from flash_attn import flash_attn_func
+
+    qkv = [torch.randn(gpu.CPU_SHAPE, dtype=torch.bfloat16, device=device) for _ in range(3)]
+    calls = {OURS: partial(flash_attn_func, *qkv), FA3: partial(fa3_operators.forward, *qkv, False)}
+    rounds = gpu.cpu_turns(calls, device)
+    return {"gradients": False, "us": {name: gpu.spread(times) for name, times in rounds.items()}}
+
+
 def tell(case: Case, told: str) -> None:
     print(f"{case.kind} {case.head_dim} {case.mask} {case.seqlen}: {told}", file=sys.stderr)
 
 
 def told_of(row: dict[str, Any], field: str) -> str:
-    return f"{row['inputs']}, {field} {row[field]}"
+    return f"{row['inputs']}, {field} {report.rounded(row[field])}"
 
 
 def tables(methods: Methods) -> dict[str, list[dict[str, Any]]]:
@@ -176,7 +191,7 @@ def tables(methods: Methods) -> dict[str, list[dict[str, Any]]]:
         for row in slowed(case, timer, two_of(methods)):
             tell(case, told_of(row, "slower"))
             hard.append(row)
-    return {"rows": rows, "accuracy": accuracy, "hard": hard}
+    return {"cpu": [cpu_times()], "rows": rows, "accuracy": accuracy, "hard": hard}
 
 
 def run(fa3: Path, fa4: Optional[Path], out: Optional[Path]) -> Path:
@@ -184,14 +199,10 @@ def run(fa3: Path, fa4: Optional[Path], out: Optional[Path]) -> Path:
     import torch
 
     measured = tables(load(fa3, fa4))
-    machine = gpu.machine()
-    machine["versions"]["cuDNN"] = str(torch.backends.cudnn.version())
+    versions = {"cuDNN": str(torch.backends.cudnn.version())}
     if fa4:
-        for name in ("flash-attn-4", "nvidia-cutlass-dsl"):
-            machine["versions"][name] = version(name)
-    result = {**machine, "kind": "peers", **measured}
-    name = f"{result['date']}-peers-{gpu.slug(result['device'])}.json"
-    return gpu.write(result, out or gpu.RESULTS / name)
+        versions.update({name: version(name) for name in ("flash-attn-4", "nvidia-cutlass-dsl")})
+    return report.write({**report.of_gpu("peers", versions), **measured}, out)
 
 
 def main() -> int:
@@ -204,7 +215,7 @@ def main() -> int:
 
         plot_peers(result, picture)
 
-    return gpu.run_or_plot(__doc__ or "", add_options, lambda a: run(a.fa3, a.fa4, a.out), draw)
+    return report.run_or_plot(__doc__ or "", add_options, lambda a: run(a.fa3, a.fa4, a.out), draw)
 
 
 if __name__ == "__main__":

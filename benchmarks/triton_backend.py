@@ -20,6 +20,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any, Optional
 
 import gpu
+import report
 from accuracy import distance
 
 if TYPE_CHECKING:
@@ -201,12 +202,10 @@ def run(out: Optional[Path]) -> Path:
         for row in ops[-2:]:
             told = ", ".join(f"{method} {rate:.0f}" for method, rate in row["gb_s"].items())
             print(f"{row['operation']}, {row['passes']}: GB/s {told}", file=sys.stderr)
-    machine = {**gpu.machine(), "kind": "triton", "copy_gb_s": rate}
+    machine = report.of_gpu("triton", {"Triton": triton.__version__})
     del machine["kernels"]
-    machine["versions"]["Triton"] = triton.__version__
-    name = f"{machine['date']}-triton-{gpu.slug(machine['device'])}.json"
-    result = {**machine, "cpu": cpu, "operations": ops, "rows": rows}
-    return gpu.write(result, out or gpu.RESULTS / name)
+    tables = {"cpu": cpu, "operations": ops, "rows": rows}
+    return report.write({**machine, "copy_gb_s": rate, **tables}, out)
 
 
 def main() -> int:

@@ -63,8 +63,10 @@ def window(name: str, window_size: Any) -> tuple[int, int]:
     return left, right
 
 
-def default_scale(q: Tensor, qv: Optional[Tensor] = None) -> float:
-    """softmax_scale where none is given: d ** -0.5, or (d + dv) ** -0.5 with a second query."""
+def scale(given: Optional[float], q: Tensor, qv: Optional[Tensor] = None) -> float:
+    """softmax_scale; None is d ** -0.5, or (d + dv) ** -0.5 with a second query."""
+    if given is not None:
+        return given
     head_dim = q.shape[-1] if q.dim() > 0 else 0
     if qv is not None and qv.dim() > 0:
         head_dim += qv.shape[-1]

@@ -30,7 +30,7 @@ def check_forward(name: str, call: Forward) -> None:
         v_descale=call.descale.v,
     )
     _check_shapes(name, q, k, v, call.sequences.cu_seqlens_q is not None, is_packed_k)
-    _check_head_dims(name, q, k, v, "forward")
+    _check_head_dims(name, q, v, "forward")
     _check_sequences(name, q, k, call.sequences)
     _check_scores(name, q, call.scores, call.sequences)
     if call.append is not None:
@@ -62,7 +62,7 @@ def check_backward(name: str, call: Backward) -> None:
     check_devices(name, q=q, **tensors, **_side_tensors(sequences, call.scores))
     is_packed = sequences.cu_seqlens_q is not None
     _check_shapes(name, q, k, v, is_packed, sequences.cu_seqlens_k is not None)
-    _check_head_dims(name, q, k, v, "backward")
+    _check_head_dims(name, q, v, "backward")
     _check_sequences(name, q, k, sequences)
     _check_scores(name, q, call.scores, sequences)
     for argument, x in like_q.items():
@@ -168,7 +168,7 @@ def _check_shapes(
         )
 
 
-def _check_head_dims(name: str, q: Tensor, k: Tensor, v: Tensor, direction: str) -> None:
+def _check_head_dims(name: str, q: Tensor, v: Tensor, direction: str) -> None:
     d, dv = q.shape[-1], v.shape[-1]
     is_narrow = d <= _support.NARROW_QK_HEAD_DIM
     limit_v = _support.MAX_HEAD_DIM_V_OF_NARROW_QK if is_narrow else _support.MAX_HEAD_DIM

@@ -65,8 +65,7 @@ def with_kvcache(
         _arguments.fail(
             name, f"{argument} is about new keys, so k and v must also be given", "k None"
         )
-    if softmax_scale is None:
-        softmax_scale = _arguments.default_scale(q, qv)
+    softmax_scale = _arguments.scale(softmax_scale, q, qv)
     left, right = _arguments.window(name, window_size)
     seqlens = _seqlens_tensor(name, cache_seqlens, q, cu_seqlens_q)
     try:
@@ -110,8 +109,8 @@ def with_kvcache(
 
 # Rules that speak of the caches when they say k and v.
 _OF_CACHES = re.compile(
-    r"\w+: ([kv] must have shape \(batch_size, seqlen, |v must have the shape of k |q and k must|"
-    r"query and \w+ must|Number of heads|Paged KV cache)"
+    r"\w+: ([kv] must have shape \(batch_size, seqlen, |v must have the shape of k |"
+    r"\w+ and \w+ must|Number of heads|Paged KV cache)"
 )
 
 

@@ -162,7 +162,7 @@ def _forward_call(
     out: Optional[Tensor] = None,
 ) -> Forward:
     """A call without new keys; `sequences` are the fields of `Sequences` in order."""
-    scale = _arguments.default_scale(q, qv) if softmax_scale is None else softmax_scale
+    scale = _arguments.scale(softmax_scale, q, qv)
     return Forward(
         q,
         k,
@@ -207,7 +207,7 @@ def _backward(
     deterministic: bool = False,
     sm_margin: int = 0,
 ) -> Tensor:
-    scale = _arguments.default_scale(q) if softmax_scale is None else softmax_scale
+    scale = _arguments.scale(softmax_scale, q)
     scores = Scores(scale, Mask.of(is_causal, window_size_left, window_size_right), softcap)
     sequences = Sequences(
         cu_seqlens_q,

@@ -271,6 +271,7 @@ FA3 = [
     Problem(sq=67, sk=91, d=64, dv=512, dtype=FP16, hq=4, hk=1),
     Problem(sq=67, sk=91, d=40, dv=72, dtype=FP64, window=(30, 4)),
     Problem(sq=67, sk=91, d=72, dv=8, dtype=FP32, softcap=10.0),
+    Problem(sq=67, sk=91, d=24, dv=8, dtype=FP16, window=(30, 4)),
     Problem(sq=67, sk=91, attention_chunk=16, dtype=FP32),
     Problem(sq=67, sk=91, attention_chunk=16, dtype=BF16, causal=True),
     Problem(sq=91, sk=67, attention_chunk=32, dtype=FP32, causal=True),

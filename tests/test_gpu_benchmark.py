@@ -11,6 +11,7 @@ from typing import Any
 
 import gpu
 import pytest
+import report
 import result_tables
 import torch
 
@@ -144,7 +145,8 @@ def test_a_run_measures_every_case_and_says_how_it_goes(
     monkeypatch.setattr(gpu, "CudaTimer", lambda: lambda call, count: [1.0])
     monkeypatch.setattr(gpu, "measure", lambda case, timer: measure(case, timer, "cpu"))
     monkeypatch.setattr(gpu, "cpu_times", lambda: made.pop("cpu"))
-    monkeypatch.setattr(gpu, "machine", lambda: {k: x for k, x in made.items() if k != "rows"})
+    told = {key: x for key, x in made.items() if key != "rows"}
+    monkeypatch.setattr(report, "of_gpu", lambda kind: told)
     path = gpu.run(["bfloat16"], tmp_path / "new" / "result.json")
     assert len(json.loads(path.read_text("utf-8"))["rows"]) == 6
     line = "bfloat16 32 causal 64: fwd 1.00, bwd 1.00, fwd+bwd 1.00"
@@ -152,8 +154,8 @@ def test_a_run_measures_every_case_and_says_how_it_goes(
 
 
 def test_a_result_is_written_and_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu, "RESULTS", tmp_path)
-    path = gpu.write(example(), None)
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    path = report.write(example(), None)
     assert path.name == "2026-11-21-nvidia-example-80gb.json"
     result = json.loads(path.read_text("utf-8"))
     assert result["rows"][0]["ms"][gpu.THEIRS] == 1.235

@@ -13,13 +13,25 @@ from typing import Any
 
 import gpu
 import peers
+import plot
 import pytest
 import result_tables
 import torch
 from accuracy import with_outliers
-from peer_methods import FA3, KINDS, OURS, Case, FlashAttention4, FlashAttn, Inputs, add_cute
+from peer_methods import (
+    FA3,
+    KINDS,
+    OURS,
+    Case,
+    FlashAttention3,
+    FlashAttention4,
+    FlashAttn,
+    Inputs,
+    add_cute,
+)
 
 import flash_attn
+import flash_attn_interface
 
 DENSE = Case("dense", 2, 1024, 4, 4, 64, causal=False)
 
@@ -149,13 +161,32 @@ def test_forward_and_backward_together_give_the_gradients_of_the_backward() -> N
     assert all(map(torch.equal, method.of("fwd+bwd")(), method.of("bwd")()))
 
 
+@pytest.mark.parametrize(
+    "case",
+    [
+        SMALL,
+        Case("grouped", 2, 70, 4, 2, 32, causal=True),
+        Case("window", 1, 90, 2, 2, 32, causal=False, window=31),
+        Case("packed", 3, 90, 2, 2, 32, causal=True, lengths=(1, 90, 33)),
+    ],
+    ids=lambda case: case.kind,
+)
+def test_flash_attention_3_is_asked_for_the_same(case: Case) -> None:
+    # The operators of that name that this package has.
+    assert flash_attn_interface.flash_attn_3_gpu
+    inputs = Inputs(case, device="cpu")
+    theirs = FlashAttention3(inputs)
+    assert peers.difference({OURS: FlashAttn(inputs), FA3: theirs}) < 5e-3
+    assert all(map(torch.equal, theirs.both(), theirs.backward()))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("causal", [False, True])
 def test_errors_are_those_of_rounding(kind: str, causal: bool) -> None:
     case = dataclasses.replace(SMALL, causal=causal)
     row = peers.errors(Inputs(case, kind, "cpu"), {OURS: FlashAttn})
     assert row["inputs"] == kind
-    assert list(row["error"][OURS]) == list(peers.RESULTS)
+    assert list(row["error"][OURS]) == list(peers.TENSORS)
     assert all(1e-4 < error < 0.03 for error in row["error"][OURS].values())
 
 
@@ -170,15 +201,31 @@ def test_errors_and_hard_inputs_become_tables() -> None:
 
 
 def test_a_run_measures_speed_errors_and_hard_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The operators of FlashAttention-3's name that this package has.
+    assert flash_attn_interface.flash_attn_3_gpu
     monkeypatch.setattr(peers, "cases", lambda: iter([SMALL]))
     monkeypatch.setattr(peers, "dense", lambda *sizes, **tokens: SMALL)
     monkeypatch.setattr(peers, "Inputs", partial(Inputs, device="cpu"))
     monkeypatch.setattr(gpu, "HEAD_DIMS", (32,))
     monkeypatch.setattr(gpu, "CudaTimer", lambda: lambda call, count: [2.0])
+    monkeypatch.setattr(gpu, "CPU_SHAPE", (1, 8, 1, 8))
+    monkeypatch.setattr(peers, "cpu_times", partial(peers.cpu_times, device="cpu"))
     tables = peers.tables({OURS: FlashAttn, FA3: FlashAttn})
+    assert all(us["min"] > 0 for us in tables["cpu"][0]["us"].values())
     assert [(row["passes"], row["ratio"]) for row in tables["rows"]] == [("fwd", 1.0), ("bwd", 1.0)]
     assert len(tables["accuracy"]) == 2 * 2
     assert [row["inputs"] for row in tables["hard"]] == list(KINDS)
     for row in tables["hard"]:
         assert row["slower"] == {OURS: 1.0, FA3: 1.0}
         assert row["difference"] == 0.0
+
+
+def test_a_pass_of_fewer_lengths_is_drawn(tmp_path: Path) -> None:
+    rows = [
+        {**vars(case), "passes": passes, "ratio": 1.0 + 0.1 * index}
+        for case in peers.cases()
+        for index, passes in enumerate(peers.passes_of(case))
+    ]
+    result = {"device": "NVIDIA Example", "date": "2026-11-21", "versions": {"torch": "2.11.0"}}
+    plot.plot_peers({**result, "rows": rows}, tmp_path / "peers.png")
+    assert (tmp_path / "peers.png").read_bytes().startswith(b"\x89PNG")

@@ -8,6 +8,7 @@ from typing import Any
 
 import gpu
 import pytest
+import report
 import result_tables
 import torch
 import triton_backend as bench
@@ -77,7 +78,7 @@ def test_a_result_becomes_tables(operations: list[bench.Operation], tmp_path: Pa
             for passes in bench.PASSES
         ],
     }
-    path = gpu.write(result, tmp_path / "result.json")
+    path = report.write(result, tmp_path / "result.json")
     assert len(path.read_text("utf-8").splitlines()) > len(result["rows"])
     text = result_tables.triton_section({**result, "file": path.name})
     assert "Triton 3.6.0. Driver 580.1, 700 W. A copy: 2800 GB/s." in text

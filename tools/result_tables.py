@@ -128,6 +128,7 @@ def triton_section(result: dict[str, Any]) -> str:
 def peers_section(result: dict[str, Any]) -> str:
     """Heading, a table for each pass, errors, and what hard inputs cost."""
     parts = [heading(result), *picture(result, "Ratios to the best peer by sequence length")]
+    parts += [cpu_table(result)] if "cpu" in result else []
     for passes in dict.fromkeys(row["passes"] for row in result["rows"]):
         parts.append(passes_table([row for row in result["rows"] if row["passes"] == passes]))
     parts += [errors_table(result["accuracy"])] if "accuracy" in result else []
