@@ -262,6 +262,8 @@ KVCACHE = [
     CacheProblem(sq=60, seqlens=(40, 10), causal=True),
     CacheProblem(sq=4, s_new=4, capacity=3000, seqlens=(2500, 700), page=48, causal=True, d=16),
     CacheProblem(sq=600, s_new=600, capacity=2000, seqlens=(1300, 1), leftpad=(800, 0), d=16),
+    CacheProblem(sq=150, s_new=9, capacity=700, seqlens=(600, 1), page=16, causal=True, dtype=BF16),
+    CacheProblem(sq=90, capacity=700, seqlens=(700, 0), page=24, dtype=FP16, hk=1, d=111),
 ]
 
 FA3 = [

@@ -13,15 +13,16 @@ from emulated import FORWARD_CASES, HEAD_DIMS, answers
 from native_tools import Stub
 
 PROGRAM = """
-from oracle import varlen_attention
+from oracle import kvcache_attention, varlen_attention
 
 def call(q, k, v, cu=(None, None), used=(None, None), max_seqlens=(None, None), leftpad=None,
-         scale=None, causal=False, window=(-1, -1), attention_chunk=0, softcap=0.0, slopes=None):
+         table=None, rows=None, scale=None, causal=False, window=(-1, -1), attention_chunk=0,
+         softcap=0.0, slopes=None):
     out = torch.full((*q.shape[:-1], v.shape[-1]), math.nan, dtype=DTYPE)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     right = 0 if causal else window[1]
     result = torch.ops.flash_attn_cuda.forward.default.redispatch(
-        CUDA, q, k, v, out, *[None] * 6, True, *cu, *used, leftpad, None, None, *max_seqlens,
+        CUDA, q, k, v, out, *[None] * 6, True, *cu, *used, leftpad, table, rows, *max_seqlens,
         scale, window[0], right, attention_chunk, softcap, slopes, 0.0, None, False, 1)
     return result[:2]
 
@@ -62,6 +63,28 @@ def packed(d, lens_q, lens_k, hq=2, hk=1, used_k=None, **options):
         return varlen_attention(q[rows], k, v, *cu, seqused_k=used, dtype=dtype, **options)[:2]
     judge((got[0][rows], got[1][:, rows]), oracle)
 
+def paged(d, page, sq, used_k, hq=2, hk=1, lens_q=None, rows=None, **options):
+    b, num_pages = len(used_k), max(used_k) // page + 2
+    table = torch.randperm(b * num_pages).view(b, num_pages).int()
+    k, v = make(b * num_pages, page, hk, d), make(b * num_pages, page, hk, d)
+    rows = None if rows is None else torch.tensor(rows, dtype=torch.int32)
+    # Slots that no sequence uses, and entries of the table for them, hold anything.
+    unused = torch.ones(b * num_pages, page, dtype=torch.bool)
+    for i, used in enumerate(used_k):
+        slots, pages = torch.arange(used), table[i if rows is None else rows[i]]
+        unused[pages[slots // page].long(), slots % page] = False
+        pages[-(-used // page) :] = -5
+        pages[-(-used // page)] = 10**6
+    k[unused] = v[unused] = math.nan
+    cu_q = None if lens_q is None else torch.tensor([0, *torch.tensor(lens_q).cumsum(0)]).int()
+    q = make(b, sq, hq, d) if lens_q is None else make(sum(lens_q), hq, d)
+    used = torch.tensor(used_k, dtype=torch.int32)
+    longest = (None if lens_q is None else max(lens_q), None)
+    where = dict(table=table, rows=rows)
+    got = call(q, k, v, (cu_q, None), (None, used), longest, **where, **options)
+    cache = dict(cache_seqlens=used, block_table=table, cache_batch_idx=rows, cu_seqlens_q=cu_q)
+    judge(got, lambda dtype: kvcache_attention(q, k, v, dtype=dtype, **cache, **options)[:2])
+
 """
 CASES = {
     **FORWARD_CASES,
@@ -71,6 +94,12 @@ CASES = {
     "overflowing_scores_full": "dense({d}, 400, 900, rise=600.0)",
     "jumping_scores": "dense({d}, 200, 900, jump=200.0)",
     "jumping_scores_causal": "dense({d}, 400, 900, jump=200.0, causal=True)",
+    "pages": "paged({d}, 16, 300, (333, 0, 700))",
+    "pages_causal": "paged({d}, 64, 200, (333, 150, 700), causal=True, rows=(1, 2, 0))",
+    "small_pages": "paged({d}, 8, 120, (5, 300), hq=4, hk=2, softcap=10.0)",
+    "pages_of_24": "paged({d}, 24, 150, (299, 500), window=(100, 0))",
+    "large_pages": "paged({d}, 256, 130, (500, 256))",
+    "pages_and_packed_queries": "paged({d}, 32, 0, (300, 7, 64), lens_q=(100, 0, 40), causal=True)",
 }
 
 

@@ -499,7 +499,7 @@ print(host.flash_kernel_of(9, 128, 1, 90, 9).decode())
         "flash_fwd_sm90_wide_d64_bf16",
         "flash_fwd_sm90_scored_d64_bf16",
         "flash_fwd_sm80_d64_bf16",
-        "flash_fwd_sm80_d64_bf16",
+        "flash_fwd_sm90_wide_d64_bf16",
         "flash_fwd_sm90_scored_d128_bf16",
         "flash_fwd_sm80_d64_bf16",
         "None",

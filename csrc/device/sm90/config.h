@@ -6,8 +6,8 @@ namespace flash::sm90 {
 
 constexpr int kBoxM = 64;  // rows of a consumer
 
-// Of keys in pages, the rows that are one copy: as many as divide page and block, which is a power of
-// two. Fewer than 8 would cut the pattern in which shared memory is swizzled.
+// Of keys in pages, the rows that are one copy: as many as divide page and block, which is a power
+// of two. Fewer than 8 would cut the pattern in which shared memory is swizzled.
 constexpr int kLeastPageRows = 8;
 constexpr int rows_of_piece(int page_size, int block_n) {
   const int of_page = page_size & -page_size;
