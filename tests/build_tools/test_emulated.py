@@ -79,7 +79,7 @@ def paged(d, page, sq, used_k, hq=2, hk=1, lens_q=None, rows=None, **options):
     cu_q = None if lens_q is None else torch.tensor([0, *torch.tensor(lens_q).cumsum(0)]).int()
     q = make(b, sq, hq, d) if lens_q is None else make(sum(lens_q), hq, d)
     used = torch.tensor(used_k, dtype=torch.int32)
-    longest = (None if lens_q is None else max(lens_q), None)
+    longest = (None if lens_q is None else max(lens_q), max(used_k))
     where = dict(table=table, rows=rows)
     got = call(q, k, v, (cu_q, None), (None, used), longest, **where, **options)
     cache = dict(cache_seqlens=used, block_table=table, cache_batch_idx=rows, cu_seqlens_q=cu_q)
