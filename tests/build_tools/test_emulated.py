@@ -63,7 +63,7 @@ def packed(d, lens_q, lens_k, hq=2, hk=1, used_k=None, **options):
         return varlen_attention(q[rows], k, v, *cu, seqused_k=used, dtype=dtype, **options)[:2]
     judge((got[0][rows], got[1][:, rows]), oracle)
 
-def paged(d, page, sq, used_k, hq=2, hk=1, lens_q=None, rows=None, **options):
+def paged(d, page, sq, used_k, hq=2, hk=1, lens_q=None, rows=None, jump=0.0, **options):
     b, num_pages = len(used_k), max(used_k) // page + 2
     table = torch.randperm(b * num_pages).view(b, num_pages).int()
     k, v = make(b * num_pages, page, hk, d), make(b * num_pages, page, hk, d)
@@ -72,12 +72,17 @@ def paged(d, page, sq, used_k, hq=2, hk=1, lens_q=None, rows=None, **options):
     unused = torch.ones(b * num_pages, page, dtype=torch.bool)
     for i, used in enumerate(used_k):
         slots, pages = torch.arange(used), table[i if rows is None else rows[i]]
-        unused[pages[slots // page].long(), slots % page] = False
+        at = pages[slots // page].long(), slots % page
+        unused[at] = False
+        if jump:
+            k[(*at, slice(None), 0)] = (jump * (slots < used - 150)).to(DTYPE)[:, None]
         pages[-(-used // page) :] = -5
         pages[-(-used // page)] = 10**6
     k[unused] = v[unused] = math.nan
     cu_q = None if lens_q is None else torch.tensor([0, *torch.tensor(lens_q).cumsum(0)]).int()
     q = make(b, sq, hq, d) if lens_q is None else make(sum(lens_q), hq, d)
+    if jump:
+        q[..., 0] = 8.0
     used = torch.tensor(used_k, dtype=torch.int32)
     longest = (None if lens_q is None else max(lens_q), max(used_k))
     where = dict(table=table, rows=rows)
@@ -99,6 +104,7 @@ CASES = {
     "small_pages": "paged({d}, 8, 120, (5, 300), hq=4, hk=2, softcap=10.0)",
     "pages_of_24": "paged({d}, 24, 150, (299, 500), window=(100, 0))",
     "large_pages": "paged({d}, 256, 130, (500, 256))",
+    "pages_of_jumping_scores": "paged({d}, 24, 200, (900, 600), jump=200.0)",
     "pages_and_packed_queries": "paged({d}, 32, 0, (300, 7, 64), lens_q=(100, 0, 40), causal=True)",
 }
 

@@ -36,6 +36,12 @@ class BlockOfRows {
   __device__ static void join() {}
 };
 
+// The page of a key of a tile's sequence: one of the cache, whatever the table holds.
+__device__ inline int page_of(const Sequences& seqs, const Tile& tile, int key) {
+  const int32_t* pages = seqs.block_table + tile.batch_k * seqs.block_table_stride;
+  return min(max(pages[key / seqs.page_size], 0), seqs.num_pages - 1);
+}
+
 // A block in pages. It comes in pieces, each as many rows as divide both page and block, and of one
 // panel; a warp copies it, each lane a piece, whose page it looks up.
 template <class TileK>
@@ -55,10 +61,7 @@ class BlockOfPages {
     // Pieces behind the last key are any; the table is not read where there is no key.
     const int last = max(tile.sk - 1, 0) / rows * rows;
     const int key = min(j * TileK::kRows + first_, last);
-    const int32_t* table = seqs.block_table + tile.batch_k * seqs.block_table_stride;
-    const int page = tile.sk > 0 ? table[key / seqs.page_size] : 0;
-    // Nothing outside the cache is ever read.
-    page_ = min(max(page, 0), seqs.num_pages - 1);
+    page_ = tile.sk > 0 ? page_of(seqs, tile, key) : 0;
     row_ = key % seqs.page_size;
     head_ = tile.head_k;
   }

@@ -82,8 +82,7 @@ struct Schedule {
       const int first = row0 + 64 * consumer;
       tile.lazy_begin[consumer] = (mask.lowest(first + 63) + Cfg::kBlockN - 1) / Cfg::kBlockN;
       const int lazy_end = (max(mask.highest(first), 1) - 1) / Cfg::kBlockN;
-      // A lazy maximum may need keys once more, as rows.
-      tile.lazy_end[consumer] = seqs.block_table ? 0 : min(lazy_end, tile.end - 1);
+      tile.lazy_end[consumer] = min(lazy_end, tile.end - 1);
       if (!Cfg::kHasOBuffer) {
         const int seen = mask.highest(min(first + 63, last_row));
         const int end_of_seen = max((seen + Cfg::kBlockN - 1) / Cfg::kBlockN, tile.begin + 1);

@@ -7,15 +7,19 @@
 #pragma once
 
 #include "attn/sequence.cuh"
-#include "sm90/pipeline.cuh"
+#include "sm90/key_blocks.cuh"
 #include "tile/products.cuh"
 
 namespace flash::sm90 {
 
-// First element of a sequence's row 0 of K.
-__device__ inline const uint16_t* keys_of(const ForwardParams& params, const Tile& tile) {
-  return static_cast<const uint16_t*>(params.k.ptr) + tile.batch_k * params.k.batch +
-         tile.first_k * params.k.row + tile.head_k * params.k.head;
+// Where the first element of a key of a tile's sequence stands in K.
+__device__ inline int64_t place_of(const ForwardParams& params, const Tile& tile, int key) {
+  const Rows& k = params.k;
+  const int64_t head = tile.head_k * k.head;
+  if (params.seqs.block_table) {
+    return head + page_of(params.seqs, tile, key) * k.batch + key % params.seqs.page_size * k.row;
+  }
+  return head + tile.batch_k * k.batch + (int64_t{tile.first_k} + key) * k.row;
 }
 
 // s = Q K^T for rows [row, + 16) of a consumer's Q and a block of keys from `first` on, all of
@@ -26,10 +30,15 @@ __device__ __forceinline__ void recompute(typename Cfg::AccS& s, const ForwardPa
                                           int lane) {
   using TileQ = typename Cfg::TileQ;
   constexpr int kAtOnce = 2;  // steps whose loads run side by side: registers are few
-  // A lane holds keys l / 4 of every 8, columns 2 (l % 4) and 8 further of every 16.
-  const uint16_t* key = keys_of(params, tile) + (first + lane / 4) * params.k.row + lane % 4 * 2;
+  constexpr int kGroups = Cfg::kBlockN / 8;
+  // Eight keys are rows of one page; each lane finds some of them for all.
+  const int64_t found = place_of(params, tile, first + lane % kGroups * 8);
 #pragma unroll
-  for (int n = 0; n < Cfg::kBlockN / 8; ++n) {
+  for (int n = 0; n < kGroups; ++n) {
+    // A lane holds keys l / 4 of every 8, columns 2 (l % 4) and 8 further of every 16.
+    const uint16_t* key = static_cast<const uint16_t*>(params.k.ptr) +
+                          __shfl_sync(0xffffffffu, found, n) + lane / 4 * params.k.row +
+                          lane % 4 * 2;
 #pragma unroll
     for (int i = 0; i < 4; ++i) s.c[0][n][i] = 0.0f;
 #pragma unroll 1
@@ -51,7 +60,6 @@ __device__ __forceinline__ void recompute(typename Cfg::AccS& s, const ForwardPa
         ptx::mma_m16n8k16<typename Cfg::T>(s.c[0][n], a, b[k][0], b[k][1]);
       }
     }
-    key += 8 * params.k.row;
   }
 }
 
