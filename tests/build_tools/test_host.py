@@ -100,13 +100,14 @@ class Call(ctypes.Structure):
     _fields_ = [("head", ForwardHead), ("rest", ctypes.c_ubyte * 800)]
 def plan_and_run(
     device, d=64, stream=77, splits=1, b=2, sq=300, sk=300, right=-1, margin=0, given=(),
-    dtype=BF16, **rows
+    dtype=BF16, pages=(0, 0), **rows
 ):
     # Only sizes matter to the plan; offsets are asked of the compiler below.
     call = Call()
     sizes = dict(b=b, sq=sq, sk=sk, hq=4, hk=2, d=d, dv=d, cache_rows=b)
     for name, value in dict(
-        sizes, window_left=-1, window_right=right, sm_margin=margin
+        sizes, window_left=-1, window_right=right, sm_margin=margin, num_pages=pages[0],
+        page_size=pages[1],
     ).items():
         ctypes.c_int32.from_buffer(call, OFFSETS[name]).value = value
     ctypes.c_float.from_buffer(call, OFFSETS["softmax_scale"]).value = 0.125
@@ -128,7 +129,8 @@ def plan_and_run(
 def offsets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
     """Offsets of fields of flash::ForwardParams, as the host's compiler lays them out."""
     folder = tmp_path_factory.mktemp("offsets")
-    sizes = ("b", "sq", "sk", "cache_rows", "block_table", "seqused_k")
+    sizes = ("b", "sq", "sk", "cache_rows", "block_table", "num_pages", "page_size")
+    sizes += ("seqused_k", "leftpad_k")
     fields = {name: f"seqs.{name}" for name in sizes}
     fields["rng_state"] = "scores.rng_state"
     fields["alibi_slopes"] = "scores.alibi_slopes"
@@ -455,10 +457,30 @@ say(plan_and_run(0, d=96, b=1, sq=1, sk=200, q=Rows(0x10000, 3, 5, 96), k=kv, v=
     assert struct.unpack_from("<12Q", one.params)[5:8] == (16, 2 * 96, 16)
 
 
+def test_tensor_maps_of_pages_have_boxes_that_divide_page_and_block(
+    stub: Stub, hopper: Path, tmp_path: Path, offsets: dict[str, int]
+) -> None:
+    text = """
+from native_tools import Rows
+for size in (8, 24, 48, 256):
+    kv = Rows(0x20000, size * 2 * 96, 2 * 96, 96)
+    say(plan_and_run(0, d=96, sk=480, pages=(70, size), given=['block_table'], k=kv, v=kv))
+"""
+    boxes = []
+    for launch in run_with(hopper, stub, tmp_path / "log", offsets, text):
+        *k, box_cols, box_rows, _, _ = struct.unpack_from("<12Q", launch.params, 128)
+        size = k[2]
+        assert k == [0x20000, 96, size, 2, 70, 2 * 2 * 96, 2 * 96, 2 * size * 2 * 96]
+        boxes.append((size, box_cols, box_rows))
+    assert boxes == [(8, 64, 8), (24, 64, 8), (48, 64, 16), (256, 64, 128)]
+
+
 @pytest.mark.parametrize(
     ("options", "cc"),
     [
-        ("given=['block_table']", "90"),
+        ("given=['block_table'], pages=(9, 20)", "90"),
+        ("given=['block_table', 'leftpad_k'], pages=(9, 16)", "90"),
+        ("given=['block_table'], pages=(0, 16)", "90"),
         ("given=['rng_state']", "90"),
         ("splits=2", "90"),
         ("sk=0", "90"),
