@@ -15,6 +15,7 @@ template <class Cfg>
 __device__ inline void convert_dq(const BackwardParams& params) {
   using Tile = typename Cfg::TileQ;
   __shared__ __align__(128) unsigned char smem[Tile::kBytes];
+  ptx::wait_for_kernel_in_front();
   const int thread = threadIdx.x;
   const int tiles = gridDim.x / (params.hq * params.seqs.b);
   const int head = blockIdx.x % params.hq;

@@ -42,6 +42,8 @@ __device__ inline float lse_of_row(const BackwardParams& params, const attn::Seq
 // Grid: CTAs of a head (as many as the longest head has tiles of rows), times hq, times b.
 template <class T>
 __device__ inline void delta(const BackwardParams& params) {
+  ptx::let_kernel_behind_begin();
+  if (params.next_block && blockIdx.x == 0 && threadIdx.x == 0) *params.next_block = 0;
   const int blocks = gridDim.x / (params.hq * params.seqs.b);
   const int head = blockIdx.x % params.hq;
   const int block = blockIdx.x / params.hq % blocks;
@@ -58,6 +60,13 @@ __device__ inline void delta(const BackwardParams& params) {
 
   for (int first = block * kDeltaRows; first < padded.count; first += blocks * kDeltaRows) {
     const int end = min(first + kDeltaRows, padded.count);
+    for (int copy = 0; copy < params.dq_copies; ++copy) {
+      float* sums =
+          params.dq_accum + copy * params.dq_accum_copy + (padded.first + first) * params.dq_cols;
+      for (int at = 4 * threadIdx.x; at < (end - first) * params.dq_cols; at += 4 * kDeltaThreads) {
+        *reinterpret_cast<float4*>(sums + at) = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+      }
+    }
     const bool is_used = first < (seq.sq + 127) / 128 * 128;  // by the main kernel
     for (int row = first + threadIdx.x / 8; row < first + kDeltaRows; row += kDeltaThreads / 8) {
       float sum = 0.0f;
@@ -81,13 +90,6 @@ __device__ inline void delta(const BackwardParams& params) {
       const attn::Mask mask(params.scores, seq.sq, seq.sk);
       params.turns[(padded.first + first) / kDeltaRows * 2 + threadIdx.x] =
           (mask.highest(last_row) - 1) / params.turn_keys;
-    }
-    for (int copy = 0; copy < params.dq_copies; ++copy) {
-      float* sums =
-          params.dq_accum + copy * params.dq_accum_copy + (padded.first + first) * params.dq_cols;
-      for (int at = 4 * threadIdx.x; at < (end - first) * params.dq_cols; at += 4 * kDeltaThreads) {
-        *reinterpret_cast<float4*>(sums + at) = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-      }
     }
   }
 }

@@ -28,6 +28,15 @@ class SharingConsumer : public GradientConsumer<Cfg> {
     this->clean_queries();
   }
 
+  // The buffers of K and V are free when dK and dV have left them.
+  __device__ __forceinline__ void close_keys() {
+    this->wait_for_store();
+    this->release_keys(true, this->keys_);
+    this->release_values();
+    ++this->keys_;
+    this->close_block();
+  }
+
   // This thread's part of P, from consumer to consumer. There are two buffers, as there are of Q:
   // what a step writes was read two steps before, or Q would not be there.
   static_assert(Cfg::kStages == 2, "as many as of P");
@@ -71,8 +80,7 @@ class ValuesConsumer : SharingConsumer<Cfg> {
       }
       this->barrier_of_both();  // nobody needs V any more: dV leaves through it
       this->store_dv(dv_, 0);
-      this->release_keys();
-      this->close_block();
+      this->close_keys();
     }
   }
 
@@ -89,7 +97,7 @@ class ValuesConsumer : SharingConsumer<Cfg> {
   __device__ __forceinline__ void step() {
     AccS s;
     if (kPlain) begin_with(s, this->statistic(kLse, 0), this->maps_.lse_factor);
-    tile::start_abt<T, Cfg::kHeadDim, TileK, TileQ>(s, this->pipe_.k_buffer(), this->q(), kPlain);
+    tile::start_abt<T, Cfg::kHeadDim, TileK, TileQ>(s, this->pipe_.k_buffer(0), this->q(), kPlain);
     ptx::wgmma_wait<0>();
     ptx::pin(s.c[0]);
     Packed p;
@@ -146,8 +154,7 @@ class KeyGradientsConsumer : SharingConsumer<Cfg> {
       }
       this->barrier_of_both();  // nobody needs K any more: dK leaves through it
       this->store_dk(dk_, 0);
-      this->release_keys();
-      this->close_block();
+      this->close_keys();
     }
   }
 

@@ -6,7 +6,8 @@
 
 namespace flash::sm90 {
 
-// Blocks of keys that this CTA works on.
+// Blocks of keys that this CTA works on: the first is its own, each later one the next that no CTA
+// has.
 //
 // Heads come in sections, of which all CTAs that run together have the queries in common. Under a
 // causal mask the first keys are seen by most queries: their blocks start first. Where sums of dQ
@@ -18,24 +19,28 @@ struct KeySchedule {
   // The first one from `index` on.
   __device__ void find(KeyBlock& block, uint32_t index) const {
     const uint32_t num_blocks = (params.seqs.sk + Cfg::kBlockN - 1) / Cfg::kBlockN;
-    for (;;) {
+    for (;; index = next()) {
       block.is_last = index >= num_blocks * params.hk * params.seqs.b;
       if (block.is_last) return;
       const attn::TileIndex at(index, num_blocks, params.hk, params.seqs.b,
                                params.heads_per_section);
-      index += gridDim.x;
-      block.index = index;
       const int column = params.deterministic ? at.block_m : num_blocks - 1 - at.block_m;
       const attn::Sequence seq(params.seqs, at.sequence);
       if (column * Cfg::kBlockN < seq.sk) {
-        describe(block, seq, at.head, column * Cfg::kBlockN);
+        place(block, seq, at.head, column * Cfg::kBlockN);
+        ptx::forget();  // what is in the block by now: registers are few
+        find_steps(block);
         return;
       }
     }
   }
+  __device__ uint32_t next() const {
+    if (params.next_block == nullptr) return ~0u;
+    return gridDim.x + static_cast<uint32_t>(ptx::atomic_add(params.next_block, 1));
+  }
 
  private:
-  __device__ void describe(KeyBlock& block, const attn::Sequence& seq, int head, int first) const {
+  __device__ void place(KeyBlock& block, const attn::Sequence& seq, int head, int first) const {
     const Sequences& seqs = params.seqs;
     block.sequence = seq.index;
     block.head = head;
@@ -46,28 +51,37 @@ struct KeySchedule {
     block.batch_q = seqs.cu_seqlens_q ? 0 : seq.index;
     block.first_k = static_cast<int>(seq.first_k);
     block.batch_k = seqs.cu_seqlens_k ? 0 : seq.index;
-
-    const attn::Mask mask(params.scores, seq.sq, seq.sk);
-    block.begin = mask.first_query(first) / Cfg::kBlockM;
-    block.end = blocks_to(mask.end_query(min(first + Cfg::kBlockN, seq.sk) - 1));
     // Behind the last row of an operand there are zeros; behind a sequence there is anything.
     block.tail_q =
         tail(seq.sq, seqs.cu_seqlens_q ? seqs.total_q - block.first_q : seqs.sq, Cfg::kBlockM);
     block.tail_k =
         tail(seq.sk, seqs.cu_seqlens_k ? seqs.total_k - block.first_k : seqs.sk, Cfg::kBlockN);
-#pragma unroll
+  }
+
+  __device__ void find_steps(KeyBlock& block) const {
+    const int first = block.first;
+    const int sk = block.sk;
+    const int group = ptx::opaque(params.hq) / params.hk;
+    const int sum = static_cast<int>(
+        attn::PaddedRows(params, block.sequence, block.head * group).first);
+    const attn::Mask mask(params.scores, block.sq, sk);
+    block.begin = mask.first_query(first) / Cfg::kBlockM;
+    block.end = blocks_to(mask.end_query(min(first + Cfg::kBlockN, sk) - 1));
+    block.first_sum = sum;
+    block.end_sum = sum + (group - 1) * static_cast<int>(params.delta_head) +
+                    block.end * Cfg::kBlockM;
+#pragma unroll 1
     for (int consumer = 0; consumer < Cfg::kConsumers; ++consumer) {
       const int own = Cfg::kByKeys ? first + 64 * consumer : first;
-      const int last = min(own + 64, seq.sk) - 1;
+      const int last = min(own + 64, sk) - 1;
       const int full_end = mask.end_query(own);
-      const bool ends_whole = full_end >= seq.sq && block.tail_q == 0;
+      const bool ends_whole = full_end >= block.sq && block.tail_q == 0;
       // Rows that TMA has filled in have P 0, whatever they see.
       block.full_begin[consumer] = blocks_to(mask.first_query(last));
-      block.full_end[consumer] = ends_whole ? block.end : min(full_end, seq.sq) / Cfg::kBlockM;
-      if (own + 64 > seq.sk) block.full_end[consumer] = 0;
+      block.full_end[consumer] = own + 64 > sk ? 0
+                                 : ends_whole  ? block.end
+                                               : min(full_end, block.sq) / Cfg::kBlockM;
     }
-    block.first_sum =
-        static_cast<int>(attn::PaddedRows(params, seq.index, head * (params.hq / params.hk)).first);
   }
 
   __device__ static int blocks_to(int query) { return (query + Cfg::kBlockM - 1) / Cfg::kBlockM; }
@@ -78,14 +92,20 @@ struct KeySchedule {
   }
 };
 
-// One thread's work: what the CTA does in round i.
+// One lane's work: what the CTA does in each round. No block is taken before the loads of the one
+// in front are under way: another CTA may be free sooner.
 template <class Cfg>
-__device__ inline void plan_block(const BackwardParams& params, const BackwardPipeline<Cfg>& pipe,
-                                  uint32_t i) {
+__device__ inline void plan_blocks(const BackwardParams& params,
+                                   const BackwardPipeline<Cfg>& pipe) {
   const KeySchedule<Cfg> schedule{params};
-  pipe.blocks().wait_empty(i);
-  schedule.find(pipe.block(i), i == 0 ? blockIdx.x : pipe.block(i - 1).index);
-  pipe.blocks().arrive_full(i);
+  for (uint32_t i = 0;; ++i) {
+    pipe.blocks().wait_empty(i);
+    schedule.find(pipe.block(i), i == 0 ? blockIdx.x : schedule.next());
+    const bool is_last = pipe.block(i).is_last;
+    pipe.blocks().arrive_full(i);
+    if (is_last) return;
+    pipe.loads().wait_full(i);
+  }
 }
 
 // One lane's work for each consumer: turns. A counter of each 64 rows of dQ and consumer tells
@@ -97,6 +117,7 @@ __device__ inline void keep_turns(const BackwardParams& params, const BackwardPi
   constexpr int kCountersOfBlock = Cfg::kBlockM / kSumRows * 2;
   const auto ring = pipe.turns(consumer);
   uint32_t step = 0;
+  ptx::wait_for_kernel_in_front();
   for (uint32_t i = 0;; ++i) {
     pipe.blocks().wait_full(i);
     const KeyBlock& block = pipe.block(i);
@@ -119,7 +140,8 @@ __device__ inline void keep_turns(const BackwardParams& params, const BackwardPi
   }
 }
 
-// One lane's work: for each block of keys K, V, and Q, dO, lse and delta of its steps.
+// One lane's work: for each block of keys K, V, and Q, dO, lse and delta of its steps. V of the
+// block before is in use longer than the first buffers of Q and dO are.
 template <class Cfg>
 __device__ inline void load_steps(const TmaBackwardParams& params,
                                   const BackwardPipeline<Cfg>& pipe) {
@@ -129,18 +151,23 @@ __device__ inline void load_steps(const TmaBackwardParams& params,
   constexpr int kStatisticsBytes = Cfg::kBlockM * 2 * 4;
   const BackwardParams& call = params.call;
   uint32_t step = 0;
+  uint32_t keys = 0;  // blocks of them that were loaded
   for (uint32_t i = 0;; ++i) {
     pipe.blocks().wait_full(i);
     const KeyBlock& block = pipe.block(i);
     if (block.is_last) return;
     const auto load_values = [&] {
-      load_tile<TileK>(pipe.v_buffer(), params.v, pipe.values().full(i), kPanels,
+      pipe.values().wait_empty(keys);
+      load_tile<TileK>(pipe.v_buffer(), params.v, pipe.values().full(keys), kPanels,
                        block.first_k + block.first, block.head, block.batch_k);
     };
-    pipe.keys().wait_empty(i);
-    load_tile<TileK>(pipe.k_buffer(), params.k, pipe.keys().full(i), kPanels,
-                     block.first_k + block.first, block.head, block.batch_k);
-    if (block.begin >= block.end) load_values();
+    if (pipe.needs_keys(block)) {
+      pipe.keys().wait_empty(keys);
+      load_tile<TileK>(pipe.k_buffer(keys), params.k, pipe.keys().full(keys), kPanels,
+                       block.first_k + block.first, block.head, block.batch_k);
+    }
+    if (i == 0) ptx::wait_for_kernel_in_front();
+    if (block.begin >= block.end && pipe.needs_keys(block)) load_values();
     const int group = call.hq / call.hk;
     for (int head = block.head * group; head < (block.head + 1) * group; ++head) {
       const float* statistics =
@@ -154,11 +181,18 @@ __device__ inline void load_steps(const TmaBackwardParams& params,
                          kStatisticsBytes);
         ptx::bulk_load(pipe.statistics(step), statistics + 2 * m * Cfg::kBlockM, kStatisticsBytes,
                        full);
-        if (head == block.head * group && m == block.begin) load_values();
         load_tile<TileQ>(pipe.dout_buffer(step), params.dout, pipe.douts().full(step), kPanels, row,
                          head, block.batch_q);
+        if (head == block.head * group && m == block.begin) load_values();
+        if constexpr (Cfg::kByKeys) {
+          const int64_t sum =
+              block.first_sum + (head - block.head * group) * call.delta_head + m * Cfg::kBlockM;
+          ptx::prefetch_l2(call.dq_accum + sum * Cfg::kHeadDim, Cfg::kBlockM * Cfg::kHeadDim * 4);
+        }
       }
     }
+    if (pipe.needs_keys(block)) ++keys;
+    pipe.loads().arrive_full(i);
     pipe.blocks().arrive_empty(i);
   }
 }
