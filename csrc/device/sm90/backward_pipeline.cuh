@@ -31,7 +31,7 @@ struct BackwardConfig {
 // blocks of queries [begin, end).
 struct KeyBlock {
   int is_last;     // there are no more
-
+  uint32_t index;  // in the order of blocks
   int sequence, head;
   int first;  // key
   int sq, sk;

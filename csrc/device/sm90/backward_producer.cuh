@@ -16,35 +16,37 @@ template <class Cfg>
 struct KeySchedule {
   const BackwardParams& params;
 
-  // The first one from `index` on.
-  __device__ void find(KeyBlock& block, uint32_t index) const {
+  // Fills in block `index`, or that there are no more. False: it has no keys.
+  __device__ bool find(KeyBlock& block, uint32_t index) const {
     const uint32_t num_blocks = (params.seqs.sk + Cfg::kBlockN - 1) / Cfg::kBlockN;
-    for (;; index = next()) {
-      block.is_last = index >= num_blocks * params.hk * params.seqs.b;
-      if (block.is_last) return;
-      const attn::TileIndex at(index, num_blocks, params.hk, params.seqs.b,
-                               params.heads_per_section);
-      const int column = params.deterministic ? at.block_m : num_blocks - 1 - at.block_m;
-      const attn::Sequence seq(params.seqs, at.sequence);
-      if (column * Cfg::kBlockN < seq.sk) {
-        place(block, seq, at.head, column * Cfg::kBlockN);
-        ptx::forget();  // what is in the block by now: registers are few
-        find_steps(block);
-        return;
-      }
+    block.is_last = index >= num_blocks * params.hk * params.seqs.b;
+    if (block.is_last) return true;
+    const attn::TileIndex at(index, num_blocks, params.hk, params.seqs.b, params.heads_per_section);
+    block.sequence = at.sequence;
+    block.head = at.head;
+    block.first = Cfg::kBlockN * (params.deterministic ? at.block_m : num_blocks - 1 - at.block_m);
+    ptx::forget();  // what is in the block by now: registers are few
+    place(block, attn::Sequence(params.seqs, block.sequence));
+    if (block.first >= block.sk) return false;
+    ptx::forget();
+    find_steps(block);
+    ptx::forget();
+#pragma unroll 1
+    for (int consumer = 0; consumer < Cfg::kConsumers; ++consumer) {
+      find_whole_steps(block, consumer);
     }
+    ptx::forget();
+    find_sums(block);
+    return true;
   }
   __device__ uint32_t next() const {
-    if (params.next_block == nullptr) return ~0u;
-    return gridDim.x + static_cast<uint32_t>(ptx::atomic_add(params.next_block, 1));
+    if (!Cfg::kByKeys || params.next_block == nullptr) return ~0u;
+    return ptx::opaque(static_cast<int>(gridDim.x)) + static_cast<uint32_t>(ptx::atomic_add(params.next_block, 1));
   }
 
  private:
-  __device__ void place(KeyBlock& block, const attn::Sequence& seq, int head, int first) const {
+  __device__ void place(KeyBlock& block, const attn::Sequence& seq) const {
     const Sequences& seqs = params.seqs;
-    block.sequence = seq.index;
-    block.head = head;
-    block.first = first;
     block.sq = seq.sq;
     block.sk = seq.sk;
     block.first_q = static_cast<int>(seq.first_q);
@@ -59,29 +61,32 @@ struct KeySchedule {
   }
 
   __device__ void find_steps(KeyBlock& block) const {
-    const int first = block.first;
-    const int sk = block.sk;
-    const int group = ptx::opaque(params.hq) / params.hk;
-    const int sum = static_cast<int>(
-        attn::PaddedRows(params, block.sequence, block.head * group).first);
-    const attn::Mask mask(params.scores, block.sq, sk);
-    block.begin = mask.first_query(first) / Cfg::kBlockM;
-    block.end = blocks_to(mask.end_query(min(first + Cfg::kBlockN, sk) - 1));
-    block.first_sum = sum;
-    block.end_sum = sum + (group - 1) * static_cast<int>(params.delta_head) +
+    const attn::Mask mask(params.scores, block.sq, block.sk);
+    block.begin = mask.first_query(block.first) / Cfg::kBlockM;
+    block.end = blocks_to(mask.end_query(min(block.first + Cfg::kBlockN, block.sk) - 1));
+  }
+
+  // Of which steps a consumer sees all.
+  __device__ void find_whole_steps(KeyBlock& block, int consumer) const {
+    const attn::Mask mask(params.scores, block.sq, block.sk);
+    const int own = Cfg::kByKeys ? block.first + 64 * consumer : block.first;
+    block.full_begin[consumer] = blocks_to(mask.first_query(min(own + 64, block.sk) - 1));
+    ptx::forget();
+    const int full_end = mask.end_query(own);
+    const bool ends_whole = full_end >= block.sq && block.tail_q == 0;
+    // Rows that TMA has filled in have P 0, whatever they see.
+    block.full_end[consumer] = own + 64 > block.sk ? 0
+                               : ends_whole        ? block.end
+                                                   : min(full_end, block.sq) / Cfg::kBlockM;
+  }
+
+  __device__ void find_sums(KeyBlock& block) const {
+    const int group = params.hq / params.hk;
+    const int first =
+        static_cast<int>(attn::PaddedRows(params, block.sequence, block.head * group).first);
+    block.first_sum = first;
+    block.end_sum = first + (group - 1) * static_cast<int>(params.delta_head) +
                     block.end * Cfg::kBlockM;
-#pragma unroll 1
-    for (int consumer = 0; consumer < Cfg::kConsumers; ++consumer) {
-      const int own = Cfg::kByKeys ? first + 64 * consumer : first;
-      const int last = min(own + 64, sk) - 1;
-      const int full_end = mask.end_query(own);
-      const bool ends_whole = full_end >= block.sq && block.tail_q == 0;
-      // Rows that TMA has filled in have P 0, whatever they see.
-      block.full_begin[consumer] = blocks_to(mask.first_query(last));
-      block.full_end[consumer] = own + 64 > sk ? 0
-                                 : ends_whole  ? block.end
-                                               : min(full_end, block.sq) / Cfg::kBlockM;
-    }
   }
 
   __device__ static int blocks_to(int query) { return (query + Cfg::kBlockM - 1) / Cfg::kBlockM; }
@@ -99,11 +104,12 @@ __device__ inline void plan_blocks(const BackwardParams& params,
                                    const BackwardPipeline<Cfg>& pipe) {
   const KeySchedule<Cfg> schedule{params};
   for (uint32_t i = 0;; ++i) {
+    KeyBlock& block = pipe.block(i);
     pipe.blocks().wait_empty(i);
-    schedule.find(pipe.block(i), i == 0 ? blockIdx.x : schedule.next());
-    const bool is_last = pipe.block(i).is_last;
-    pipe.blocks().arrive_full(i);
-    if (is_last) return;
+    block.index = i == 0 ? blockIdx.x : schedule.next();
+    while (!schedule.find(block, block.index)) block.index = schedule.next();
+    pipe.blocks().arrive_full(ptx::opaque(static_cast<int>(i)));
+    if (block.is_last) return;
     pipe.loads().wait_full(i);
   }
 }
