@@ -25,11 +25,6 @@ __device__ inline void bulk_load(uint32_t smem, const void* gmem, int bytes, uin
       : "memory");
 }
 
-// Asks for contiguous bytes, a multiple of 16 at multiples of 16, to be in L2.
-__device__ inline void prefetch_l2(const void* gmem, int bytes) {
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(gmem), "r"(bytes) : "memory");
-}
-
 // Copies shared memory to the box at (col, row, head, batch), as far as it lies in the tensor.
 __device__ inline void tma_store(const TensorMap& map, uint32_t smem, int col, int row, int head,
                                  int batch) {

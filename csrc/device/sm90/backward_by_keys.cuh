@@ -35,6 +35,7 @@ class KeysConsumer : GradientConsumer<Cfg> {
       : Base(params, pipe) {}
 
   __device__ __forceinline__ void run() {
+    const bool is_only_block = this->params_.next_block == nullptr;
     announce_ds(0);
     while (this->has_block()) {
       dk_.clear();
@@ -48,6 +49,8 @@ class KeysConsumer : GradientConsumer<Cfg> {
           run_steps<false>();
         }
       }
+      // Nobody waits for the dQ of a block that another one follows.
+      if (is_only_block) finish_late_dq();
       this->store_dv(dv_, 64 * this->consumer_);
       if (has_steps) {
         this->release_values();
@@ -56,10 +59,7 @@ class KeysConsumer : GradientConsumer<Cfg> {
       this->store_dk(dk_, 64 * this->consumer_);
       this->close_block();
     }
-    AccQ dq;
-    start_late_dq(dq);
-    ptx::wgmma_wait<0>();
-    add_late_dq(dq);
+    if (!is_only_block) finish_late_dq();
     this->wait_for_store();
   }
 
@@ -232,6 +232,13 @@ class KeysConsumer : GradientConsumer<Cfg> {
     if (late_sums_ == kNone) return;
     this->add_dq(dq, this->step_ - 1, late_sums_ + (kByRows ? 64 * this->consumer_ : 0),
                  kByRows ? 0 : 64 * this->consumer_);
+  }
+
+  __device__ __forceinline__ void finish_late_dq() const {
+    AccQ dq;
+    start_late_dq(dq);
+    ptx::wgmma_wait<0>();
+    add_late_dq(dq);
   }
 
   __device__ uint32_t q(int half) const { return this->pipe_.q_buffer(this->step_) + half * kRows; }

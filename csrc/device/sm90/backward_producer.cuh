@@ -97,11 +97,12 @@ struct KeySchedule {
   }
 };
 
-// One lane's work: what the CTA does in each round. No block is taken before the loads of the one
+// One lane's work: what the CTA does in each round. No block is taken before the loads of a long one
 // in front are under way: another CTA may be free sooner.
 template <class Cfg>
 __device__ inline void plan_blocks(const BackwardParams& params,
                                    const BackwardPipeline<Cfg>& pipe) {
+  constexpr int kShort = 8;  // steps: planning takes as long as one
   const KeySchedule<Cfg> schedule{params};
   for (uint32_t i = 0;; ++i) {
     KeyBlock& block = pipe.block(i);
@@ -110,7 +111,7 @@ __device__ inline void plan_blocks(const BackwardParams& params,
     while (!schedule.find(block, block.index)) block.index = schedule.next();
     pipe.blocks().arrive_full(ptx::opaque(static_cast<int>(i)));
     if (block.is_last) return;
-    pipe.loads().wait_full(i);
+    if (block.end - block.begin > kShort) pipe.loads().wait_full(i);
   }
 }
 
@@ -190,11 +191,6 @@ __device__ inline void load_steps(const TmaBackwardParams& params,
         load_tile<TileQ>(pipe.dout_buffer(step), params.dout, pipe.douts().full(step), kPanels, row,
                          head, block.batch_q);
         if (head == block.head * group && m == block.begin) load_values();
-        if constexpr (Cfg::kByKeys) {
-          const int64_t sum =
-              block.first_sum + (head - block.head * group) * call.delta_head + m * Cfg::kBlockM;
-          ptx::prefetch_l2(call.dq_accum + sum * Cfg::kHeadDim, Cfg::kBlockM * Cfg::kHeadDim * 4);
-        }
       }
     }
     if (pipe.needs_keys(block)) ++keys;

@@ -11,7 +11,6 @@ inline void tma_load(uint32_t smem, const TensorMap& map, uint32_t barrier, int 
 inline void bulk_load(uint32_t smem, const void* gmem, int bytes, uint32_t barrier) {
   emulator::bulk_load(smem, gmem, bytes, barrier);
 }
-inline void prefetch_l2(const void*, int) {}
 inline void tma_store(const TensorMap& map, uint32_t smem, int col, int row, int head, int batch) {
   emulator::tma_store(smem, map, {col, row, head, batch});
 }
