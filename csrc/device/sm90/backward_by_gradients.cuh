@@ -30,9 +30,7 @@ class SharingConsumer : public GradientConsumer<Cfg> {
 
   // The buffers of K and V are free when dK and dV have left them.
   __device__ __forceinline__ void close_keys() {
-    this->wait_for_store();
-    this->release_keys(true, this->keys_);
-    this->release_values();
+    this->release_keys(this->keys_);
     ++this->keys_;
     this->close_block();
   }
@@ -162,7 +160,7 @@ class KeyGradientsConsumer : SharingConsumer<Cfg> {
   __device__ __forceinline__ void step() {
     AccS dp;
     this->pipe_.douts().wait_full(this->step_);
-    tile::start_abt<T, Cfg::kHeadDim, TileK, TileQ>(dp, this->pipe_.v_buffer(), this->dout());
+    tile::start_abt<T, Cfg::kHeadDim, TileK, TileQ>(dp, this->pipe_.v_buffer(0), this->dout());
     ptx::named_barrier_sync(this->p_is_there(), Base::kBothConsumers);
     ptx::wgmma_wait<0>();
     ptx::pin(dp.c[0]);

@@ -51,16 +51,17 @@ class KeysConsumer : GradientConsumer<Cfg> {
       }
       // Nobody waits for the dQ of a block that another one follows.
       if (is_only_block) finish_late_dq();
-      this->store_dv(dv_, 64 * this->consumer_);
       if (has_steps) {
-        this->release_values();
+        this->store_dv(dv_, 64 * this->consumer_);
+        this->store_dk(dk_, 64 * this->consumer_);
         ++this->keys_;
+      } else {
+        this->store_zeros(64 * this->consumer_);
       }
-      this->store_dk(dk_, 64 * this->consumer_);
       this->close_block();
     }
     if (!is_only_block) finish_late_dq();
-    this->wait_for_store();
+    if (this->thread() == 0) ptx::tma_store_wait_read();
   }
 
  private:
@@ -80,7 +81,7 @@ class KeysConsumer : GradientConsumer<Cfg> {
       } else {
         step_of_64<kPlain>();
       }
-      this->release_keys(late_keys_ != this->keys_, late_keys_);
+      if (late_keys_ != this->keys_) this->release_keys(late_keys_);
       late_keys_ = this->keys_;
       late_sums_ = this->sums_;
     } while (this->close_step());
@@ -177,7 +178,7 @@ class KeysConsumer : GradientConsumer<Cfg> {
   }
   __device__ __forceinline__ void start_dp(AccS& dp, int half, bool adds = false) const {
     tile::start_abt<T, Cfg::kHeadDim, TileK, TileQ>(
-        dp, this->pipe_.v_buffer() + this->consumer_ * kRows, dout(half), adds);
+        dp, this->pipe_.v_buffer(this->keys_) + this->consumer_ * kRows, dout(half), adds);
   }
   __device__ __forceinline__ void start_dv(Packed& p, int half) {
     tile::start_pb<T, TileQ>(dv_, p, dout(half));

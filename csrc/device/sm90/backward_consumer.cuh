@@ -17,7 +17,6 @@ class GradientConsumer {
   using TileQ = typename Cfg::TileQ;
   using TileK = typename Cfg::TileK;
   using TileDs = typename Cfg::TileDs;
-  using TileOut = typename Cfg::TileOut;
   using AccS = typename Cfg::AccS;
   using AccKV = typename Cfg::AccKV;
   static constexpr int kBlockM = Cfg::kBlockM;
@@ -56,13 +55,12 @@ class GradientConsumer {
     pipe_.keys().wait_full(keys_);
     pipe_.values().wait_full(keys_);
   }
-  // By each warp, behind the last product of its own.
-  __device__ __forceinline__ void release_keys(bool is_due, uint32_t keys) const {
-    pipe_.keys().arrive_empty_if(is_due && lane() == 0, keys);
-  }
-  // Where all warps have come to a barrier.
-  __device__ __forceinline__ void release_values() const {
-    pipe_.values().arrive_empty_if(thread() == 0, keys_);
+  // By each warp, behind its last product with K, and the barriers of stores.
+  __device__ __forceinline__ void release_keys(uint32_t keys) const {
+    if (thread() == 0) ptx::tma_store_wait_read();
+    __syncwarp();
+    pipe_.keys().arrive_empty_if(lane() == 0, keys);
+    pipe_.values().arrive_empty_if(lane() == 0, keys);
   }
 
   // The consumer is done with a step, or a block of keys. True: the block has another step.
@@ -90,7 +88,7 @@ class GradientConsumer {
     const int tail = ptx::uniform(block().tail_k);
     if (tail == 0 || ptx::uniform(block().first) + Cfg::kBlockN <= ptx::uniform(block().sk)) return;
     clear_rows<TileK>(pipe_.k_buffer(keys_), max(tail, row), row + num_rows);
-    clear_rows<TileK>(pipe_.v_buffer(), max(tail, row), row + num_rows);
+    clear_rows<TileK>(pipe_.v_buffer(keys_), max(tail, row), row + num_rows);
     finish_clearing();
   }
 
@@ -168,30 +166,29 @@ class GradientConsumer {
   // before has left the buffer.
   __device__ __forceinline__ void store(const AccKV& acc, float factor, const TensorMap& map,
                                         const Rows& to, int row, int num_cols) const {
-    const uint32_t smem = pipe_.out_buffer(consumer_);
+    const uint32_t smem = pipe_.out_buffer(keys_, consumer_);
     const float factors[2] = {factor, factor};
     if (thread() == 0) ptx::tma_store_wait_read();
     barrier();
-    tile::store_matrix<T, TileOut>(smem, acc, factors, warp_row(), lane());
+    tile::store_matrix<T, TileK>(smem, acc, factors, row + warp_row(), lane());
     ptx::fence_async_proxy();
     const KeyBlock& b = block();
     const int first = b.first + row;
     if (params_.seqs.cu_seqlens_k && first + 64 > b.sk) {
       // Rows behind a packed sequence belong to another one.
       __syncwarp();
-      uint16_t* out = static_cast<uint16_t*>(to.ptr) + b.head * to.head +
-                      (int64_t{b.first_k} + first + warp_row()) * to.row;
-      tile::copy_out_rows<TileOut, 16>(out, to.row, smem, warp_row(), b.sk - first - warp_row(),
-                                       num_cols, lane());
+      tile::copy_out_rows<TileK, 16>(rows_of(to, first + warp_row()), to.row, smem,
+                                     row + warp_row(), b.sk - first - warp_row(), num_cols, lane());
+      ptx::fence_async_proxy();
       barrier();
       return;
     }
     barrier();
     if (thread() == 0) {
 #pragma unroll
-      for (int panel = 0; panel < TileOut::kCols / 64; ++panel) {
+      for (int panel = 0; panel < TileK::kCols / 64; ++panel) {
         if (panel * 64 < num_cols) {
-          ptx::tma_store(map, smem + panel * TileOut::kPanelBytes, panel * 64, b.first_k + first,
+          ptx::tma_store(map, smem + TileK::offset(row, panel * 8), panel * 64, b.first_k + first,
                          b.head, b.batch_k);
         }
       }
@@ -205,10 +202,18 @@ class GradientConsumer {
     store(dv, 1.0f, maps_.dv, params_.dv_grad, row, params_.dv);
   }
 
-  // What was stored has left its buffer.
-  __device__ __forceinline__ void wait_for_store() const {
-    if (thread() == 0) ptx::tma_store_wait_read();
-    ptx::fence_async_proxy();
+  // Of 64 keys that no query sees. Their block has no buffers.
+  __device__ void store_zeros(int row) const {
+    const int first = block().first + row;
+    const int num_rows = min(block().sk - first, 64);
+    const auto clear = [&](const Rows& x, int num_cols) {
+      for (int at = thread(); at < num_rows * (num_cols / 8); at += 128) {
+        ptx::st_global_128(rows_of(x, first + at / (num_cols / 8)) + at % (num_cols / 8) * 8,
+                           make_uint4(0, 0, 0, 0));
+      }
+    };
+    clear(params_.dk, params_.d);
+    clear(params_.dv_grad, params_.dv);
     barrier();
   }
 
@@ -216,6 +221,12 @@ class GradientConsumer {
   // All of the step's queries are this sequence's, and see all keys.
   __device__ bool is_whole() const {
     return __builtin_expect(at_ >= full_begin_ && at_ < full_end_, 1);
+  }
+  // Row `row` of the block's sequence in a gradient of keys.
+  __device__ uint16_t* rows_of(const Rows& x, int row) const {
+    const KeyBlock& b = block();
+    return static_cast<uint16_t*>(x.ptr) + b.batch_k * x.batch + b.head * x.head +
+           (int64_t{b.first_k} + row) * x.row;
   }
   // Of this lane's first entry.
   __device__ int first_query(int half) const { return at_ * kBlockM + 64 * half + lane() % 4 * 2; }

@@ -21,8 +21,7 @@ struct BackwardConfig {
   using TileQ = tile::SmemTile<kBlockM, kTile.columns()>;
   using TileK = tile::SmemTile<kBlockN, kTile.columns()>;
   using TileDs = tile::SmemTile<kBlockM, kBlockN>;
-  using TileOut = tile::SmemTile<64, kTile.columns()>;  // of dK or dV, on its way out
-  using AccS = tile::Accumulators<1, 8>;                // of 64 keys and 64 queries
+  using AccS = tile::Accumulators<1, 8>;  // of 64 keys and 64 queries
   using AccKV = tile::Accumulators<1, kHeadDim / 8>;
 };
 
@@ -48,8 +47,8 @@ struct KeyBlock {
   int first_sum, end_sum;
 };
 
-//   keys, values:    full: TMA has brought them       empty: no product needs them any more, of K
-//                                                     all warps'
+//   keys, values:    full: TMA has brought them       empty: no product needs them any more, and
+//                                                     what left through them is gone
 //   queries, douts:  full: TMA has brought the block  empty (queries only): all warps are done
 //   turns:           full: it is the step's turn      empty: the consumer has added its dQ
 //                    to add to dQ
@@ -64,21 +63,19 @@ struct BackwardPipeline {
   static constexpr int kKeyBuffers = Cfg::kTile.key_buffers();
   static constexpr int kKeys = 0;
   static constexpr int kValues = kKeys + kKeyBuffers * Cfg::TileK::kBytes;
-  static constexpr int kQueries = kValues + Cfg::TileK::kBytes;
+  static constexpr int kQueries = kValues + kKeyBuffers * Cfg::TileK::kBytes;
   static constexpr int kDs = kQueries + 2 * Cfg::kStages * Cfg::TileQ::kBytes;
   static constexpr int kP = kDs + 2 * Cfg::kTile.ds_bytes();
-  static constexpr int kOut = kP + 2 * Cfg::kTile.p_bytes();
-  static constexpr int kStatistics = kOut + Cfg::kTile.out_bytes();
+  static constexpr int kStatistics = kP + 2 * Cfg::kTile.p_bytes();
   static constexpr int kBounds = kStatistics + Cfg::kTile.statistics_bytes();
   static constexpr int kBarriers = kBounds + Cfg::kTile.bounds_bytes();
   using KeyRing = Ring<kKeyBuffers>;
-  using ValueRing = Ring<1>;
   using QueryRing = Ring<Cfg::kStages>;
   using TurnRing = Ring<1>;
   using BlockRing = Ring<kBlocks>;
   using LoadRing = Ring<1>;
-  static constexpr int kRecords = kBarriers + KeyRing::kBytes + ValueRing::kBytes +
-                                  2 * QueryRing::kBytes + BlockRing::kBytes +
+  static constexpr int kRecords = kBarriers + 2 * KeyRing::kBytes + 2 * QueryRing::kBytes +
+                                  BlockRing::kBytes +
                                   Cfg::kConsumers * TurnRing::kBytes + LoadRing::kBytes;
   static_assert(kRecords % alignof(KeyBlock) == 0 &&
                     kRecords + kBlocks * sizeof(KeyBlock) <= Cfg::kTile.smem_bytes(),
@@ -94,7 +91,7 @@ struct BackwardPipeline {
   __device__ uint32_t k_buffer(uint32_t i) const {
     return smem + kKeys + i % kKeyBuffers * Cfg::TileK::kBytes;
   }
-  __device__ uint32_t v_buffer() const { return smem + kValues; }
+  __device__ uint32_t v_buffer(uint32_t i) const { return k_buffer(i) + kValues - kKeys; }
   __device__ uint32_t q_buffer(uint32_t step) const {
     return smem + kQueries + step % Cfg::kStages * (2 * Cfg::TileQ::kBytes);
   }
@@ -107,11 +104,9 @@ struct BackwardPipeline {
   __device__ uint32_t p_buffer(uint32_t step) const {
     return smem + kP + step % 2 * Cfg::kTile.p_bytes();
   }
-  // Where dK and dV leave: through a consumer's buffer, so that the next keys can come meanwhile, or
-  // through those of V (the first consumer) and K.
-  __device__ uint32_t out_buffer(int consumer) const {
-    if (Cfg::kByKeys) return smem + kOut + consumer * Cfg::TileOut::kBytes;
-    return consumer == 0 ? v_buffer() : k_buffer(0);
+  // Where dK and dV leave: through a consumer's rows of V, or through V (the first consumer) and K.
+  __device__ uint32_t out_buffer(uint32_t i, int consumer) const {
+    return Cfg::kByKeys || consumer == 0 ? v_buffer(i) : k_buffer(i);
   }
   // Of each 64 queries of a block, 64 lse and 64 delta.
   __device__ uint32_t statistics(uint32_t step) const {
@@ -122,8 +117,8 @@ struct BackwardPipeline {
   __device__ uint32_t bounds(int key) const { return smem + kBounds + key * 8; }
 
   __device__ KeyRing keys() const { return {smem + kBarriers}; }
-  __device__ ValueRing values() const { return {keys().barriers + KeyRing::kBytes}; }
-  __device__ QueryRing queries() const { return {values().barriers + ValueRing::kBytes}; }
+  __device__ KeyRing values() const { return {keys().barriers + KeyRing::kBytes}; }
+  __device__ QueryRing queries() const { return {values().barriers + KeyRing::kBytes}; }
   __device__ QueryRing douts() const { return {queries().barriers + QueryRing::kBytes}; }
   __device__ BlockRing blocks() const { return {douts().barriers + QueryRing::kBytes}; }
   __device__ TurnRing turns(int consumer) const {
@@ -143,7 +138,7 @@ struct BackwardPipeline {
   __device__ void init(bool takes_turns) const {
     if (threadIdx.x == 0) {
       keys().init(1, 4 * Cfg::kConsumers);
-      values().init(1, Cfg::kConsumers);
+      values().init(1, 4 * Cfg::kConsumers);
       queries().init(1, 4 * Cfg::kConsumers);
       douts().init(1, Cfg::kConsumers);
       for (int i = 0; i < Cfg::kConsumers; ++i) turns(i).init(1, 4);

@@ -147,8 +147,7 @@ __device__ inline void keep_turns(const BackwardParams& params, const BackwardPi
   }
 }
 
-// One lane's work: for each block of keys K, V, and Q, dO, lse and delta of its steps. V of the
-// block before is in use longer than the first buffers of Q and dO are.
+// One lane's work: for each block of keys K, V, and Q, dO, lse and delta of its steps.
 template <class Cfg>
 __device__ inline void load_steps(const TmaBackwardParams& params,
                                   const BackwardPipeline<Cfg>& pipe) {
@@ -163,18 +162,17 @@ __device__ inline void load_steps(const TmaBackwardParams& params,
     pipe.blocks().wait_full(i);
     const KeyBlock& block = pipe.block(i);
     if (block.is_last) return;
-    const auto load_values = [&] {
-      pipe.values().wait_empty(keys);
-      load_tile<TileK>(pipe.v_buffer(), params.v, pipe.values().full(keys), kPanels,
-                       block.first_k + block.first, block.head, block.batch_k);
+    const auto load_keys = [&](const TensorMap& map, const auto& ring, uint32_t smem) {
+      ring.wait_empty(keys);
+      load_tile<TileK>(smem, map, ring.full(keys), kPanels, block.first_k + block.first, block.head,
+                       block.batch_k);
     };
-    if (pipe.needs_keys(block)) {
-      pipe.keys().wait_empty(keys);
-      load_tile<TileK>(pipe.k_buffer(keys), params.k, pipe.keys().full(keys), kPanels,
-                       block.first_k + block.first, block.head, block.batch_k);
+    const bool needs_keys = pipe.needs_keys(block);
+    if (needs_keys) {
+      load_keys(params.k, pipe.keys(), pipe.k_buffer(keys));
+      load_keys(params.v, pipe.values(), pipe.v_buffer(keys));
     }
     if (i == 0) ptx::wait_for_kernel_in_front();
-    if (block.begin >= block.end && pipe.needs_keys(block)) load_values();
     const int group = call.hq / call.hk;
     for (int head = block.head * group; head < (block.head + 1) * group; ++head) {
       const float* statistics =
@@ -190,10 +188,9 @@ __device__ inline void load_steps(const TmaBackwardParams& params,
                        full);
         load_tile<TileQ>(pipe.dout_buffer(step), params.dout, pipe.douts().full(step), kPanels, row,
                          head, block.batch_q);
-        if (head == block.head * group && m == block.begin) load_values();
       }
     }
-    if (pipe.needs_keys(block)) ++keys;
+    if (needs_keys) ++keys;
     pipe.loads().arrive_full(i);
     pipe.blocks().arrive_empty(i);
   }
