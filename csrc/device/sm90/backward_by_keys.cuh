@@ -53,7 +53,7 @@ class KeysConsumer : GradientConsumer<Cfg> {
       if (is_only_block) finish_late_dq();
       if (has_steps) {
         this->store_dv(dv_, 64 * this->consumer_);
-        this->store_dk(dk_, 64 * this->consumer_);
+        store_dk();
         ++this->keys_;
       } else {
         this->store_zeros(64 * this->consumer_);
@@ -68,7 +68,7 @@ class KeysConsumer : GradientConsumer<Cfg> {
   template <bool kPlain>
   __device__ __forceinline__ void run_steps() {
     this->clean_keys(64 * this->consumer_, 64);
-    this->find_bounds(64 * this->consumer_);
+    if (!kPlain || !this->are_whole()) this->find_bounds(64 * this->consumer_);
     if constexpr (kHoldsKeys) {
       tile::load_a<TileK>(k_, this->pipe_.k_buffer(this->keys_),
                           64 * this->consumer_ + this->warp_row(), this->lane());
@@ -233,6 +233,16 @@ class KeysConsumer : GradientConsumer<Cfg> {
     if (late_sums_ == kNone) return;
     this->add_dq(dq, this->step_ - 1, late_sums_ + (kByRows ? 64 * this->consumer_ : 0),
                  kByRows ? 0 : 64 * this->consumer_);
+  }
+
+  // From registers: dV is still on its way through the buffer.
+  __device__ __forceinline__ void store_dk() const {
+    const float scale = this->params_.scores.softmax_scale;
+    const float factors[2] = {scale, scale};
+    const int row = this->block().first + 64 * this->consumer_ + this->warp_row();
+    tile::store_rows<T>(this->rows_of(this->params_.dk, row), this->params_.dk.row, dk_, factors,
+                        this->block().sk - row, this->params_.d, this->lane());
+    this->barrier();
   }
 
   __device__ __forceinline__ void finish_late_dq() const {

@@ -35,6 +35,7 @@ class GradientConsumer {
 
   // Waits for the next block of keys; false where there is none.
   __device__ __forceinline__ bool has_block() const {
+    __syncwarp();
     pipe_.blocks().wait_full(block_);
     return ptx::uniform(block().is_last) == 0;
   }
@@ -222,6 +223,8 @@ class GradientConsumer {
   __device__ bool is_whole() const {
     return __builtin_expect(at_ >= full_begin_ && at_ < full_end_, 1);
   }
+  // So are the queries of all steps, at the first.
+  __device__ bool are_whole() const { return at_ >= full_begin_ && end_ <= full_end_; }
   // Row `row` of the block's sequence in a gradient of keys.
   __device__ uint16_t* rows_of(const Rows& x, int row) const {
     const KeyBlock& b = block();

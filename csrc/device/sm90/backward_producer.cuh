@@ -21,7 +21,8 @@ struct KeySchedule {
     const uint32_t num_blocks = (params.seqs.sk + Cfg::kBlockN - 1) / Cfg::kBlockN;
     block.is_last = index >= num_blocks * params.hk * params.seqs.b;
     if (block.is_last) return true;
-    const attn::TileIndex at(index, num_blocks, params.hk, params.seqs.b, params.heads_per_section);
+    const attn::TileIndex at(index, num_blocks, params.hk, params.seqs.b, params.heads_per_section,
+                             params.last_section);
     block.sequence = at.sequence;
     block.head = at.head;
     block.first = Cfg::kBlockN * (params.deterministic ? at.block_m : num_blocks - 1 - at.block_m);
@@ -102,16 +103,17 @@ struct KeySchedule {
 template <class Cfg>
 __device__ inline void plan_blocks(const BackwardParams& params,
                                    const BackwardPipeline<Cfg>& pipe) {
-  constexpr int kShort = 8;  // steps: planning takes as long as one
+  constexpr int kShort = 2;  // steps: planning takes as long as one
   const KeySchedule<Cfg> schedule{params};
-  for (uint32_t i = 0;; ++i) {
+  for (int i = 0;; ++i) {
+    const auto again = [&] { return ptx::opaque(i); };  // so that nothing made of it is kept
     KeyBlock& block = pipe.block(i);
     pipe.blocks().wait_empty(i);
     block.index = i == 0 ? blockIdx.x : schedule.next();
     while (!schedule.find(block, block.index)) block.index = schedule.next();
-    pipe.blocks().arrive_full(ptx::opaque(static_cast<int>(i)));
+    pipe.blocks().arrive_full(again());
     if (block.is_last) return;
-    if (block.end - block.begin > kShort) pipe.loads().wait_full(i);
+    if (block.end - block.begin > kShort) pipe.loads().wait_full(again());
   }
 }
 
