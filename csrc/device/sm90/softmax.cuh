@@ -18,6 +18,10 @@ namespace flash::sm90 {
 // 4096, and 7 to 12 % at 256; 64 took 2 % more time at head dim 64.
 constexpr float kMostSum = 256.0f;
 
+// A maximum this far from 0, in powers of two, tells of scores that differ by so much that p might
+// overflow in a later block.
+constexpr float kFar = 64.0f;
+
 struct Softmax {
   float shift[2];
   float sum[2];     // of this lane's columns only
@@ -54,6 +58,11 @@ struct Softmax {
     exponentiate(s, block, scale);
 #pragma unroll
     for (int h = 0; h < 2; ++h) sum[h] += block[h];
+  }
+
+  // Whether later blocks had better not be lazy. The same for all lanes of a warp.
+  __device__ bool is_far() const {
+    return __any_sync(0xffffffffu, fmaxf(shift[0], shift[1]) > kFar);
   }
 
   // The lazy way. Every row must have seen a key before. False: p has overflowed, and the scores
