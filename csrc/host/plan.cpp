@@ -82,16 +82,15 @@ Shape shape_of_hopper(int family, int kind, int head_dim) {
   if (kind == FLASH_BACKWARD) {
     const sm90::BackwardTile tile = sm90::backward_tile(head_dim);
     const bool makes_sums = tile.share == sm90::kByKeys;
-    return waiting({tile.block_m, tile.block_n, tile.threads(), tile.smem_bytes(), sm90::kBoxM,
-                    makes_sums});
+    return waiting(
+        {tile.block_m, tile.block_n, tile.threads(), tile.smem_bytes(), sm90::kBoxM, makes_sums});
   }
   if (kind == FLASH_CONVERT) {
     return waiting({sm90::kSumRows, 0, sm90::kConvertThreads, 0, 0, true});
   }
   if (kind == FLASH_DQ) {
     const sm90::QueriesTile tile = sm90::queries_tile(head_dim);
-    return waiting(
-        {tile.block_m(), tile.block_n, tile.threads(), tile.smem_bytes(), sm90::kBoxM});
+    return waiting({tile.block_m(), tile.block_n, tile.threads(), tile.smem_bytes(), sm90::kBoxM});
   }
   const bool is_wide = family == kSm90Wide || family == kSm90Fp8Wide;
   const sm90::Serves serves = is_wide ? sm90::kLong : sm90::kAll;
@@ -148,8 +147,8 @@ bool takes(int family, const ForwardParams& params) {
   if (!is_scored && !is_plain(params.scores)) return false;
   // A wide tile has more rows that are empty, and more keys that a mask hides.
   if (family == kSm90Wide && seqs.sq < (has_mask(params.scores) ? 2048 : 256)) return false;
-  // More keys at a time cost less, but more of the last ones are none. Heads of up to 96 have kernels
-  // of their own.
+  // More keys at a time cost less, but more of the last ones are none. Heads of up to 96 have
+  // kernels of their own.
   const bool is_narrow = params.d <= 96 && params.dv <= 96;
   if (family == kSm90Fp8Wide && (seqs.sk < 2048 || is_narrow)) return false;
   return has_rows(seqs) && seqs.block_table == nullptr && params.scores.rng_state == nullptr &&
@@ -281,8 +280,7 @@ uint32_t last_section(const BackwardParams& params, const Shape& shape, const De
   // As above: so many waves of blocks end with the short ones of many heads.
   const int64_t blocks = ceil_div(params.seqs.sk, shape.block_n);
   const int64_t few = 2 * blocks > device.num_sms ? 2 : 4;
-  const int64_t sections =
-      ceil_div(int64_t{params.hk} * params.seqs.b, params.heads_per_section);
+  const int64_t sections = ceil_div(int64_t{params.hk} * params.seqs.b, params.heads_per_section);
   return static_cast<uint32_t>(clamp(sections - few, 0, INT32_MAX));
 }
 

@@ -1,7 +1,7 @@
 // A consumer that has 64 keys for itself: their P and dS never leave its registers as operands of
 // dV and dK. Only dQ needs the dS of all keys, so that one goes through shared memory, and the
-// consumers share out dQ's columns, or its rows. A step multiplies the dQ of the step before, of the
-// same block of keys or not, for which the other consumer's dS has long been there.
+// consumers share out dQ's columns, or its rows. A step multiplies the dQ of the step before, of
+// the same block of keys or not, for which the other consumer's dS has long been there.
 #pragma once
 
 #include "sm90/backward_consumer.cuh"
@@ -241,8 +241,8 @@ class KeysConsumer : GradientConsumer<Cfg> {
 
   // To be added by TMA, by way of the rows of dS that it was made of.
   __device__ __forceinline__ void send_late_dq(const AccQ& dq) const {
-    const uint32_t rows = this->pipe_.ds_buffer(this->step_ - 1) + this->consumer_ * kRows +
-                          this->warp_row() * 128;
+    const uint32_t rows =
+        this->pipe_.ds_buffer(this->step_ - 1) + this->consumer_ * kRows + this->warp_row() * 128;
     this->barrier();  // all warps have read dS
 #pragma unroll
     for (int n = 0; n < 8; ++n) {

@@ -25,8 +25,8 @@ struct BackwardConfig {
   using AccKV = tile::Accumulators<1, kHeadDim / 8>;
 };
 
-// What one round of the CTA computes: dK and dV of kBlockN keys of one key-value head. The warp that
-// loads plans it, everyone else reads it. Its steps are, for each query head of the group, the
+// What one round of the CTA computes: dK and dV of kBlockN keys of one key-value head. The warp
+// that loads plans it, everyone else reads it. Its steps are, for each query head of the group, the
 // blocks of queries [begin, end).
 struct KeyBlock {
   int is_last;     // there are no more
@@ -42,8 +42,8 @@ struct KeyBlock {
   int first_k, batch_k;
   // Rows of the sequence's last block that may be used; those behind belong to others.
   int tail_q, tail_k;
-  // Rows in dq_accum: of the first query of the group's first head, and the one behind the last step
-  // of its last. Memory has less than 2^31 rows.
+  // Rows in dq_accum: of the first query of the group's first head, and the one behind the last
+  // step of its last. Memory has less than 2^31 rows.
   int first_sum, end_sum;
 };
 
@@ -75,8 +75,8 @@ struct BackwardPipeline {
   using BlockRing = Ring<kBlocks>;
   using LoadRing = Ring<1>;
   static constexpr int kRecords = kBarriers + 2 * KeyRing::kBytes + 2 * QueryRing::kBytes +
-                                  BlockRing::kBytes +
-                                  Cfg::kConsumers * TurnRing::kBytes + LoadRing::kBytes;
+                                  BlockRing::kBytes + Cfg::kConsumers * TurnRing::kBytes +
+                                  LoadRing::kBytes;
   static_assert(kRecords % alignof(KeyBlock) == 0 &&
                     kRecords + kBlocks * sizeof(KeyBlock) <= Cfg::kTile.smem_bytes(),
                 "room behind the buffers");

@@ -42,7 +42,8 @@ struct KeySchedule {
   }
   __device__ uint32_t next() const {
     if (!Cfg::kByKeys || params.next_block == nullptr) return ~0u;
-    return ptx::opaque(static_cast<int>(gridDim.x)) + static_cast<uint32_t>(ptx::atomic_add(params.next_block, 1));
+    return ptx::opaque(static_cast<int>(gridDim.x)) +
+           static_cast<uint32_t>(ptx::atomic_add(params.next_block, 1));
   }
 
  private:
@@ -86,8 +87,8 @@ struct KeySchedule {
     const int first =
         static_cast<int>(attn::PaddedRows(params, block.sequence, block.head * group).first);
     block.first_sum = first;
-    block.end_sum = first + (group - 1) * static_cast<int>(params.delta_head) +
-                    block.end * Cfg::kBlockM;
+    block.end_sum =
+        first + (group - 1) * static_cast<int>(params.delta_head) + block.end * Cfg::kBlockM;
   }
 
   __device__ static int blocks_to(int query) { return (query + Cfg::kBlockM - 1) / Cfg::kBlockM; }
@@ -98,8 +99,8 @@ struct KeySchedule {
   }
 };
 
-// One lane's work: what the CTA does in each round. No block is taken before the loads of a long one
-// in front are under way: another CTA may be free sooner.
+// One lane's work: what the CTA does in each round. No block is taken before the loads of a long
+// one in front are under way: another CTA may be free sooner.
 template <class Cfg>
 __device__ inline void plan_blocks(const BackwardParams& params,
                                    const BackwardPipeline<Cfg>& pipe) {
