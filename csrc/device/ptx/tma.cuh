@@ -46,17 +46,6 @@ __device__ inline void tma_store_if(bool is_due, const TensorMap& map, uint32_t 
       : "memory");
 }
 
-// Adds contiguous floats, 4 at a multiple of 16 bytes at least, to as many in global memory; by
-// some threads only, without a branch.
-__device__ inline void bulk_add_if(bool is_due, float* gmem, uint32_t smem, int bytes) {
-  asm volatile(
-      "{.reg .pred due; setp.ne.s32 due, %3, 0;"
-      " @due cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;}" ::"l"(
-          gmem),
-      "r"(smem), "r"(bytes), "r"(static_cast<int>(is_due))
-      : "memory");
-}
-
 __device__ inline void tma_store_commit() {
   asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 }

@@ -62,7 +62,7 @@ struct ConvertConfig {
   static constexpr int kThreads = kConvertThreads;
   using TileQ = tile::SmemTile<kBlockM, kHeadDim>;
   using AccQ = tile::Accumulators<1, kHeadDim / 8>;
-  using OrderQ = tile::WarpgroupOrder<kHeadDim>;
+  using OrderQ = tile::WarpgroupOrder;
 
   __device__ static int q_row(int thread) { return thread / 32 * 16; }
   __device__ static int q_col(int) { return 0; }

@@ -61,7 +61,7 @@ class KeysConsumer : GradientConsumer<Cfg> {
       this->close_block();
     }
     if (!is_only_block) finish_late_dq();
-    ptx::tma_store_wait_read();
+    if (this->thread() == 0) ptx::tma_store_wait_read();
   }
 
  private:
@@ -157,7 +157,6 @@ class KeysConsumer : GradientConsumer<Cfg> {
     ptx::wgmma_wait<2>();
     ptx::pin(dp1.c[0]);
     to_gradients(ds1, s1, dp1, 1);
-    ptx::tma_store_wait_read();  // dQ has left the other buffer of dS
     announce_ds(this->step_ + 1);
     start_dk(ds1, 1);
     ptx::wgmma_wait<0>();
@@ -231,35 +230,9 @@ class KeysConsumer : GradientConsumer<Cfg> {
   }
   __device__ __forceinline__ void add_late_dq(AccQ& dq) const {
     ptx::pin(dq.c[0]);
-    if constexpr (kByRows) {
-      if (this->params_.turns == nullptr) return send_late_dq(dq);
-    }
     if (late_sums_ == kNone) return;
     this->add_dq(dq, this->step_ - 1, late_sums_ + (kByRows ? 64 * this->consumer_ : 0),
                  kByRows ? 0 : 64 * this->consumer_);
-  }
-
-  // To be added by TMA, by way of the rows of dS that it was made of.
-  __device__ __forceinline__ void send_late_dq(const AccQ& dq) const {
-    const uint32_t rows =
-        this->pipe_.ds_buffer(this->step_ - 1) + this->consumer_ * kRows + this->warp_row() * 128;
-    this->barrier();  // all warps have read dS
-#pragma unroll
-    for (int n = 0; n < 8; ++n) {
-      const float(&x)[4] = dq.c[0][n];
-      ptx::st_shared_128(rows + n / 4 * TileDs::kPanelBytes + n % 4 * 512 + this->lane() * 16,
-                         make_uint4(__float_as_uint(x[0]), __float_as_uint(x[1]),
-                                    __float_as_uint(x[2]), __float_as_uint(x[3])));
-    }
-    ptx::fence_async_proxy();
-    __syncwarp();
-    const bool is_due = this->lane() == 0 && late_sums_ != kNone;
-    float* const to = this->sums(late_sums_ + 64 * this->consumer_ + this->warp_row());
-#pragma unroll
-    for (int panel = 0; panel < 2; ++panel) {
-      ptx::bulk_add_if(is_due, to + panel * 512, rows + panel * TileDs::kPanelBytes, 2048);
-    }
-    ptx::tma_store_commit();
   }
 
   // From registers: dV is still on its way through the buffer.

@@ -19,7 +19,6 @@ class GradientConsumer {
   using TileDs = typename Cfg::TileDs;
   using AccS = typename Cfg::AccS;
   using AccKV = typename Cfg::AccKV;
-  using OrderQ = tile::WarpgroupOrder<Cfg::kHeadDim>;
   static constexpr int kBlockM = Cfg::kBlockM;
   static constexpr int kBothConsumers = 256;  // threads
 
@@ -146,8 +145,6 @@ class GradientConsumer {
     }
   }
 
-  __device__ float* sums(int row) const { return params_.dq_accum + int64_t{row} * Cfg::kHeadDim; }
-
   // Adds to the sums of dQ what a step has made: 64 rows from `row` of dq_accum on, columns from
   // `column` on.
   template <int kN>
@@ -155,10 +152,11 @@ class GradientConsumer {
                                          int row, int column) const {
     const bool takes_turns = params_.turns != nullptr;
     if (takes_turns) pipe_.turns(consumer_).wait_full(step);
-    float* const to = sums(row) + column / 8 * OrderQ::kEightColumns;
+    float* const to = params_.dq_accum + int64_t{row} * Cfg::kHeadDim +
+                      column / 8 * tile::WarpgroupOrder::kEightColumns;
     // Only of the last panel are there columns that dQ does not have.
     const int num_columns = Cfg::kHeadDim % (8 * kN) == 0 ? 8 * kN : Cfg::kHeadDim - column;
-    OrderQ::add(to, dq, num_columns, thread());
+    tile::WarpgroupOrder::add(to, dq, num_columns, thread());
     if (takes_turns) {
       __syncwarp();
       pipe_.turns(consumer_).arrive_empty_if(lane() == 0, step);

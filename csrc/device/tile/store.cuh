@@ -108,21 +108,15 @@ struct RegisterOrder {
   }
 };
 
-// Sums of tiles of 64 rows and kColumns columns in the order in which a warpgroup has them: of each
-// warp all lanes' four values of the first eight columns, then of the next. A warp adds 512
-// contiguous bytes at once.
-template <int kColumns>
+// Sums of tiles of 64 rows in the order in which a warpgroup has them: all threads' four values of
+// the first eight columns, then of the next. A warp adds 512 contiguous bytes at once.
 struct WarpgroupOrder {
-  static constexpr int kEightColumns = 16 * 8;  // floats of a warp
-
-  __device__ static uint32_t place_of(int thread) {
-    return static_cast<uint32_t>(thread) / 32 * (16 * kColumns) + thread % 32 * 4;
-  }
+  static constexpr int kEightColumns = 64 * 8;  // floats
 
   template <int kN>
   __device__ static void add(float* to, const Accumulators<1, kN>& acc, int num_columns,
                              int thread) {
-    to += place_of(thread);
+    to += 4 * static_cast<uint32_t>(thread);
 #pragma unroll
     for (int n = 0; n < kN; ++n) {
       if (8 * n < num_columns) ptx::red_add_v4_f32(to + n * kEightColumns, acc.c[0][n]);
@@ -132,7 +126,7 @@ struct WarpgroupOrder {
   // acc += the sums.
   template <int kN>
   __device__ static void load_add(Accumulators<1, kN>& acc, const float* from, int thread) {
-    from += place_of(thread);
+    from += 4 * static_cast<uint32_t>(thread);
 #pragma unroll
     for (int n = 0; n < kN; ++n) {
       const float4 x = *reinterpret_cast<const float4*>(from + n * kEightColumns);

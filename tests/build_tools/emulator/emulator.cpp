@@ -372,19 +372,6 @@ void tma_store(uint32_t smem, const flash::TensorMap& map, const int (&place)[4]
   });
 }
 
-void bulk_add(float* gmem, uint32_t smem, int bytes) {
-  if (smem % 16 != 0 || reinterpret_cast<uintptr_t>(gmem) % 16 != 0 || bytes % 16 != 0) {
-    stop("an addition of %d bytes from %u is not of whole 16 bytes", bytes, smem);
-  }
-  const unsigned thread = threadIdx.x;
-  ++g_stores[thread];
-  g_copies.push_back([=] {
-    const float* from = reinterpret_cast<const float*>(at(smem, static_cast<uint32_t>(bytes)));
-    for (int i = 0; i < bytes / 4; ++i) gmem[i] += from[i];
-    --g_stores[thread];
-  });
-}
-
 void tma_store_wait() {
   const unsigned thread = threadIdx.x;
   wait_until([thread] { return g_stores[thread] == 0; }, "its stores");
