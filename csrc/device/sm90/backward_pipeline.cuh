@@ -53,8 +53,8 @@ struct KeyBlock {
 //   turns:           full: it is the step's turn      empty: the consumer has added its dQ
 //                    to add to dQ
 //   blocks:          full: it has been planned        empty: everyone is done with it
-//   loads:           full: those of a block have      (nobody waits until it is empty)
-//                    all begun
+//   loads:           full: but for the last step's    (nobody waits until it is empty)
+//                    all of a block have begun
 //
 // Turns, a ring for each consumer, are taken only where sums of dQ must have one order.
 template <class Cfg>

@@ -99,12 +99,11 @@ struct KeySchedule {
   }
 };
 
-// One lane's work: what the CTA does in each round. No block is taken before the loads of a long
-// one in front are under way: another CTA may be free sooner.
+// One lane's work: what the CTA does in each round. No block is taken before the one in front is
+// about to end: another CTA may be free sooner.
 template <class Cfg>
 __device__ inline void plan_blocks(const BackwardParams& params,
                                    const BackwardPipeline<Cfg>& pipe) {
-  constexpr int kShort = 2;  // steps: planning takes as long as one
   const KeySchedule<Cfg> schedule{params};
   for (int i = 0;; ++i) {
     const auto again = [&] { return ptx::opaque(i); };  // so that nothing made of it is kept
@@ -114,7 +113,7 @@ __device__ inline void plan_blocks(const BackwardParams& params,
     while (!schedule.find(block, block.index)) block.index = schedule.next();
     pipe.blocks().arrive_full(again());
     if (block.is_last) return;
-    if (block.end - block.begin > kShort) pipe.loads().wait_full(again());
+    pipe.loads().wait_full(again());
   }
 }
 
@@ -177,6 +176,7 @@ __device__ inline void load_steps(const TmaBackwardParams& params,
     }
     if (i == 0) ptx::wait_for_kernel_in_front();
     const int group = call.hq / call.hk;
+    int left = (block.end - block.begin) * group;
     for (int head = block.head * group; head < (block.head + 1) * group; ++head) {
       const float* statistics =
           call.statistics +
@@ -184,6 +184,7 @@ __device__ inline void load_steps(const TmaBackwardParams& params,
       for (int m = block.begin; m < block.end; ++m, ++step) {
         const int row = block.first_q + m * Cfg::kBlockM;
         const uint32_t full = pipe.queries().full(step);
+        pipe.loads().arrive_full_if(--left == 0, i);
         pipe.queries().wait_empty(step);
         load_tile<TileQ>(pipe.q_buffer(step), params.q, full, kPanels, row, head, block.batch_q,
                          kStatisticsBytes);
@@ -193,8 +194,8 @@ __device__ inline void load_steps(const TmaBackwardParams& params,
                          head, block.batch_q);
       }
     }
+    pipe.loads().arrive_full_if(block.begin >= block.end, i);
     if (needs_keys) ++keys;
-    pipe.loads().arrive_full(i);
     pipe.blocks().arrive_empty(i);
   }
 }
