@@ -25,9 +25,9 @@ struct BackwardConfig {
   using AccKV = tile::Accumulators<1, kHeadDim / 8>;
 };
 
-// What one round of the CTA computes: dK and dV of kBlockN keys of one key-value head. The warp
-// that loads plans it, everyone else reads it. Its steps are, for each query head of the group, the
-// blocks of queries [begin, end).
+// What one round of the CTA computes: dK and dV of kBlockN keys of one key-value head. A warp plans
+// it, everyone else reads it. Its steps are, for each query head of the group, the blocks of
+// queries [begin, end).
 struct KeyBlock {
   int is_last;     // there are no more
   uint32_t index;  // in the order of blocks

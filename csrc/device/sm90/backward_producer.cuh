@@ -7,7 +7,7 @@
 namespace flash::sm90 {
 
 // Blocks of keys that this CTA works on: the first is its own, each later one the next that no CTA
-// has.
+// has; or only its own.
 //
 // Heads come in sections, of which all CTAs that run together have the queries in common. Under a
 // causal mask the first keys are seen by most queries: their blocks start first. Where sums of dQ
@@ -42,6 +42,7 @@ struct KeySchedule {
   }
   __device__ uint32_t next() const {
     if (!Cfg::kByKeys || params.next_block == nullptr) return ~0u;
+    ptx::wait_for_kernel_in_front();  // which clears the counter
     return ptx::opaque(static_cast<int>(gridDim.x)) +
            static_cast<uint32_t>(ptx::atomic_add(params.next_block, 1));
   }
