@@ -24,9 +24,6 @@ class Consumer {
   using AccO = typename Cfg::AccO;
   static constexpr int kBlockN = Cfg::kBlockN;
   static constexpr int kHeadDim = Cfg::kHeadDim;
-  // Scores that rise this often are likely to go on, and to mend each block takes longer than to
-  // look for its maximum.
-  static constexpr int kMostRises = 2;
 
  public:
   __device__ __forceinline__ Consumer(const TmaForwardParams& params, const Pipeline<Cfg>& pipe)
@@ -86,7 +83,7 @@ class Consumer {
     tile_ = tile;
     left_ = pipe_.tile(tile).end - pipe_.tile(tile).begin;
     lazy_left_ = 0;
-    rises_left_ = is_plain() ? kMostRises : 0;
+    is_careful_ = !is_plain();
     pipe_.q(consumer_).wait_full(tile);
     if constexpr (Cfg::kIsFp8) scale_log2_ = all_scale_log2_ * pipe_.descale(tile).qk;
     if constexpr (Cfg::kTile.holds_q) {
@@ -97,6 +94,7 @@ class Consumer {
 
   // Gives back the first blocks of a tile in front of which no product is due.
   __device__ __forceinline__ void skip_blocks(int blocks) {
+#pragma unroll 1
     for (left_ -= blocks; blocks > 0; --blocks, ++block_) {
       pipe_.k().wait_full(block_);
       release(pipe_.k(), block_);
@@ -107,7 +105,7 @@ class Consumer {
 
   // How many blocks, from this one down, may have a lazy maximum; below 1 there is none.
   __device__ int lazy_run(const Tile& t, int key_block) const {
-    if (rises_left_ == 0 || key_block >= t.lazy_end[consumer_]) return 0;
+    if (is_careful_ || key_block >= t.lazy_end[consumer_]) return 0;
     return key_block + 1 - t.lazy_begin[consumer_];
   }
 
@@ -263,8 +261,7 @@ class Consumer {
       block_scale_ = scale;
       softmax_.move(s, scale);
     } else {
-      softmax_.absorb(s, scale);
-      if (softmax_.is_far()) rises_left_ = 0;
+      if (softmax_.absorb(s, scale)) is_careful_ = true;
       // One more: this block will be counted too.
       lazy_left_ = lazy_run(t, key_block - 1) + 1;
       is_cut_ = key_block == t.end - 1 && t.tail < kBlockN;
@@ -273,13 +270,10 @@ class Consumer {
 
   // False: the scores stand as they were, for the ordinary way.
   __device__ __forceinline__ bool absorb_lazily(AccS& s) {
-    if (softmax_.absorb_lazily(s, scale_log2_)) {
-      if (softmax_.is_moved && --rises_left_ == 0) lazy_left_ = 0;
-      return true;
-    }
+    if (softmax_.absorb_lazily(s, scale_log2_)) return true;
     recompute<Cfg>(s, params_, pipe_.tile(tile_), q_in_memory(), warp_row(),
                    (pipe_.tile(tile_).begin + left_ - 1) * kBlockN, lane());
-    rises_left_ = 0;  // such scores are likely to grow again
+    is_careful_ = true;  // such scores are likely to grow again
     return false;
   }
 
@@ -406,7 +400,7 @@ class Consumer {
   int left_;            // blocks of the tile whose scores are due, descending
   int lazy_left_;       // of these, how many may have a lazy maximum from now on
   bool is_fresh_;       // O has no sums yet, whatever its registers hold
-  int rises_left_;      // of a lazy maximum in this tile; 0: none is lazy any more
+  bool is_careful_;     // no lazy maximum in this tile any more
   bool is_cut_;         // in the block of P, V has rows behind the sequence
 };
 

@@ -25,7 +25,7 @@ __device__ __forceinline__ void recompute(typename Cfg::AccS& s, const ForwardPa
                                           const Tile& tile, uint32_t q_smem, int row, int first,
                                           int lane) {
   using TileQ = typename Cfg::TileQ;
-  constexpr int kAtOnce = Cfg::kHeadDim >= 128 ? 4 : 2;  // loads of K: registers are few
+  constexpr int kAtOnce = 2;  // steps whose loads run side by side: registers are few
   // A lane holds keys l / 4 of every 8, columns 2 (l % 4) and 8 further of every 16.
   const uint16_t* key = keys_of(params, tile) + (first + lane / 4) * params.k.row + lane % 4 * 2;
 #pragma unroll
