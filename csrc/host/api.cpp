@@ -352,7 +352,6 @@ int flash_plan_backward(int ordinal, int dtype, BackwardParams* params, FlashWor
   params->dq_copies = in_columns ? choose_columns(*params, ready.shape, *on) : 1;
   if (!ready.shape.makes_sums) params->dq_copies = 0;
   params->heads_per_section = choose_section(*params, ready.shape, *on);
-  params->last_section = last_section(*params, ready.shape, *on);
   const int64_t heads = params->seqs.cu_seqlens_q == nullptr ? int64_t{params->hq} * params->seqs.b
                                                              : int64_t{params->hq};
   params->dq_accum_copy = heads * params->delta_head * params->dq_cols;

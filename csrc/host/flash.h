@@ -151,7 +151,6 @@ struct BackwardParams {
   // column c takes blocks c, c + dq_copies, ... and adds to copy c, so that sums have one order.
   int32_t deterministic;
   int32_t heads_per_section;  // of key-value heads, as in ForwardParams
-  uint32_t last_section;      // has all heads behind it too
   // Where given, the delta kernel leaves what the main one needs of each row: tiles of 64 rows, as
   // delta has them with statistics_head rows of one head, are 64 lse in base 2 (+inf for rows that
   // are not there) and then 64 times -delta.

@@ -275,15 +275,6 @@ int choose_section(const BackwardParams& params, const Shape& shape, const Devic
   return static_cast<int>(best);
 }
 
-uint32_t last_section(const BackwardParams& params, const Shape& shape, const Device& device) {
-  if (!grows(params.scores)) return UINT32_MAX;
-  // Where a section is a head or two, the last two end with the short blocks of both.
-  const int64_t blocks = ceil_div(params.seqs.sk, shape.block_n);
-  const int64_t few = 2 * blocks > device.num_sms ? 2 : 1;
-  const int64_t sections = ceil_div(int64_t{params.hk} * params.seqs.b, params.heads_per_section);
-  return static_cast<uint32_t>(clamp(sections - few, 0, INT32_MAX));
-}
-
 int choose_columns(const BackwardParams& params, const Shape& shape, const Device& device) {
   const int64_t blocks = ceil_div(params.seqs.sk, shape.block_n);
   const int64_t heads = int64_t{params.hk} * params.seqs.b;

@@ -65,8 +65,6 @@ bool shares_tiles(const ForwardParams& params, const Shape& shape, const Device&
 // Key-value heads that run together: a wave of CTAs, of a size that leaves no short last section.
 int choose_section(const BackwardParams& params, const Shape& shape, const Device& device);
 
-uint32_t last_section(const BackwardParams& params, const Shape& shape, const Device& device);
-
 // Columns of CTAs that a deterministic backward call has, each with its own sums for dQ.
 int choose_columns(const BackwardParams& params, const Shape& shape, const Device& device);
 

@@ -21,8 +21,7 @@ struct KeySchedule {
     const uint32_t num_blocks = (params.seqs.sk + Cfg::kBlockN - 1) / Cfg::kBlockN;
     block.is_last = index >= num_blocks * params.hk * params.seqs.b;
     if (block.is_last) return true;
-    const attn::TileIndex at(index, num_blocks, params.hk, params.seqs.b, params.heads_per_section,
-                             params.last_section);
+    const attn::TileIndex at(index, num_blocks, params.hk, params.seqs.b, params.heads_per_section);
     block.sequence = at.sequence;
     block.head = at.head;
     block.first = Cfg::kBlockN * (params.deterministic ? at.block_m : num_blocks - 1 - at.block_m);
