@@ -15,7 +15,6 @@ namespace flash::decode {
 template <class Cfg>
 struct KeyRing {
   using TileK = typename Cfg::TileK;
-  using T = typename Cfg::T;
   static constexpr int kLoadRows = Cfg::kBlockN / Cfg::kWarps;  // of a warp, of K and of V
   static constexpr int kRowsPerPass = 32 / TileK::kPanelChunks;
   static constexpr int kPanels = TileK::kCols / TileK::kPanel;
@@ -76,6 +75,11 @@ struct KeyRing {
     return stage == (Cfg::kStages - 1) * kStageBytes ? 0 : stage + kStageBytes;
   }
 
+  // Columns of the ring, of 16 bits, that a row of so many elements has.
+  __device__ static int num_cols(int head_dim) {
+    return Cfg::kIsFp8 ? (head_dim + 15) / 16 * 8 : head_dim;
+  }
+
   __device__ int first_row() const { return warp % Cfg::kRowWarps * kLoadRows; }  // of the tile
   __device__ int first_slot() const { return walk.block * Cfg::kBlockN + warp * kLoadRows; }
   __device__ int slot() const { return first_slot() + lane % 16; }
@@ -118,15 +122,17 @@ struct KeyRing {
   __device__ void load() const {
     const uint64_t mine = find_row();
     const bool is_there = mine > kNewRow || lane % 16 >= kLoadRows;
-    const bool is_full = params.call.d == TileK::kCols && params.call.dv == TileK::kCols &&
-                         __all_sync(kAllLanes, is_there);
+    const int cols_k = num_cols(params.call.d);
+    const int cols_v = num_cols(params.call.dv);
+    const bool is_full =
+        cols_k == TileK::kCols && cols_v == TileK::kCols && __all_sync(kAllLanes, is_there);
     if (is_full) {
       copy<true>(smem + write, mine, 0, TileK::kCols);
       copy<true>(smem + write + TileK::kBytes, mine, 16, TileK::kCols);
       return;
     }
-    copy<false>(smem + write, mine, 0, params.call.d);
-    copy<false>(smem + write + TileK::kBytes, mine, 16, params.call.dv);
+    copy<false>(smem + write, mine, 0, cols_k);
+    copy<false>(smem + write + TileK::kBytes, mine, 16, cols_v);
     if (!__any_sync(kAllLanes, mine == kNewRow)) return;
     const int end = min(kLoadRows, end_slot() - first_slot());
     for (int r = max(first_new() - first_slot(), 0); r < end; ++r) add(r);
@@ -161,7 +167,7 @@ struct KeyRing {
 #pragma unroll 1
     for (int i = 0; i < 2; ++i) {
       const bool is_k = i == 0;
-      const int width = is_k ? params.call.d : params.call.dv;
+      const int width = num_cols(is_k ? params.call.d : params.call.dv);
       const uint32_t tile = smem + write + (is_k ? 0 : TileK::kBytes);
       uint16_t* to = attn::cache_slot(is_k ? params.call.k : params.call.v, params.call.seqs,
                                       sequence, slot, walk.head);
@@ -171,9 +177,13 @@ struct KeyRing {
       };
       const uint16_t* from =
           attn::row_of(is_k ? added.k : added.v, added.cu_seqlens, sequence, row, walk.head);
-      const int position =
-          is_k ? attn::position_of_key(added, params.call.seqs, sequence, row) : -1;
-      attn::move_row<T>(put, from, width, position, added, lane);
+      if constexpr (Cfg::kIsFp8) {
+        attn::move_columns(put, from, 0, width, lane);
+      } else {
+        const int position =
+            is_k ? attn::position_of_key(added, params.call.seqs, sequence, row) : -1;
+        attn::move_row<typename Cfg::T>(put, from, width, position, added, lane);
+      }
       // Columns behind the head dim.
       const int unused = width / tile::kChunk + lane;
       if (unused < TileK::kCols / tile::kChunk) {
