@@ -83,9 +83,7 @@ def check_backward(name: str, call: Backward) -> None:
         fail(name, f"softmax_lse must have dtype {lse_dtype(q.dtype)}", f"{call.softmax_lse.dtype}")
 
 
-def _check_dtypes(
-    name: str, q: Tensor, k: Tensor, v: Tensor, takes_fp8_keys: bool = False
-) -> None:
+def _check_dtypes(name: str, q: Tensor, k: Tensor, v: Tensor, takes_fp8_keys: bool = False) -> None:
     """`takes_fp8_keys`: FP8 keys and values go with queries of every dtype."""
     supported = _support.dtypes_of_device(q.device.type)
     dtype = str(q.dtype).replace("torch.", "")

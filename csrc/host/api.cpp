@@ -171,10 +171,10 @@ bool decode(const Call& call, const DecodeParams& given) {
   params.group = static_cast<uint32_t>(params.call.hq / params.call.hk);
   params.group_inverse = 65536 / params.group + 1;
   Ready ready;
-  return call.prepare(FLASH_DECODE, &ready, &params.call) &&
-         call.run(ready, num_shares(params.call, ready.shape, call.on), &params) &&
-         (!has_unused_q(params.call.seqs) ||
-          fill(for_output(call), unused_rows_of(params.call)));
+  if (!call.prepare(FLASH_DECODE, &ready, &params.call)) return false;
+  params.slots = static_cast<uint32_t>(num_slots(ready.shape, call.on));
+  return call.run(ready, num_shares(params.call, ready.shape, call.on), &params) &&
+         (!has_unused_q(params.call.seqs) || fill(for_output(call), unused_rows_of(params.call)));
 }
 
 // The kernel of dK and dV, and the one that leaves dQ.
@@ -317,8 +317,9 @@ int flash_plan_forward(int ordinal, int dtype, int num_splits, ForwardParams* pa
     return 1;
   }
   if (missed != nullptr && !fits_decode(*params)) {
-    return fail("FP8 keys with %s go with at most %d rows of queries, here %d queries times %d heads",
-                missed, most_decode_rows(), params->seqs.sq, params->hq / params->hk);
+    return fail(
+        "FP8 keys with %s go with at most %d rows of queries, here %d queries times %d heads",
+        missed, most_decode_rows(), params->seqs.sq, params->hq / params->hk);
   }
   if (dtype == FLASH_E4M3) params->num_splits = num_splits = 1;  // they take all keys at once
   // Not every family splits: who would take the call whole decides how it is split.

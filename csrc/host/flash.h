@@ -224,6 +224,7 @@ struct DecodeParams {
   ForwardParams call;  // next_tile: a counter for each share (attn/counter.cuh)
   NewRows added;
   uint64_t call_number;
+  uint32_t slots;          // shares that begin at once; those behind are smaller
   uint32_t group;          // hq / hk
   uint32_t group_inverse;  // x / group is x * group_inverse >> 16 for the rows of a tile
 };

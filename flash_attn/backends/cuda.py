@@ -2,7 +2,7 @@
 
 Once loaded, the shim serves the published operators for CUDA tensors without passing through
 Python. What comes here is the rest: FlashAttention-3's operators, and every call while
-`FLASH_ATTN_LOG` or another backend is asked for by the environment at import.
+`FLASH_ATTN_LOG`, `FLASH_ATTN_DEBUG` or another backend is asked for by the environment at import.
 """
 
 from __future__ import annotations
@@ -116,6 +116,7 @@ def _serves_directly() -> bool:
             wants_cuda
             and _env.FLASH_ATTENTION_USE_FLAGGEMS.get() is not True
             and not _env.FLASH_ATTN_LOG.get()
+            and not _env.FLASH_ATTN_DEBUG.get()
         )
     except ValueError:
         return False  # the first call through Python tells what is wrong

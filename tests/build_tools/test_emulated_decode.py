@@ -32,6 +32,7 @@ CASES = {
     "ragged": "step(d={d}, b=5, capacity=700, seqlens=(700, 1, 0, 130, 64))",
     "without_keys": "step(d={d}, seqlens=(0, 0))",
     "many_sequences": "step(d={d}, b=40, capacity=90, seqlens=tuple(range(3, 83, 2)))",
+    "long_line": "step(d={d}, b=5, capacity=1500, seqlens=(1500, 900, 0, 1499, 1100))",
     "one_head": "step(d={d}, hq=16, hk=1, seqlens=(300, 31), capacity=300)",
     "causal_rows": "step(d={d}, sq=5, causal=True, seqlens=(200, 3), capacity=256)",
     "many_rows": "step(d={d}, sq=16, causal=True, seqlens=(200, 90), capacity=256, hq=8)",

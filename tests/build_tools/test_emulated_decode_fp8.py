@@ -1,4 +1,4 @@
-"""Decode kernels over a cache of FP8 on a CPU, as test_emulated_decode.py runs those for 16 bits."""
+"""Decode kernels over an FP8 cache on a CPU, as test_emulated_decode.py runs those for 16 bits."""
 
 from __future__ import annotations
 

@@ -11,8 +11,8 @@ struct Tile {
   int head_dim;
   int warps;
   int block_n;
-  int stages;  // blocks of K and V in shared memory
-  int ctas;    // an SM
+  int stages;             // blocks of K and V in shared memory
+  int ctas;               // an SM
   int element_bytes = 2;  // of K and V
 
   constexpr int threads() const { return warps * 32; }
@@ -28,6 +28,13 @@ struct Tile {
     return ring + scratch_bytes() + warps * 16 * 8 + 16;
   }
 };
+
+// Multiprocessors get unequal shares of memory's bandwidth. So a long line of blocks is not dealt
+// out whole to the CTAs that are on the device at once, its slots: one part in kParts of a slot's
+// share is left to each of kLaterShares CTAs behind it, which begin where others have ended.
+constexpr int kParts = 12;
+constexpr int kLaterShares = 3;
+constexpr int kLeastLater = 2;  // blocks of such a part
 
 // For each number of rows and head dim the preferred tile first: the first that fits is used.
 constexpr Tile kTiles[] = {

@@ -38,9 +38,7 @@ struct Queries<Cfg, true> {
     return x.ptr ? x.ptr[sequence * x.batch + head * x.head] : 1.0f;
   }
 
-  __device__ static int row(int thread, int index) {
-    return thread / kLanes + index * kRowsAtOnce;
-  }
+  __device__ static int row(int thread, int index) { return thread / kLanes + index * kRowsAtOnce; }
 
   __device__ void load(const DecodeParams& params, const attn::Sequence& seq, int head_k,
                        int thread, int index = 0) {

@@ -1,9 +1,9 @@
 // Products of a warp with tiles of e4m3, whose elements become f16 on the way from shared memory.
 //
-// Of their tiles two neighbours are one element of a SmemTile, which ldmatrix moves. Along a row, lane l of four then has
-// four columns in a register, where mma wants two and two that stand eight further: the columns of A
-// are put in that order beforehand (Fp8Order). Down a column it has two columns of two rows, which
-// are two products: one of even columns of B, one of odd.
+// Of their tiles two neighbours are one element of a SmemTile, which ldmatrix moves. Along a row,
+// lane l of four then has four columns in a register, where mma wants two and two that stand eight
+// further: the columns of A are put in that order beforehand (Fp8Order). Down a column it has two
+// columns of two rows, which are two products: one of even columns of B, one of odd.
 #pragma once
 
 #include "tile/products.cuh"
