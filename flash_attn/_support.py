@@ -89,8 +89,8 @@ BACKENDS: tuple[BackendSupport, ...] = (
         ("cuda",),
         (*HALF_DTYPES, FP8_DTYPE),
         FEATURE_NAMES - {"qv"},
-        "compiled CUDA kernels for compute capability 8.0 and later, FP8 queries over more than a "
-        "cache for 9.0 alone, head dims up to 256, built from source",
+        "compiled CUDA kernels for compute capability 8.0 and later, few queries over an FP8 cache "
+        "among them, other FP8 for 9.0 alone, head dims up to 256, built from source",
         frozenset({"dropout"}),
     ),
     BackendSupport(

@@ -59,6 +59,7 @@ SCORES = {
 }
 OUT, LSE, _, _ = fa2._flash_attn_forward(Q, K, V, *SCORES.values(), False)
 GRADS = {name: torch.zeros_like(x) for name, x in (("dq", Q), ("dk", K), ("dv", V))}
+FP8_CACHES = {"k_cache": CACHE.to(FP8), "v_cache": CACHE.to(FP8)}
 EIGHTS = {"q": Q.to(FP8), "k": K.to(FP8), "v": V.to(FP8)}
 
 # By name in messages: the function and the arguments of a good call.
@@ -516,6 +517,17 @@ FA3: list[Row] = [
     (QKV_3, "rank", {"qkv": normal(B, SQ, 3, HQ, D)}, RuntimeError, "qkv must have shape"),
     (QKV_3, "no_heads_given", {"num_heads_q": None}, RuntimeError,
      r"qkv must have shape \(batch_size, seqlen, 3, num_heads, head_size\)"),
+    (CACHED_3, "fp8_keys_alone", {"k_cache": CACHE.to(FP8)}, RuntimeError,
+     "key and value must have the same dtype; got k torch.float8_e4m3fn, v torch.float32"),
+    (CACHED_3, "new_rows_of_an_fp8_cache", {**FP8_CACHES, **NEW, "cache_seqlens": 3}, RuntimeError,
+     "k must have the same dtype as the cache; got torch.float32, torch.float8_e4m3fn"),
+    (CACHED_3, "rotary_of_an_fp8_cache",
+     {**FP8_CACHES, **ROTARY, "k": NEW["k"].to(FP8), "v": NEW["v"].to(FP8)}, RuntimeError,
+     "FP8 keys are not rotated: rotate them, and the queries, before they are scaled"),
+    (CACHED_3, "q_descale_of_an_fp8_cache", {**FP8_CACHES, "q_descale": torch.ones(B, HK)},
+     RuntimeError, "q_descale goes with FP8 inputs only; got q of torch.float32"),
+    (CACHED_3, "k_descale_without_fp8", {"k_descale": torch.ones(B, HK)},
+     RuntimeError, "k_descale goes with FP8 inputs only; got k of torch.float32"),
     (CACHED_3, "metadata_dtype", {"scheduler_metadata": ints(1, 1).long()}, RuntimeError,
      "scheduler_metadata must be int32 on cpu, as get_scheduler_metadata returns it; got"),
     (CACHED_3, "splits_257", {"num_splits": 257}, RuntimeError, "num_splits > 256 not supported"),
@@ -649,6 +661,12 @@ def test_attention_over_pages_has_no_backward() -> None:
 def test_fa3_options_without_backward_say_so(option: dict[str, Any]) -> None:
     out = fa3.flash_attn_func(Q.clone().requires_grad_(), K, V, **option)
     with pytest.raises(RuntimeError, match=f"FA3 backward does not support {next(iter(option))}"):
+        out.sum().backward()
+
+
+def test_fp8_keys_have_no_backward() -> None:
+    out = flash_attn.flash_attn_func(Q.clone().requires_grad_(), K.to(FP8), V.to(FP8))
+    with pytest.raises(RuntimeError, match="query and key must have the same dtype"):
         out.sum().backward()
 
 
