@@ -171,9 +171,8 @@ bool decode(const Call& call, const DecodeParams& given) {
   params.group = static_cast<uint32_t>(params.call.hq / params.call.hk);
   params.group_inverse = 65536 / params.group + 1;
   Ready ready;
-  if (!call.prepare(FLASH_DECODE, &ready, &params.call)) return false;
-  params.slots = static_cast<uint32_t>(num_slots(ready.shape, call.on));
-  return call.run(ready, num_shares(params.call, ready.shape, call.on), &params) &&
+  return call.prepare(FLASH_DECODE, &ready, &params.call) &&
+         call.run(ready, num_shares(params.call, ready.shape, call.on), &params) &&
          (!has_unused_q(params.call.seqs) || fill(for_output(call), unused_rows_of(params.call)));
 }
 

@@ -221,10 +221,9 @@ struct AppendParams {
 //
 // Operands of 8 bits are rows of pairs: their strides count 16 bits, head dims elements as always.
 struct DecodeParams {
-  ForwardParams call;  // next_tile: a counter for each share (attn/counter.cuh)
+  ForwardParams call;  // next_tile: two counters for each share (attn/counter.cuh)
   NewRows added;
   uint64_t call_number;
-  uint32_t slots;          // shares that begin at once; those behind are smaller
   uint32_t group;          // hq / hk
   uint32_t group_inverse;  // x / group is x * group_inverse >> 16 for the rows of a tile
 };

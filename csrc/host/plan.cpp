@@ -162,17 +162,8 @@ int64_t num_ctas(const ForwardParams& params, const Shape& shape, const Device& 
   return num_tiles(params, shape) * params.num_splits;
 }
 
-int64_t num_slots(const Shape& shape, const Device& device) {
-  return int64_t{device.num_sms} * shape.ctas;
-}
-
 int64_t num_shares(const ForwardParams& params, const Shape& shape, const Device& device) {
-  if (params.num_splits == 0) {
-    const int64_t slots = num_slots(shape, device);
-    const int64_t most = ceil_div(params.seqs.sk, shape.block_n) * params.hk * params.seqs.b;
-    const bool is_long = most >= slots * decode::kParts * decode::kLeastLater;
-    return is_long ? slots * (1 + decode::kLaterShares) : slots;
-  }
+  if (params.num_splits == 0) return int64_t{device.num_sms} * shape.ctas;
   return int64_t{params.num_splits} * params.hk * params.seqs.b;
 }
 

@@ -74,9 +74,7 @@ int choose_columns(const BackwardParams& params, const Shape& shape, const Devic
 
 int64_t num_ctas(const ForwardParams& params, const Shape& shape, const Device& device);
 // Shares of a decode call: CTAs, and rooms for what they have of sequences that are cut.
-// CTAs of a decode call, each with a share of its keys; and those that are on the device at once.
 int64_t num_shares(const ForwardParams& params, const Shape& shape, const Device& device);
-int64_t num_slots(const Shape& shape, const Device& device);
 
 int64_t num_ctas(const BackwardParams& params, const Shape& shape, const Device& device);
 int64_t num_ctas_of_dq(const BackwardParams& params, const Shape& shape, const Device& device);

@@ -29,13 +29,6 @@ struct Tile {
   }
 };
 
-// Multiprocessors get unequal shares of memory's bandwidth. So a long line of blocks is not dealt
-// out whole to the CTAs that are on the device at once, its slots: one part in kParts of a slot's
-// share is left to each of kLaterShares CTAs behind it, which begin where others have ended.
-constexpr int kParts = 12;
-constexpr int kLaterShares = 3;
-constexpr int kLeastLater = 2;  // blocks of such a part
-
 // For each number of rows and head dim the preferred tile first: the first that fits is used.
 constexpr Tile kTiles[] = {
     {16, 64, 4, 64, 6, 2},   //

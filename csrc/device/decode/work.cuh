@@ -1,4 +1,4 @@
-// How the work of a decode call is dealt out: shares of all blocks of keys.
+// How the work of a decode call is dealt out: equal shares of all blocks of keys.
 //
 // The blocks of all (sequence, key-value head) pairs stand in one line, pair behind pair. Every CTA
 // finds its share of the line by itself: lengths are read on the device, so a captured call can run
@@ -7,7 +7,6 @@
 
 #include "attn/mask.cuh"
 #include "attn/sequence.cuh"
-#include "decode/config.h"
 #include "ptx/memory.cuh"
 
 namespace flash::decode {
@@ -43,31 +42,24 @@ struct Span {
   __device__ uint32_t size() const { return end - begin; }
 };
 
-// Shares of the line: equal ones, of which the first `extra` have one block more than the others,
-// then, if it is long, `each_later` blocks for everyone behind.
+// Equal shares: the first `extra` have one block more than the others.
 struct Deal {
   uint32_t num, each, extra;
-  uint32_t later;  // the first block behind the equal shares
-  uint32_t each_later;
 
   __device__ Deal() {}
 
-  __device__ Deal(uint32_t num_ctas, uint32_t slots, uint32_t num_blocks) {
-    each_later = num_ctas > slots ? num_blocks / (slots * kParts) : 0;
-    if (each_later < kLeastLater) each_later = 0;
-    later = num_blocks - each_later * (num_ctas - slots);
-    each = later / slots;
-    extra = later - each * slots;
-    num = each_later > 0 ? num_ctas : min(slots, num_blocks);
+  __device__ Deal(uint32_t num_ctas, uint32_t num_blocks)
+      : num(min(num_ctas, num_blocks)), each(1), extra(0) {
+    if (num_blocks <= num_ctas) return;
+    each = num_blocks / num;
+    extra = num_blocks - each * num;
   }
 
-  __device__ uint32_t first_of(uint32_t share, uint32_t slots) const {
-    return share < slots ? share * each + min(share, extra) : later + (share - slots) * each_later;
-  }
+  __device__ uint32_t first_of(uint32_t share) const { return share * each + min(share, extra); }
 
   // Who has a block.
-  __device__ uint32_t owner_of(uint32_t block, uint32_t slots) const {
-    if (block >= later) return slots + (block - later) / each_later;
+  __device__ uint32_t owner_of(uint32_t block) const {
+    if (each == 1 && extra == 0) return block;
     const uint32_t in_front = extra * (each + 1);
     return block < in_front ? block / (each + 1) : extra + (block - in_front) / each;
   }
@@ -115,8 +107,8 @@ struct Walk {
       return {static_cast<int>(share) - split, static_cast<int>((span.size() + each - 1) / each),
               split};
     }
-    const int first = deal.owner_of(index, params.slots);
-    const int last = deal.owner_of(index + span.size() - 1, params.slots);
+    const int first = deal.owner_of(index);
+    const int last = deal.owner_of(index + span.size() - 1);
     return {first, last - first + 1, static_cast<int>(share) - first};
   }
 
@@ -173,10 +165,10 @@ struct Walk {
       const uint32_t other = __shfl_up_sync(kAllLanes, up_to_here, step);
       if (lane >= step) up_to_here += other;
     }
-    deal = Deal(gridDim.x, params.slots, __shfl_sync(kAllLanes, up_to_here, 31));
+    deal = Deal(gridDim.x, __shfl_sync(kAllLanes, up_to_here, 31));
     if (share >= deal.num) return;
-    const uint32_t first = deal.first_of(share, params.slots);
-    left = deal.first_of(share + 1, params.slots) - first;
+    const uint32_t first = deal.first_of(share);
+    left = deal.first_of(share + 1) - first;
     const int source = __ffs(__ballot_sync(kAllLanes, up_to_here > first)) - 1;
     uint32_t in_front = __shfl_sync(kAllLanes, up_to_here - mine, source);
     if (each == 1) {
