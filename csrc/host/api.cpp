@@ -233,7 +233,7 @@ void plan_decode(const Shape& shape, const Device& on, ForwardParams* params,
   const int64_t rows = rooms * (params->hq / params->hk) * params->seqs.sq;
   workspace->o_partial = rows * params->dv;
   workspace->lse_partial = 2 * rows;
-  workspace->next_tile = 2 * 2 * shares;  // for parts of a pair, and for groups of them
+  workspace->next_tile = 2 * shares;
 }
 
 // Runs one of the above in the device's context.

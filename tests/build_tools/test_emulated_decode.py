@@ -56,7 +56,6 @@ CASES = {
     "packed_queries": "fa3(d={d}, b=4, seqlens=(3, 40, 97, 5), lens_q=(1, 0, 4, 2), causal=True)",
     "unsplit": "step(d={d}, num_splits=1, capacity=700, seqlens=(680, 3))",
     "splits": "step(d={d}, num_splits=3, capacity=700, seqlens=(680, 3), sq=2)",
-    "many_parts": "step(d={d}, num_splits=70, capacity=4200, seqlens=(4200, 3300), sq=6, hq=8)",
     "narrow_v": "step(d={d}, dv={d} - 24, s_new=1)",
     "odd_head_dim": "step(d={d} - 8, s_new=2, sq=2, causal=True)",
     "unaligned_head_dim": "step(d={d} - 5, s_new=2, sq=2, causal=True)",

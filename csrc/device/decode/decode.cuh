@@ -179,11 +179,7 @@ __device__ inline void decode(const DecodeParams& params) {
     __syncthreads();
     // Its answer comes while keys and values are on their way.
     if (!is_whole && thread == Cfg::kThreads - 1) {
-      counter_of(params, parts).open(params.call_number);
-      const Groups groups(parts.count);
-      if (groups.size > 1) {
-        counter_of_group(params, parts, groups.first_of(parts.index)).open(params.call_number);
-      }
+      attn::Counter{call.next_tile + parts.first}.open(params.call_number);
     }
     typename Cfg::HeldQ held;
     held.template load<TileQ>(q, warp_row, lane);

@@ -112,90 +112,38 @@ struct Sum {
   }
 };
 
-// Many parts of a pair are merged in groups, and then the groups: a merge is one CTA's work, and
-// groups have one each. Else every part is a group.
-struct Groups {
-  int size, count;
-
-  __device__ explicit Groups(int parts) : size(1), count(parts) {
-    constexpr int kMany = 48;
-    constexpr int kSize = 16;
-    if (parts <= kMany) return;
-    size = kSize;
-    count = (parts + kSize - 1) / kSize;
-  }
-
-  // First part of the group that has a part.
-  __device__ int first_of(int part) const { return part / size * size; }
-};
-
-// Counts the groups of a pair that are complete.
-__device__ inline attn::Counter counter_of(const DecodeParams& params, const Parts& parts) {
-  return {params.call.next_tile + parts.first};
-}
-
-// Counts the parts of the group that begins with part `first`. There is a word for each share, and
-// a share begins no more than two groups: the first of a pair, and one of the pair in front.
-__device__ inline attn::Counter counter_of_group(const DecodeParams& params, const Parts& parts,
-                                                 int first) {
-  return {params.call.next_tile + gridDim.x + parts.first + max(first - 1, 0)};
-}
-
-// Merges parts first, first + step, ..., `count` of them: put(row, column, sum) gets four columns.
-template <class Cfg, class Put>
-__device__ inline void merge_parts(const PartRows& from, int rows, int first, int step, int count,
-                                   int thread, const Put& put) {
+// Merges all parts of a pair.
+template <class Cfg>
+__device__ inline void merge_parts(const DecodeParams& params, const attn::Sequence& seq,
+                                   int head_k, const Parts& parts, int thread) {
   constexpr int kAtOnce = 16;
   constexpr int kQuads = Cfg::kHeadDim / 4;
+  const ForwardParams& call = params.call;
+  const PartRows from(params, parts);
+  const int rows = num_rows(params, seq);
   for (int at = thread; at < rows * kQuads; at += Cfg::kThreads) {
     const int r = at / kQuads;
     const int col = at % kQuads * 4;
-    if (col >= static_cast<int>(from.width)) continue;
+    if (col >= call.dv) continue;
     Sum total;
 #pragma unroll 1
-    for (int done = 0; done < count; done += kAtOnce) {
+    for (int first = 0; first < parts.count; first += kAtOnce) {
       float2 statistics[kAtOnce];
       float4 x[kAtOnce];
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) {
         // Behind the last one it counts as a part without keys.
-        const int part = first + min(done + i, count - 1) * step;
+        const int part = min(first + i, parts.count - 1);
         statistics[i] = make_float2(attn::kLowestShift, 0.0f);
-        if (done + i < count) statistics[i] = *from.statistics_of(part, r);
+        if (first + i < parts.count) statistics[i] = *from.statistics_of(part, r);
         x[i] = *reinterpret_cast<const float4*>(from.o_of(part, r) + col);
       }
       total.add(statistics, x);
     }
-    put(r, col, total);
+    const Row row(params, head_k, r);
+    store<typename Cfg::T>(call, seq, row, col, total.normalised());
+    if (col == 0) store_lse(call, seq, row, total.shift, total.sum);
   }
-}
-
-// Merges the parts of a group in place of the first one.
-template <class Cfg>
-__device__ inline void merge_group(const PartRows& parts, int rows, int first, int count,
-                                   float2* scratch, int thread) {
-  merge_parts<Cfg>(parts, rows, first, 1, count, thread, [&](int r, int col, const Sum& total) {
-    *reinterpret_cast<float4*>(parts.o_of(first, r) + col) = total.o;
-    if (col == 0) scratch[r] = make_float2(total.shift, total.sum);
-  });
-  __syncthreads();  // everyone has read the statistics
-  if (thread < rows) *parts.statistics_of(first, thread) = scratch[thread];
-}
-
-// Whether this CTA is the last of `count`; what the others stored is seen from here on.
-__device__ inline bool comes_last(const attn::Counter& counter, int count, int* flag, int thread) {
-  __syncthreads();
-  if (thread == 0) {
-    ptx::fence();
-    const bool is_last = static_cast<int>(counter.count()) + 1 == count;
-    if (is_last) {
-      ptx::fence();
-      counter.close();
-    }
-    *flag = is_last;
-  }
-  __syncthreads();
-  return *flag != 0;
 }
 
 // What warps have of a pair, in shared memory: their rows' statistics, and eight rows of O at a
@@ -299,21 +247,18 @@ __device__ inline void finish(const DecodeParams& params, const attn::Sequence& 
     finish_rows<Cfg, 1>(params, seq, head_k, scratch, is_whole, parts, rows, thread);
   }
   if (is_whole) return;
-  const PartRows rooms(params, parts);
-  const Groups groups(parts.count);
-  if (groups.size > 1) {
-    const int first = groups.first_of(parts.index);
-    const int count = min(groups.size, parts.count - first);
-    if (!comes_last(counter_of_group(params, parts, first), count, flag, thread)) return;
-    merge_group<Cfg>(rooms, rows, first, count, scratch.statistics, thread);
+  const attn::Counter counter{params.call.next_tile + parts.first};
+  __syncthreads();
+  if (thread == 0) {
+    ptx::fence();
+    const bool is_last = static_cast<int>(counter.count()) + 1 == parts.count;
+    if (is_last) ptx::fence();
+    *flag = is_last;
   }
-  if (!comes_last(counter_of(params, parts), groups.count, flag, thread)) return;
-  merge_parts<Cfg>(rooms, rows, 0, groups.size, groups.count, thread,
-                   [&](int r, int col, const Sum& total) {
-                     const Row row(params, head_k, r);
-                     store<typename Cfg::T>(params.call, seq, row, col, total.normalised());
-                     if (col == 0) store_lse(params.call, seq, row, total.shift, total.sum);
-                   });
+  __syncthreads();
+  if (*flag == 0) return;
+  merge_parts<Cfg>(params, seq, head_k, parts, thread);
+  if (thread == 0) counter.close();
 }
 
 }  // namespace flash::decode
