@@ -221,7 +221,7 @@ struct AppendParams {
 //
 // Operands of 8 bits are rows of pairs: their strides count 16 bits, head dims elements as always.
 struct DecodeParams {
-  ForwardParams call;  // next_tile: two counters for each share (attn/counter.cuh)
+  ForwardParams call;  // next_tile: a counter for each share (attn/counter.cuh)
   NewRows added;
   uint64_t call_number;
   uint32_t group;          // hq / hk
