@@ -43,6 +43,7 @@ CASES = {
     "alibi": "step(d={d}, alibi='bh', sq=5, causal=True, hq=8)",
     "negative_scale": "step(d={d}, softmax_scale=-0.2)",
     "pages": "step(d={d}, page=16, capacity=700, seqlens=(699, 300), sq=2, causal=True)",
+    "pages_of_many_rows": "step(d={d}, page=16, sq=16, causal=True, seqlens=(90, 61), hq=8)",
     "odd_pages": "step(d={d}, page=5, capacity=300, seqlens=(299, 17))",
     "pages_of_one": "step(d={d}, page=1, capacity=130, seqlens=(130, 0))",
     "append": "step(d={d}, sq=3, s_new=3, causal=True, seqlens=(200, 0), capacity=300)",

@@ -183,7 +183,7 @@ __device__ inline void decode(const DecodeParams& params) {
     }
     typename Cfg::HeldQ held;
     held.template load<TileQ>(q, warp_row, lane);
-    const typename Queries<Cfg>::Rescale rescale(queries, of_rows, warp_row + lane / 4);
+    const typename Queries<Cfg>::Rescale rescale(of_rows, warp_row + lane / 4);
     const RowRules rules(params, walk.seq, walk.head, warp_row + lane / 4);
     typename Cfg::AccO o;
     typename Cfg::Softmax softmax;

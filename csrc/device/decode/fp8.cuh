@@ -61,10 +61,11 @@ struct Queries<Cfg, true> {
     }
   }
 
-  // All of them, behind load(), and what each row's scores are multiplied by.
+  // All of them, behind load(), and what each row's scores, and then O, are multiplied by.
   __device__ void store(const DecodeParams& params, const attn::Sequence& seq, int head_k,
                         uint32_t smem, float* of_rows, int thread) {
     const int lane_col = thread % kLanes * kCols;
+    if (thread == 0) of_rows[TileQ::kRows] = values;
 #pragma unroll 1
     for (int i = 0; i < kMine; ++i) {
       if (i > 0) load(params, seq, head_k, thread, i);
@@ -109,13 +110,14 @@ struct Queries<Cfg, true> {
 
   // What scores of a lane's two rows, and then O, are multiplied by.
   struct Rescale {
-    float of_row[2];
-    float values;
+    const float* of_rows;  // from the first row on; they cost registers else
+    const float* values;
 
-    __device__ Rescale(const Queries& queries, const float* of_rows, int row)
-        : of_row{of_rows[row], of_rows[row + 8]}, values(queries.values) {}
+    __device__ Rescale(const float* of_rows, int row)
+        : of_rows(of_rows + row), values(of_rows + TileQ::kRows) {}
 
     __device__ void scores(typename Cfg::AccS& s) const {
+      const float of_row[2] = {of_rows[0], of_rows[8]};
 #pragma unroll
       for (auto& quad : s.c[0]) {
 #pragma unroll
@@ -124,10 +126,11 @@ struct Queries<Cfg, true> {
     }
 
     __device__ void results(typename Cfg::AccO& o) const {
+      const float factor = *values;
 #pragma unroll
       for (auto& quad : o.c[0]) {
 #pragma unroll
-        for (float& x : quad) x *= values;
+        for (float& x : quad) x *= factor;
       }
     }
   };

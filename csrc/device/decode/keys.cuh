@@ -127,6 +127,8 @@ struct KeyRing {
 
   __device__ void copy_run() const {
     const Sequences& seqs = params.call.seqs;
+    const int first_page = __shfl_sync(kAllLanes, page, 0);
+    const int first_in_page = __shfl_sync(kAllLanes, in_page, 0);
     const uint32_t chunk =
         TileK::offset(first_row() + lane / TileK::kPanelChunks, lane % TileK::kPanelChunks);
 #pragma unroll
@@ -134,7 +136,7 @@ struct KeyRing {
       const Rows& x = i == 0 ? params.call.k : params.call.v;
       const uint16_t* from = of_pair[i];
       if (seqs.block_table) {
-        from += clamped(page) * x.batch + (in_page - lane % 16) * x.row;
+        from += clamped(first_page) * x.batch + first_in_page * x.row;
       } else {
         from += first_slot() * x.row;
       }

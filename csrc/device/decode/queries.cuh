@@ -68,7 +68,7 @@ struct Queries {
 
   // What their scores, and then O, are multiplied by: nothing.
   struct Rescale {
-    __device__ Rescale(const Queries&, const float*, int) {}
+    __device__ Rescale(const float*, int) {}
     __device__ void scores(typename Cfg::AccS&) const {}
     __device__ void results(typename Cfg::AccO&) const {}
   };
