@@ -29,7 +29,7 @@ from typing import Any, Optional, Union
 import torch
 from torch import Tensor
 
-from flash_attn import _arguments, _fakes, _ops_fa3, _support
+from flash_attn import _arguments, _fakes, _ops_splits, _support
 from flash_attn._attention_fa3 import attend
 from flash_attn._kvcache import check_cache, with_kvcache
 from flash_attn.flash_attn_interface import maybe_contiguous, round_multiple
@@ -80,7 +80,7 @@ def flash_attn_func(
         q_descale,
         k_descale,
         v_descale,
-        _scale(softmax_scale, q, qv),
+        _arguments.scale(softmax_scale, q, qv),
         causal,
         *_arguments.window(name, window_size),
         attention_chunk,
@@ -138,7 +138,7 @@ def flash_attn_varlen_func(
         q_descale,
         k_descale,
         v_descale,
-        _scale(softmax_scale, q, qv),
+        _arguments.scale(softmax_scale, q, qv),
         causal,
         *_arguments.window(name, window_size),
         attention_chunk,
@@ -185,7 +185,7 @@ def flash_attn_qkvpacked_func(
         q_descale,
         k_descale,
         v_descale,
-        _scale(softmax_scale, qkv, None),
+        _arguments.scale(softmax_scale, qkv),
         causal,
         *_arguments.window(name, window_size),
         attention_chunk,
@@ -237,18 +237,23 @@ def flash_attn_with_kvcache(
     `cache_batch_idx` and `cache_leftpad`; q may be packed, (total_q, hq, d) with `cu_seqlens_q` and
     `max_seqlen_q`; new keys may be packed, (total_new, hk, d) with `cu_seqlens_k_new`;
     `rotary_seqlens` (b,) int32 is the rotary position of the first new key in place of
-    `cache_seqlens`. The cache may be FP8 (e4m3) under queries of any dtype, with `k_descale` and
-    `v_descale`, and `q_descale` for FP8 queries; new keys then have its dtype and are not rotated.
-    On a GPU queries times heads of a group are at most 64 over such a cache, but for FP8 queries
-    over one without pages.
+    `cache_seqlens`; under `attention_chunk` each query has a position of its own, as under a mask.
+    The cache may be FP8 (e4m3) under queries of any dtype, with `k_descale` and `v_descale`, and
+    `q_descale` for FP8 queries; new keys then have its dtype and are not rotated. On a GPU queries
+    times heads of a group are at most 64 over such a cache, but for FP8 queries over one without
+    pages.
 
     Returns out, or (out, softmax_lse, out_accum, softmax_lse_accum) with `return_softmax_lse`; the
     accumulators of split calls are empty where the call was not split.
     """
     name = "flash_attn_with_kvcache"
     check_cache(name, q, k_cache, v_cache)
+    _arguments.check_optional_tensors(
+        name, qv=qv, cu_seqlens_q=cu_seqlens_q, scheduler_metadata=scheduler_metadata
+    )
     _arguments.check_num_splits(name, num_splits, _support.MAX_SPLITS_FA3)
-    _ops_fa3.check_metadata(name, scheduler_metadata, q)
+    _arguments.check_sm_margin(name, sm_margin)
+    _ops_splits.check_metadata(name, scheduler_metadata, q)
     out, softmax_lse = with_kvcache(
         name,
         q,
@@ -277,6 +282,7 @@ def flash_attn_with_kvcache(
         softcap=softcap,
         rotary_interleaved=rotary_interleaved,
         num_splits=num_splits,
+        table_name="page_table",
     )
     if not return_softmax_lse:
         return out
@@ -307,7 +313,9 @@ def flash_attn_combine(
             else flash_attn_3_gpu.fwd_combine(out_partial, lse_partial, out)
         )
     except RuntimeError as error:
-        raise _arguments.renamed(error, _ops_fa3.COMBINE, "flash_attn_combine") from error.__cause__
+        raise _arguments.renamed(
+            error, _ops_splits.COMBINE, "flash_attn_combine"
+        ) from error.__cause__
     return result
 
 
@@ -367,7 +375,7 @@ def get_scheduler_metadata(
             sm_margin,
         )
     except RuntimeError as error:
-        raise _arguments.renamed(error, _ops_fa3.METADATA, name) from None
+        raise _arguments.renamed(error, _ops_splits.METADATA, name) from None
     return result
 
 
@@ -505,10 +513,6 @@ def _flash_attn_backward(
         sm_margin,
     )
     return softmax_d
-
-
-def _scale(softmax_scale: Optional[float], q: Tensor, qv: Optional[Tensor]) -> float:
-    return _arguments.default_scale(q, qv) if softmax_scale is None else softmax_scale
 
 
 def _check_qkv(name: str, qkv: Tensor, num_heads_q: Optional[int]) -> None:

@@ -6,16 +6,14 @@ Writes benchmarks/results/<date>-<processor>.json, from which tools/render_docs.
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 import os
 import platform
-import re
 import sys
 from dataclasses import asdict
 from itertools import product
 from pathlib import Path
 
+import report
 import torch
 from measure import METHODS, PASSES, SCORES, Case, available_bytes, measure
 from rich.console import Console
@@ -23,19 +21,10 @@ from rich.progress import Progress
 
 import flash_attn
 
-RESULTS = Path(__file__).resolve().parent / "results"
 HEAD_DIM = 64
 # Length and heads: the long one is a single head, so that standard attention fits as well.
 SIZES = ((2048, 8), (4096, 4), (16384, 1))
 DTYPE = "float32"
-
-
-def processor() -> str:
-    """The processor's name, as its maker gives it."""
-    cpuinfo = Path("/proc/cpuinfo")
-    text = cpuinfo.read_text("utf-8") if cpuinfo.exists() else ""
-    match = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-    return match[1].strip() if match else platform.processor() or platform.machine()
 
 
 def plan(threads: int) -> list[Case]:
@@ -69,19 +58,8 @@ def main() -> int:
         "torch": torch.__version__,
         "Python": platform.python_version(),
     }
-    date = datetime.date.today().isoformat()
-    name = re.sub(r"[^a-z0-9]+", "-", processor().lower()).strip("-")
-    path = RESULTS / f"{date}-{name}.json"
-    result = {
-        "kind": "cpu",
-        "date": date,
-        "device": processor(),
-        "threads": threads,
-        "versions": versions,
-        "rows": rows,
-    }
-    RESULTS.mkdir(exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+    result = {"threads": threads, "versions": versions, "rows": rows}
+    path = report.write({**report.of_processor("cpu"), **result})
     console.print(f"wrote {path.relative_to(Path.cwd())}", highlight=False)
     return 0
 

@@ -3,23 +3,20 @@
     python benchmarks/build.py [--arch 90]
 
 Compiles into a new folder, so that nothing is taken from an earlier build, with as many compilers
-at a time as `python -m build_tools` would run. Writes results/<date>-build-<processor>.json.
+at a time as `python -m build_tools` would run. Writes results/<date>-build-<arch>-<processor>.json.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import datetime
-import json
-import re
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from bench import RESULTS, processor
+import report
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -63,21 +60,12 @@ def main() -> int:
     arch = parser.parse_args().arch
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
         made = measure(arch, Path(folder))
-    date = datetime.date.today().isoformat()
-    name = re.sub(r"[^a-z0-9]+", "-", processor().lower()).strip("-")
-    path = RESULTS / f"{date}-build-{arch}-{name}.json"
     result = {
-        "kind": "build",
-        "date": date,
-        "device": processor(),
         "jobs": jobs.choose(None, ()),
         "arch": arch,
         "compiler": " ".join(compilers.make("nvrtc", None).identity.split()[:2]),
-        "seconds": made["seconds"],
     }
-    lines = ",\n".join(f"  {json.dumps(row)}" for row in made["rows"])
-    head = json.dumps(result, indent=1)[:-2]
-    path.write_text(f'{head},\n "rows": [\n{lines}\n ]\n}}\n', "utf-8")
+    path = report.write({**report.of_processor("build"), **result, **made})
     print(path)
     return 0
 

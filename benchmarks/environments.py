@@ -12,7 +12,6 @@ if something fails.
 from __future__ import annotations
 
 import argparse
-import datetime
 import hashlib
 import json
 import re
@@ -23,7 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bench import RESULTS, processor
+import report
 
 # Runs in the new environment: what was picked there, and a call against attention in float64.
 CALL = """
@@ -127,18 +126,14 @@ def main() -> int:
     parser.add_argument("--python", action="append", required=True)
     options = parser.parse_args()
     wheel = options.wheel.resolve()
-    date = datetime.date.today().isoformat()
-    name = re.sub(r"[^a-z0-9]+", "-", processor().lower()).strip("-")
-    path = RESULTS / f"{date}-environments-{name}.json"
-    rows = []
+    head, rows = report.of_processor("environments"), []
+    path = report.RESULTS / report.file_name(head)
     for python in options.python:
         with tempfile.TemporaryDirectory() as folder:
             rows.append(row(wheel, python, Path(folder, "venv")))
         print(json.dumps(rows[-1]), file=sys.stderr)
         before = json.loads(path.read_text("utf-8")) if path.exists() else {}
-        result = {"kind": "environments", "date": date, "device": processor()}
-        result |= merged(before, wheel, rows[-1])
-        path.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+        report.write({**head, **merged(before, wheel, rows[-1])})
     print(path)
     return 0 if all(map(is_good, rows)) else 1
 

@@ -20,6 +20,8 @@ from statistics import median
 from typing import Any, Optional
 
 import gpu
+import report
+from accuracy import distance, exact_attention, with_outliers
 
 OURS, PEER = gpu.OURS, "FlashAttention-3"
 # Of FP8, the wheel's extension is there for head dim 128 alone.
@@ -68,8 +70,7 @@ class Inputs:
             shape = (case.batch, case.seqlen, heads, case.head_dim)
             x = torch.randn(shape, generator=generator, device="cuda")
             if kind == "outliers":
-                chosen = torch.rand(shape, generator=generator, device="cuda") < 0.001
-                x = torch.where(chosen, 10 * x, x)
+                x = with_outliers(x, generator)
             factor = float(x.abs().max()) / 448
             self.qkv.append((x / factor).to(torch.float8_e4m3fn))
             shape_of_factors = (case.batch, case.kv_heads)
@@ -96,27 +97,16 @@ def flash_attention_3(inputs: Inputs) -> Any:
 
 def exact(inputs: Inputs) -> Any:
     """In float64, from the values that the FP8 ones stand for."""
-    import torch
-
-    wide = [x.double() * f.double()[:, None, :, None] for x, f in zip(inputs.qkv, inputs.descale)]
-    q, k, v = (x.transpose(1, 2) for x in wide)
-    scores = q @ k.transpose(-1, -2) * inputs.case.head_dim**-0.5
-    if inputs.case.causal:
-        hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device="cuda").triu(1)
-        scores.masked_fill_(hidden, -torch.inf)
-    return (scores.softmax(-1) @ v).transpose(1, 2)
+    q, k, v = (
+        x.double() * f.double()[:, None, :, None] for x, f in zip(inputs.qkv, inputs.descale)
+    )
+    return exact_attention(q, k, v, inputs.case.causal)
 
 
 def methods_of(case: Case) -> dict[str, Callable[[Inputs], Any]]:
     """Who computes a case."""
     both = {OURS: flash_attn, PEER: flash_attention_3}
     return both if case.head_dim == PEERS_HEAD_DIM else {OURS: flash_attn}
-
-
-def distance(x: Any, y: Any) -> float:
-    """Of x from y, as a part of y's norm."""
-    found: float = ((x.double() - y).norm() / y.norm()).item()
-    return found
 
 
 def errors() -> Iterator[dict[str, Any]]:
@@ -176,9 +166,7 @@ def run(fa3: Path, out: Optional[Path]) -> Path:
         told = ", ".join(f"{name} {x:.0f}" for name, x in rows[-1]["tflops"].items())
         print(f"{case.head_dim} {mask} {case.seqlen}: {told}", file=sys.stderr)
         torch.cuda.empty_cache()
-    result = {**gpu.machine(), "kind": "fp8", "rows": rows}
-    name = f"{result['date']}-fp8-{gpu.slug(result['device'])}.json"
-    return gpu.write(result, out or gpu.RESULTS / name)
+    return report.write({**report.of_gpu("fp8"), "rows": rows}, out)
 
 
 def main() -> int:

@@ -10,11 +10,6 @@ README.md beside this file has the method.
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
-import platform
-import re
-import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -23,7 +18,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-RESULTS = Path(__file__).resolve().parent / "results"
+import report
+from accuracy import distance
+
 TOKENS, HIDDEN = 16384, 2048
 HEAD_DIMS = (64, 128, 256)
 SEQLENS = (512, 1024, 2048, 4096, 8192, 16384)
@@ -107,10 +104,7 @@ class Calls:
     def difference(self) -> float:
         """How far the methods are from each other: out, dq, dk, dv, the largest of all."""
         ours, theirs = ((self.outs[m].detach(), *self.gradients(m)) for m in METHODS)
-        return max(
-            ((x.double() - y.double()).norm() / y.double().norm()).item()
-            for x, y in zip(ours, theirs)
-        )
+        return max(map(distance, ours, theirs))
 
 
 class CudaTimer:
@@ -164,7 +158,7 @@ def take_turns(
 def ratio_of(rounds: dict[str, list[float]]) -> dict[str, float]:
     """How many times as fast as SDPA: the median over rounds, the smallest, the largest."""
     ratios = [theirs / ours for ours, theirs in zip(rounds[OURS], rounds[THEIRS])]
-    return {"median": median(ratios), "min": min(ratios), "max": max(ratios)}
+    return spread(ratios)
 
 
 def measure(
@@ -195,10 +189,27 @@ def measure(
     return rows
 
 
-def cpu_times(device: str = "cuda") -> list[dict[str, Any]]:
-    """Microseconds that the CPU spends in one forward call, without and with gradients to come."""
+def cpu_turns(calls: dict[str, Callable[[], Any]], device: str = "cuda") -> dict[str, list[float]]:
+    """Microseconds that the CPU spends in each call: one number a round, by method."""
     import time
 
+    import torch
+
+    rounds: dict[str, list[float]] = {method: [] for method in calls}
+    for turn, method in product(range(CPU_ROUNDS), calls):
+        if device == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(CPU_CALLS):
+            calls[method]()
+        spent = time.perf_counter() - start
+        if turn > 0:  # the first one loads and compiles
+            rounds[method].append(spent / CPU_CALLS * 1e6)
+    return rounds
+
+
+def cpu_times(device: str = "cuda") -> list[dict[str, Any]]:
+    """Microseconds that the CPU spends in one forward call, without and with gradients to come."""
     import torch
 
     calls = Calls(Case("bfloat16", *CPU_SHAPE, causal=False), device)
@@ -210,20 +221,18 @@ def cpu_times(device: str = "cuda") -> list[dict[str, Any]]:
     }
     rows = []
     for needs_grad in (False, True):
-        rounds: dict[str, list[float]] = {method: [] for method in METHODS}
         with torch.set_grad_enabled(needs_grad):
-            for turn, method in product(range(CPU_ROUNDS), METHODS):
-                if device == "cuda":
-                    torch.cuda.synchronize()
-                start = time.perf_counter()
-                for _ in range(CPU_CALLS):
-                    run[method]()
-                spent = time.perf_counter() - start
-                if turn > 0:  # the first one loads and compiles
-                    rounds[method].append(spent / CPU_CALLS * 1e6)
-        us = {m: {"median": median(t), "min": min(t), "max": max(t)} for m, t in rounds.items()}
-        rows.append({"gradients": needs_grad, "us": us, "ratio": ratio_of(rounds)})
+            rounds = cpu_turns(run, device)
+        rows.append({
+            "gradients": needs_grad,
+            "us": {method: spread(times) for method, times in rounds.items()},
+            "ratio": ratio_of(rounds),
+        })  # fmt: skip
     return rows
+
+
+def spread(times: list[float]) -> dict[str, float]:
+    return {"median": median(times), "min": min(times), "max": max(times)}
 
 
 def run(dtypes: list[str], out: Path | None) -> Path:
@@ -240,95 +249,7 @@ def run(dtypes: list[str], out: Path | None) -> Path:
             mask = "causal" if case.causal else "full"
             print(f"{case.dtype} {case.head_dim} {mask} {case.seqlen}: {told}", file=sys.stderr)
             torch.cuda.empty_cache()
-    return write({**machine(), "cpu": cpu, "rows": rows}, out)
-
-
-def machine() -> dict[str, Any]:
-    """What a result is worth nothing without."""
-    import torch
-
-    import flash_attn
-
-    table = Path(flash_attn.__file__).parent / "kernels" / "index.txt"
-    lines = table.read_text("utf-8").splitlines()[1:] if table.exists() else []
-    images = {tuple(line.split()[4:6]) for line in lines}
-    return {
-        "kind": "gpu",
-        "date": datetime.date.today().isoformat(),
-        "device": torch.cuda.get_device_name(),
-        "driver": smi("driver_version"),
-        "power_limit": smi("power.limit"),
-        "max_clock": smi("clocks.max.sm"),
-        "kernels": sorted(f"{arch} {form}" for arch, form in images),
-        "versions": {
-            "flash-attn": flash_attn.__version__,
-            "torch": torch.__version__,
-            "CUDA": torch.version.cuda,
-            "Python": platform.python_version(),
-        },
-    }
-
-
-def smi(field: str) -> str:
-    """What the driver's tool says of the first GPU; empty where it is not there."""
-    command = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader", "--id=0"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return ""
-
-
-def write(result: dict[str, Any], out: Path | None) -> Path:
-    """The result as JSON, a row a line, numbers of four digits."""
-    path = out or RESULTS / f"{result['date']}-{slug(result['device'])}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tables = ("cpu", "operations", "rows")
-    head = {key: rounded(value) for key, value in result.items() if key not in tables}
-    parts = [json.dumps(head, indent=1)[:-2]]
-    for key in tables:
-        if key not in result:
-            continue
-        lines = ",\n".join(f"  {json.dumps(rounded(row))}" for row in result[key])
-        parts.append(f' "{key}": [\n{lines}\n ]')
-    text = ",\n".join(parts) + "\n}\n"
-    path.write_text(text, "utf-8")
-    return path
-
-
-def slug(device: str) -> str:
-    """A device's name as part of a file's."""
-    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
-
-
-def rounded(value: Any) -> Any:
-    """The same with four significant digits in every float."""
-    if isinstance(value, dict):
-        return {key: rounded(x) for key, x in value.items()}
-    return float(f"{value:.4g}") if isinstance(value, float) else value
-
-
-def run_or_plot(
-    description: str,
-    add_options: Callable[[argparse.ArgumentParser], Any],
-    run: Callable[[argparse.Namespace], Path],
-    draw: Callable[[dict[str, Any], Path], None],
-) -> int:
-    """The command line of a benchmark: `run` with its options, or `plot` beside a result."""
-    parser = argparse.ArgumentParser(description=description.splitlines()[0])
-    commands = parser.add_subparsers(dest="command", required=True)
-    runs = commands.add_parser("run", help="measure this GPU")
-    add_options(runs)
-    runs.add_argument("--out", type=Path, help="the JSON file to write")
-    plots = commands.add_parser("plot", help="draw a result")
-    plots.add_argument("result", type=Path)
-    arguments = parser.parse_args()
-    if arguments.command == "run":
-        print(run(arguments))
-        return 0
-    picture = arguments.result.with_suffix(".png")
-    draw(json.loads(arguments.result.read_text("utf-8")), picture)
-    print(picture)
-    return 0
+    return report.write({**report.of_gpu("gpu"), "cpu": cpu, "rows": rows}, out)
 
 
 def main() -> int:
@@ -341,7 +262,7 @@ def main() -> int:
 
         plot_ratios(result, picture)
 
-    return run_or_plot(__doc__ or "", add_options, lambda a: run(a.dtypes, a.out), draw)
+    return report.run_or_plot(__doc__ or "", add_options, lambda a: run(a.dtypes, a.out), draw)
 
 
 if __name__ == "__main__":

@@ -10,11 +10,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import datetime
-import json
 import os
 import platform
-import re
 import resource
 import subprocess
 import sys
@@ -25,7 +22,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from bench import RESULTS, processor
+import report
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -185,20 +182,13 @@ def main() -> int:
                 costs = [measure(way) for _ in range(way.runs)]
                 rows.append({"way": way.name, "runs": way.runs, **asdict(fastest(costs))})
                 print(rows[-1], file=sys.stderr, flush=True)
-    date = datetime.date.today().isoformat()
-    name = re.sub(r"[^a-z0-9]+", "-", processor().lower()).strip("-")
-    path = RESULTS / f"{date}-install-{name}.json"
     result = {
-        "kind": "install",
-        "date": date,
-        "device": processor(),
         "cores": jobs.cores(),
         "python": platform.python_version(),
         "wheel": options.wheel.name,
         "wheel_bytes": options.wheel.stat().st_size,
     }
-    lines = ",\n".join(f"  {json.dumps(row)}" for row in rows)
-    path.write_text(f'{json.dumps(result, indent=1)[:-2]},\n "rows": [\n{lines}\n ]\n}}\n', "utf-8")
+    path = report.write({**report.of_processor("install"), **result, "rows": rows})
     print(path)
     return 0
 

@@ -12,64 +12,40 @@ README.md beside this file has the method.
 from __future__ import annotations
 
 import argparse
-import importlib
 import random
-import site
 import sys
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from functools import partial
 from importlib.metadata import version
 from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Any, Optional
 
+import fa3_operators
 import gpu
+import report
+from accuracy import distance, exact_attention
+from peer_methods import FA3, KINDS, OURS, Case, Inputs, Methods, load
 
-OURS = gpu.OURS
-PASSES = ("fwd", "bwd")
 SEQLENS = (512, 1024, 2048, 4096, 16384)
+# Lengths whose dense cases are timed forward and backward together, too.
+SEQLENS_OF_BOTH = (512, 2048, 16384)
 LENGTHS = tuple(random.Random(1234 + i).randint(100, 4000) for i in range(16))
-ROUNDS, WARM_UP_MS, TOTAL_MS = gpu.ROUNDS, 20.0, 75.0
+WARM_UP_MS, TOTAL_MS, TOTAL_MS_OF_BOTH, TOTAL_MS_OF_KINDS = 20.0, 75.0, 50.0, 40.0
+TENSORS = ("out", "dq", "dk", "dv")
 
 
-@dataclass(frozen=True)
-class Case:
-    """q, k, v, dout of (batch, seqlen, heads, head_dim); `lengths`: packed sequences instead."""
-
-    kind: str
-    batch: int
-    seqlen: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    causal: bool
-    window: int = -1  # keys to the left of a query's own, and none to its right
-    dtype: str = "bfloat16"
-    lengths: Optional[tuple[int, ...]] = None
-
-    @property
-    def window_size(self) -> tuple[int, int]:
-        return (self.window, 0) if self.window >= 0 else (-1, -1)
-
-    def flops(self, passes: str) -> float:
-        """Useful work: of pairs that no mask hides."""
-        pairs = 0.0
-        for seqlen in self.lengths or (self.seqlen,) * self.batch:
-            if self.window >= 0:
-                width = self.window + 1
-                pairs += seqlen * width - width * (width - 1) / 2
-            else:
-                pairs += seqlen**2 * (0.5 if self.causal else 1.0)
-        return gpu.FLOPS_OF_PASS[passes] * 4 * self.heads * pairs * self.head_dim
+def dense(head_dim: int, causal: bool, seqlen: int, tokens: int = gpu.TOKENS) -> Case:
+    heads = gpu.HIDDEN // head_dim
+    return Case("dense", tokens // seqlen, seqlen, heads, heads, head_dim, causal)
 
 
 def cases() -> Iterator[Case]:
     """Equal tokens and width for all dense ones, then what else people run."""
-    for head_dim, causal, seqlen in product((64, 128, 256), (False, True), SEQLENS):
-        batch, heads = gpu.TOKENS // seqlen, gpu.HIDDEN // head_dim
-        yield Case("dense", batch, seqlen, heads, heads, head_dim, causal)
+    for head_dim, causal, seqlen in product(gpu.HEAD_DIMS, (False, True), SEQLENS):
+        yield dense(head_dim, causal, seqlen)
     for head_dim, heads in ((96, 16), (192, 8)):
         yield Case("dense", 4, 4096, heads, heads, head_dim, causal=False)
     yield Case("fp16", 4, 4096, 16, 16, 128, causal=False, dtype="float16")
@@ -82,184 +58,9 @@ def cases() -> Iterator[Case]:
         yield Case("packed", len(LENGTHS), longest, 16, 16, 128, causal, lengths=LENGTHS)
 
 
-class Inputs:
-    """Random normal tensors of a case."""
-
-    def __init__(self, case: Case) -> None:
-        import torch
-
-        generator = torch.Generator("cuda").manual_seed(case.seqlen + case.head_dim)
-        kind: dict[str, Any] = {"dtype": getattr(torch, case.dtype), "device": "cuda"}
-        rows = (sum(case.lengths),) if case.lengths else (case.batch, case.seqlen)
-
-        def rand(heads: int) -> Any:
-            return torch.randn((*rows, heads, case.head_dim), generator=generator, **kind)
-
-        self.case = case
-        self.qkv = [rand(h).requires_grad_() for h in (case.heads, case.kv_heads, case.kv_heads)]
-        self.dout = rand(case.heads)
-        self.cu_seqlens = None
-        if case.lengths:
-            ends = torch.tensor((0, *case.lengths), dtype=torch.int32).cumsum(0)
-            self.cu_seqlens = ends.to(device="cuda", dtype=torch.int32)
-
-
-class Method(ABC):
-    """One way to compute attention, and its gradients, of some inputs."""
-
-    @staticmethod
-    def takes(case: Case) -> bool:
-        return True
-
-    @abstractmethod
-    def __init__(self, inputs: Inputs) -> None: ...
-
-    @abstractmethod
-    def forward(self) -> Any: ...
-
-    @abstractmethod
-    def backward(self) -> Any: ...
-
-
-class Autograd(Method):
-    """A method whose backward is torch's."""
-
-    def __init__(self, inputs: Inputs) -> None:
-        self.inputs = inputs
-        self.out = self.attend()
-
-    @abstractmethod
-    def attend(self) -> Any: ...
-
-    def forward(self) -> Any:
-        import torch
-
-        with torch.no_grad():
-            return self.attend()
-
-    def backward(self) -> Any:
-        import torch
-
-        inputs = self.inputs
-        return torch.autograd.grad(self.out, inputs.qkv, inputs.dout, retain_graph=True)
-
-
-class FlashAttn(Autograd):
-    """The public functions."""
-
-    def attend(self) -> Any:
-        import flash_attn
-
-        return self.attend_by(flash_attn)
-
-    def attend_by(self, functions: Any) -> Any:
-        """`functions`: what has flash_attn_func and flash_attn_varlen_func."""
-        case = self.inputs.case
-        rule: dict[str, Any] = {"causal": case.causal, "window_size": case.window_size}
-        if not case.lengths:
-            return functions.flash_attn_func(*self.inputs.qkv, **rule)
-        for side in "qk":
-            rule[f"cu_seqlens_{side}"] = self.inputs.cu_seqlens
-            rule[f"max_seqlen_{side}"] = max(case.lengths)
-        return functions.flash_attn_varlen_func(*self.inputs.qkv, **rule)
-
-
-class FlashAttention4(FlashAttn):
-    """The functions of the same names of `flash_attn.cute`, which give the log-sum-exp too."""
-
-    def attend(self) -> Any:
-        return self.attend_by(importlib.import_module("flash_attn.cute"))[0]
-
-
-class CuDnn(Autograd):
-    """torch SDPA with its cuDNN backend."""
-
-    @staticmethod
-    def takes(case: Case) -> bool:
-        return case.window < 0 and not case.lengths
-
-    def attend(self) -> Any:
-        from torch.nn.attention import SDPBackend, sdpa_kernel
-        from torch.nn.functional import scaled_dot_product_attention
-
-        case = self.inputs.case
-        heads_first = [x.transpose(1, 2) for x in self.inputs.qkv]
-        groups = case.heads != case.kv_heads
-        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-            out = scaled_dot_product_attention(
-                *heads_first, is_causal=case.causal, enable_gqa=groups
-            )
-        return out.transpose(1, 2)
-
-
-class FlashAttention3(Method):
-    """The operators of its extension."""
-
-    def __init__(self, inputs: Inputs) -> None:
-        import torch
-
-        self.inputs = inputs
-        self.ops = torch.ops.flash_attn_3
-        self.qkv = [x.detach() for x in inputs.qkv]
-        self.out, self.lse = self._forward()
-
-    def _forward(self) -> Any:
-        case, starts = self.inputs.case, self.inputs.cu_seqlens
-        packed = {}
-        if case.lengths:
-            longest = max(case.lengths)
-            packed = {
-                "cu_seqlens_q": starts,
-                "cu_seqlens_k": starts,
-                "max_seqlen_q": longest,
-                "max_seqlen_k": longest,
-            }
-        left, right = case.window_size
-        return self.ops.fwd.default(
-            *self.qkv,
-            is_causal=case.causal,
-            window_size_left=left,
-            window_size_right=right,
-            num_splits=1,
-            **packed,
-        )[:2]
-
-    def forward(self) -> Any:
-        return self._forward()[0]
-
-    def backward(self) -> Any:
-        import torch
-
-        case, starts = self.inputs.case, self.inputs.cu_seqlens
-        longest = max(case.lengths) if case.lengths else None
-        made = [torch.empty_like(x) for x in self.qkv]
-        given = (self.inputs.dout, *self.qkv, self.out, self.lse, *made, starts, starts)
-        rule = (case.causal, *case.window_size)
-        self.ops.bwd.default(*given, None, None, longest, longest, None, *rule)
-        return made
-
-
-Methods = dict[str, type[Method]]
-
-
-def load(fa3: Path, fa4: Optional[Path]) -> Methods:
-    """Ours, and those of the libraries given."""
-    import torch
-
-    torch.ops.load_library(str(fa3))
-    methods: Methods = {OURS: FlashAttn, "FlashAttention-3": FlashAttention3}
-    if fa4:
-        add_cute(fa4)
-        methods["FlashAttention-4"] = FlashAttention4
-    return {**methods, "cuDNN": CuDnn}
-
-
-def add_cute(folder: Path) -> None:
-    """Lets `flash_attn.cute` be imported from a folder, all else of that name being ours."""
-    import flash_attn
-
-    site.addsitedir(str(folder))
-    flash_attn.__path__.append(str(folder / "flash_attn"))
+def passes_of(case: Case) -> Sequence[str]:
+    is_dense = case.kind == "dense" and case.head_dim in gpu.HEAD_DIMS
+    return gpu.PASSES if is_dense and case.seqlen in SEQLENS_OF_BOTH else gpu.PASSES[:2]
 
 
 def ready(inputs: Inputs, methods: Methods) -> dict[str, Any]:
@@ -267,26 +68,26 @@ def ready(inputs: Inputs, methods: Methods) -> dict[str, Any]:
     return {name: made(inputs) for name, made in methods.items() if made.takes(inputs.case)}
 
 
+def two_of(methods: Methods) -> Methods:
+    """Ours, and the one that errors and hard inputs are judged by."""
+    return {name: methods[name] for name in (OURS, FA3)}
+
+
 def difference(methods: dict[str, Any]) -> float:
     """How far others are from ours: out, dq, dk, dv, the largest of all."""
-
-    def all_of(method: Any) -> list[Any]:
-        return [method.forward(), *method.backward()]
-
-    ours = all_of(methods[OURS])
-    return max(
-        ((x.double() - y.double()).norm() / y.double().norm()).item()
-        for name, method in methods.items()
-        if name != OURS
-        for x, y in zip(ours, all_of(method))
-    )
+    ours = methods[OURS].results()
+    others = [method.results() for name, method in methods.items() if name != OURS]
+    return max(distance(x, y) for results in others for x, y in zip(ours, results))
 
 
-def take_turns(calls: dict[str, Callable[[], Any]], timer: gpu.Timer) -> dict[str, list[float]]:
-    """Milliseconds of each round by method, in an order drawn anew for each round."""
+def take_turns(
+    calls: dict[str, Callable[[], Any]], timer: gpu.Timer, total_ms: float
+) -> dict[str, float]:
+    """Milliseconds of each call; their order is drawn anew for each round."""
     draw = random.Random(0)
-    orders = [draw.sample(list(calls), len(calls)) for _ in range(ROUNDS)]
-    return gpu.take_turns(calls, timer, orders, WARM_UP_MS, TOTAL_MS)
+    orders = [draw.sample(list(calls), len(calls)) for _ in range(gpu.ROUNDS)]
+    rounds = gpu.take_turns(calls, timer, orders, WARM_UP_MS, total_ms)
+    return {name: median(times) for name, times in rounds.items()}
 
 
 def measure(case: Case, timer: gpu.Timer, known: Methods) -> list[dict[str, Any]]:
@@ -296,12 +97,10 @@ def measure(case: Case, timer: gpu.Timer, known: Methods) -> list[dict[str, Any]
     if not found <= gpu.MAX_DIFFERENCE:
         raise RuntimeError(f"{case}: the results differ by {found:.1e} of their norm")
     rows = []
-    for passes in PASSES:
-        calls = {
-            name: method.forward if passes == "fwd" else method.backward
-            for name, method in methods.items()
-        }
-        ms = {name: median(times) for name, times in take_turns(calls, timer).items()}
+    for passes in passes_of(case):
+        calls = {name: method.of(passes) for name, method in methods.items()}
+        total_ms = TOTAL_MS_OF_BOTH if passes == "fwd+bwd" else TOTAL_MS
+        ms = take_turns(calls, timer, total_ms)
         tflops = {name: case.flops(passes) / time * 1e-9 for name, time in ms.items()}
         best = max(rate for name, rate in tflops.items() if name != OURS)
         rows.append({
@@ -315,25 +114,95 @@ def measure(case: Case, timer: gpu.Timer, known: Methods) -> list[dict[str, Any]
     return rows
 
 
+def exact_results(inputs: Inputs) -> list[Any]:
+    """out, dq, dk, dv in float64."""
+    import torch
+
+    leaves = [x.detach().double().requires_grad_() for x in inputs.qkv]
+    out = exact_attention(*leaves, inputs.case.causal)
+    return [out.detach(), *torch.autograd.grad(out, leaves, inputs.dout.double())]
+
+
+def errors(inputs: Inputs, known: Methods) -> dict[str, Any]:
+    """The row of how far every method is from float64."""
+    exact = exact_results(inputs)
+    found = {
+        name: dict(zip(TENSORS, map(distance, method.results(), exact)))
+        for name, method in ready(inputs, known).items()
+    }
+    return {**asdict(inputs.case), "inputs": inputs.kind, "error": found}
+
+
+def slowed(case: Case, timer: gpu.Timer, known: Methods) -> Iterator[dict[str, Any]]:
+    """A row for each kind of inputs: the time of a forward call over that of normal inputs."""
+    methods = {kind: ready(Inputs(case, kind), known) for kind in KINDS}
+    calls = {
+        f"{kind} {name}": method.forward
+        for kind, by_name in methods.items()
+        for name, method in by_name.items()
+    }
+    ms = take_turns(calls, timer, TOTAL_MS_OF_KINDS)
+    for kind, by_name in methods.items():
+        yield {
+            **asdict(case),
+            "inputs": kind,
+            "ms": {name: ms[f"{kind} {name}"] for name in known},
+            "slower": {name: ms[f"{kind} {name}"] / ms[f"normal {name}"] for name in known},
+            "difference": distance(*(method.forward() for method in by_name.values())),
+        }
+
+
+def cpu_times(device: str = "cuda") -> dict[str, Any]:
+    """The row of what the CPU spends in a forward call whose kernels are shorter than that."""
+    import torch
+
+    from flash_attn import flash_attn_func
+
+    qkv = [torch.randn(gpu.CPU_SHAPE, dtype=torch.bfloat16, device=device) for _ in range(3)]
+    calls = {OURS: partial(flash_attn_func, *qkv), FA3: partial(fa3_operators.forward, *qkv, False)}
+    rounds = gpu.cpu_turns(calls, device)
+    return {"gradients": False, "us": {name: gpu.spread(times) for name, times in rounds.items()}}
+
+
+def tell(case: Case, told: str) -> None:
+    print(f"{case.kind} {case.head_dim} {case.mask} {case.seqlen}: {told}", file=sys.stderr)
+
+
+def told_of(row: dict[str, Any], field: str) -> str:
+    return f"{row['inputs']}, {field} {report.rounded(row[field])}"
+
+
+def tables(methods: Methods) -> dict[str, list[dict[str, Any]]]:
+    """Everything that is measured."""
+    import torch
+
+    timer, rows, accuracy, hard = gpu.CudaTimer(), [], [], []
+    for case in cases():
+        measured = measure(case, timer, methods)
+        tell(case, ", ".join(f"{row['passes']} {row['ratio']:.3f}" for row in measured))
+        rows += measured
+        torch.cuda.empty_cache()
+    for kind, head_dim, causal in product(("normal", "outliers"), gpu.HEAD_DIMS, (False, True)):
+        case = dense(head_dim, causal, 1024, tokens=2048)
+        accuracy.append(errors(Inputs(case, kind), two_of(methods)))
+        tell(case, told_of(accuracy[-1], "error"))
+    for head_dim in gpu.HEAD_DIMS:
+        case = dense(head_dim, False, 4096)
+        for row in slowed(case, timer, two_of(methods)):
+            tell(case, told_of(row, "slower"))
+            hard.append(row)
+    return {"cpu": [cpu_times()], "rows": rows, "accuracy": accuracy, "hard": hard}
+
+
 def run(fa3: Path, fa4: Optional[Path], out: Optional[Path]) -> Path:
     """Measures everything on the current GPU and writes the result."""
     import torch
 
-    methods, timer, rows = load(fa3, fa4), gpu.CudaTimer(), []
-    for case in cases():
-        rows += measure(case, timer, methods)
-        told = ", ".join(f"{row['passes']} {row['ratio']:.3f}" for row in rows[-2:])
-        mask = "causal" if case.causal else "full"
-        print(f"{case.kind} {case.head_dim} {mask} {case.seqlen}: {told}", file=sys.stderr)
-        torch.cuda.empty_cache()
-    machine = gpu.machine()
-    machine["versions"]["cuDNN"] = str(torch.backends.cudnn.version())
+    measured = tables(load(fa3, fa4))
+    versions = {"cuDNN": str(torch.backends.cudnn.version())}
     if fa4:
-        for name in ("flash-attn-4", "nvidia-cutlass-dsl"):
-            machine["versions"][name] = version(name)
-    result = {**machine, "kind": "peers", "rows": rows}
-    name = f"{result['date']}-peers-{gpu.slug(result['device'])}.json"
-    return gpu.write(result, out or gpu.RESULTS / name)
+        versions.update({name: version(name) for name in ("flash-attn-4", "nvidia-cutlass-dsl")})
+    return report.write({**report.of_gpu("peers", versions), **measured}, out)
 
 
 def main() -> int:
@@ -346,7 +215,7 @@ def main() -> int:
 
         plot_peers(result, picture)
 
-    return gpu.run_or_plot(__doc__ or "", add_options, lambda a: run(a.fa3, a.fa4, a.out), draw)
+    return report.run_or_plot(__doc__ or "", add_options, lambda a: run(a.fa3, a.fa4, a.out), draw)
 
 
 if __name__ == "__main__":

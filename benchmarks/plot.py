@@ -99,13 +99,14 @@ def plot_peers(result: dict[str, Any], path: Path) -> None:
     for panel, which in zip(panels, passes):
         panel.set(title=which)
         panel.axhline(1.0, color="black", linewidth=1)
+        measured = {row["seqlen"] for row in rows if row["passes"] == which}
         for head_dim, causal in dict.fromkeys((row["head_dim"], row["causal"]) for row in rows):
             points = [
                 row
                 for row in rows
                 if (row["passes"], row["head_dim"], row["causal"]) == (which, head_dim, causal)
             ]
-            if len(points) < len(lengths):
+            if len(points) < len(measured):
                 continue
             panel.plot(
                 [row["seqlen"] for row in points],

@@ -17,7 +17,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Optional
 
+import fa3_operators
 import gpu
+import report
 
 Attention = Callable[[Any, Any, Any], Any]
 
@@ -178,32 +180,21 @@ def fa3() -> Attention:
     """The operators of FlashAttention-3's extension."""
     import torch
 
-    ops = torch.ops.flash_attn_3
-
     class Function(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, q: Any, k: Any, v: Any) -> Any:
-            out, lse = ops.fwd.default(q, k, v, is_causal=True, num_splits=1)[:2]
+            out, lse = fa3_operators.forward(q, k, v, causal=True)
             ctx.save_for_backward(q, k, v, out, lse)
             return out
 
         @staticmethod
         def backward(ctx: Any, dout: Any) -> Any:
-            q, k, v, out, lse = ctx.saved_tensors
-            made = [torch.empty_like(x) for x in (q, k, v)]
-            given = (dout.contiguous(), q, k, v, out, lse, *made, *[None] * 7)
-            ops.bwd.default(*given, True, -1, -1)
-            return tuple(made)
+            return tuple(fa3_operators.backward(dout.contiguous(), *ctx.saved_tensors, causal=True))
 
     def attend(q: Any, k: Any, v: Any) -> Any:
         return Function.apply(q, k, v)
 
     return attend
-
-
-def distance(one: list[float], other: list[float]) -> float:
-    """How far two curves are from each other, where they are farthest."""
-    return max(abs(x - y) for x, y in zip(one, other))
 
 
 def run(library: Optional[Path], out: Optional[Path]) -> Path:
@@ -227,10 +218,7 @@ def run(library: Optional[Path], out: Optional[Path]) -> Path:
         rows.append({"method": name, "step_ms": step_ms, **found})
         print(f"{name}: {step_ms:.1f} ms a step, loss {found['losses'][-1]:.4f}", file=sys.stderr)
         torch.cuda.empty_cache()
-    machine = gpu.machine()
-    result = {**machine, "kind": "training", "size": asdict(size), "rows": rows}
-    name = f"{result['date']}-training-{gpu.slug(result['device'])}.json"
-    return gpu.write(result, out or gpu.RESULTS / name)
+    return report.write({**report.of_gpu("training"), "size": asdict(size), "rows": rows}, out)
 
 
 def main() -> int:
@@ -242,7 +230,7 @@ def main() -> int:
 
         plot_training(result, picture)
 
-    return gpu.run_or_plot(__doc__ or "", add_options, lambda a: run(a.fa3, a.out), draw)
+    return report.run_or_plot(__doc__ or "", add_options, lambda a: run(a.fa3, a.out), draw)
 
 
 if __name__ == "__main__":

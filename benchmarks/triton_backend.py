@@ -20,6 +20,8 @@ from statistics import median
 from typing import TYPE_CHECKING, Any, Optional
 
 import gpu
+import report
+from accuracy import distance
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,7 +33,6 @@ OURS, COMPILED, EAGER = METHODS = ("flash_attn", "torch.compile", "torch")
 ROTARY_SHAPE = (4, 4096, 32, 128)
 LOGITS_SHAPE = (8192, 50304)
 NORM_SHAPE = (16384, 4096)
-MAX_DIFFERENCE = 0.02
 TIMING = {"warm_up_ms": 10.0, "total_ms": 40.0}
 
 
@@ -146,12 +147,8 @@ def measure(operation: Operation, timer: gpu.Timer) -> list[dict[str, Any]]:
         return torch.autograd.grad(*given, retain_graph=True)
 
     results = {m: [*(x.detach() for x in outs[m]), *gradients(m)] for m in METHODS}
-    found = max(
-        ((x.double() - y.double()).norm() / y.double().norm()).item()
-        for m in METHODS
-        for x, y in zip(results[m], results[EAGER])
-    )
-    if not found <= MAX_DIFFERENCE:
+    found = max(distance(x, y) for m in METHODS for x, y in zip(results[m], results[EAGER]))
+    if not found <= gpu.MAX_DIFFERENCE:
         raise RuntimeError(f"{operation.name}: the results differ by {found:.1e} of their norm")
     del results
     rows = []
@@ -205,12 +202,10 @@ def run(out: Optional[Path]) -> Path:
         for row in ops[-2:]:
             told = ", ".join(f"{method} {rate:.0f}" for method, rate in row["gb_s"].items())
             print(f"{row['operation']}, {row['passes']}: GB/s {told}", file=sys.stderr)
-    machine = {**gpu.machine(), "kind": "triton", "copy_gb_s": rate}
+    machine = report.of_gpu("triton", {"Triton": triton.__version__})
     del machine["kernels"]
-    machine["versions"]["Triton"] = triton.__version__
-    name = f"{machine['date']}-triton-{gpu.slug(machine['device'])}.json"
-    result = {**machine, "cpu": cpu, "operations": ops, "rows": rows}
-    return gpu.write(result, out or gpu.RESULTS / name)
+    tables = {"cpu": cpu, "operations": ops, "rows": rows}
+    return report.write({**machine, "copy_gb_s": rate, **tables}, out)
 
 
 def main() -> int:

@@ -7,6 +7,7 @@ both.
 
 from __future__ import annotations
 
+import re
 from typing import Any, NoReturn, Optional
 
 from torch import Tensor
@@ -17,10 +18,21 @@ def fail(name: str, rule: str, got: str, kind: type[Exception] = RuntimeError) -
     raise kind(f"{name}: {rule}; got {got}")
 
 
+# What torch says of an argument that an operator's schema does not let through.
+_WRONG_TYPE = re.compile(
+    r"(?s)\(\) Expected a value of type '(.+?)' for argument '(\w+)' but instead found type '(.+?)'"
+)
+
+
 def renamed(error: Exception, op: str, name: str) -> Exception:
     """`error` as raised for the public function `name` rather than for the op it called."""
     message = str(error)
-    return type(error)(name + message[len(op) :]) if message.startswith(f"{op}: ") else error
+    if message.startswith(f"{op}: "):
+        return type(error)(name + message[len(op) :])
+    wrong = _WRONG_TYPE.match(message, len(op)) if message.startswith(f"{op}()") else None
+    if wrong is None:
+        return error
+    return type(error)(f"{name}: {wrong[2]} must be of type {wrong[1]}; got {wrong[3]}")
 
 
 def check_tensors(name: str, **arguments: Any) -> None:
@@ -28,6 +40,13 @@ def check_tensors(name: str, **arguments: Any) -> None:
     for argument, x in arguments.items():
         if not isinstance(x, Tensor):
             fail(name, f"{argument} must be a tensor", type(x).__name__, TypeError)
+
+
+def check_optional_tensors(name: str, **arguments: Any) -> None:
+    """As `check_tensors`, where None stands for no tensor."""
+    for argument, x in arguments.items():
+        if x is not None and not isinstance(x, Tensor):
+            fail(name, f"{argument} must be a tensor or None", type(x).__name__, TypeError)
 
 
 def window(name: str, window_size: Any) -> tuple[int, int]:
@@ -44,8 +63,10 @@ def window(name: str, window_size: Any) -> tuple[int, int]:
     return left, right
 
 
-def default_scale(q: Tensor, qv: Optional[Tensor] = None) -> float:
-    """softmax_scale where none is given: d ** -0.5, or (d + dv) ** -0.5 with a second query."""
+def scale(given: Optional[float], q: Tensor, qv: Optional[Tensor] = None) -> float:
+    """softmax_scale; None is d ** -0.5, or (d + dv) ** -0.5 with a second query."""
+    if given is not None:
+        return given
     head_dim = q.shape[-1] if q.dim() > 0 else 0
     if qv is not None and qv.dim() > 0:
         head_dim += qv.shape[-1]
@@ -63,8 +84,20 @@ def check_packed(name: str, argument: str, x: Tensor, count: int, rank: int) -> 
         )
 
 
+def check_int(name: str, argument: str, x: Any, kind: str = "an int") -> None:
+    if not isinstance(x, int) and not hasattr(x, "__index__"):
+        fail(name, f"{argument} must be {kind}", type(x).__name__, TypeError)
+
+
 def check_num_splits(name: str, num_splits: int, limit: int) -> None:
+    check_int(name, "num_splits", num_splits)
     if num_splits > limit:
         fail(name, f"num_splits > {limit} not supported", f"num_splits {num_splits}")
     if num_splits < 0:
         fail(name, "num_splits must be 0 (choose) or positive", f"{num_splits}", ValueError)
+
+
+def check_sm_margin(name: str, sm_margin: int) -> None:
+    check_int(name, "sm_margin", sm_margin)
+    if sm_margin < 0:
+        fail(name, "sm_margin must be 0 or positive", f"{sm_margin}", ValueError)

@@ -225,8 +225,7 @@ def attend(
         is_grad_enabled,
     ) = options
     _check_packing(name, packed, is_varlen=len(lengths) > 0)
-    if softmax_scale is None:
-        softmax_scale = _arguments.default_scale(packed[0])
+    softmax_scale = _arguments.scale(softmax_scale, packed[0])
     left, right = _arguments.window(name, window_size)
     operators = _VARLEN if lengths else _DENSE
     is_watched = _is_watched(packed)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from flash_attn import _support
-from flash_attn._arguments import fail
+from flash_attn._arguments import check_sm_margin, fail
 from flash_attn._problem import Append, Backward, Forward, Scores, Sequences, lse_dtype
 
 
@@ -30,7 +30,7 @@ def check_forward(name: str, call: Forward) -> None:
         v_descale=call.descale.v,
     )
     _check_shapes(name, q, k, v, call.sequences.cu_seqlens_q is not None, is_packed_k)
-    _check_head_dims(name, q, k, v, "forward")
+    _check_head_dims(name, q, v, "forward")
     _check_sequences(name, q, k, call.sequences)
     _check_scores(name, q, call.scores, call.sequences)
     if call.append is not None:
@@ -62,7 +62,7 @@ def check_backward(name: str, call: Backward) -> None:
     check_devices(name, q=q, **tensors, **_side_tensors(sequences, call.scores))
     is_packed = sequences.cu_seqlens_q is not None
     _check_shapes(name, q, k, v, is_packed, sequences.cu_seqlens_k is not None)
-    _check_head_dims(name, q, k, v, "backward")
+    _check_head_dims(name, q, v, "backward")
     _check_sequences(name, q, k, sequences)
     _check_scores(name, q, call.scores, sequences)
     for argument, x in like_q.items():
@@ -177,7 +177,7 @@ def _check_shapes(
         )
 
 
-def _check_head_dims(name: str, q: Tensor, k: Tensor, v: Tensor, direction: str) -> None:
+def _check_head_dims(name: str, q: Tensor, v: Tensor, direction: str) -> None:
     d, dv = q.shape[-1], v.shape[-1]
     is_narrow = d <= _support.NARROW_QK_HEAD_DIM
     limit_v = _support.MAX_HEAD_DIM_V_OF_NARROW_QK if is_narrow else _support.MAX_HEAD_DIM
@@ -290,7 +290,6 @@ def _check_append(name: str, call: Forward, append: Append) -> None:
     is_packed = append.cu_seqlens is not None
     b = call.q.shape[0] if seqs.cu_seqlens_q is None else seqs.cu_seqlens_q.shape[0] - 1
     for argument, new, cache in (("k", append.k, k), ("v", append.v, v)):
-        lead = (append.k.shape[0],) if is_packed else (b, append.k.shape[1])
         if new.dim() != (3 if is_packed else 4):
             rank = "total_k_new" if is_packed else "batch_size, seqlen_new"
             fail(
@@ -298,6 +297,7 @@ def _check_append(name: str, call: Forward, append: Append) -> None:
                 f"{argument} must have shape ({rank}, num_heads_k, head_size)",
                 f"shape {tuple(new.shape)}",
             )
+        lead = (append.k.shape[0],) if is_packed else (b, append.k.shape[1])
         _check_shape(name, argument, new, (*lead, *cache.shape[2:]), "(of the new rows)")
         if new.dtype != cache.dtype:
             other = "the cache" if is_fp8(cache) else "query"
@@ -376,8 +376,7 @@ def _check_fa3(name: str, call: Forward) -> None:
         _check_shape(name, "qv", call.qv, (*q.shape[:-1], v.shape[-1]), "(like q, dim of v)")
         if call.qv.dtype != q.dtype or is_fp8(q):
             fail(name, "qv must have the dtype of q, and not FP8", f"{call.qv.dtype}, q {q.dtype}")
-    if call.sm_margin < 0:
-        fail(name, "sm_margin must be 0 or positive", f"{call.sm_margin}", ValueError)
+    check_sm_margin(name, call.sm_margin)
     descale = call.descale
     for argument, x, of in (
         ("q_descale", descale.q, q),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Optional, Union
 
 import torch
@@ -40,8 +41,13 @@ def with_kvcache(
     rotary_interleaved: bool = True,
     alibi_slopes: Optional[Tensor] = None,
     num_splits: int = 0,
+    table_name: Optional[str] = None,
 ) -> tuple[Tensor, Tensor]:
-    """(out, softmax_lse) of the public function `name`; arguments as its docstring has them."""
+    """(out, softmax_lse) of the public function `name`; arguments as its docstring has them.
+
+    `table_name`: what that function calls `block_table`; None: it is an operator, whose arguments
+    have the names of the rules.
+    """
     if (k is None) != (v is None):
         given, missing = ("key", "value") if v is None else ("value", "key")
         _arguments.fail(
@@ -59,11 +65,9 @@ def with_kvcache(
         _arguments.fail(
             name, f"{argument} is about new keys, so k and v must also be given", "k None"
         )
-    if softmax_scale is None:
-        softmax_scale = _arguments.default_scale(q, qv)
+    softmax_scale = _arguments.scale(softmax_scale, q, qv)
     left, right = _arguments.window(name, window_size)
-    b = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
-    seqlens = _seqlens_tensor(name, cache_seqlens, b, q.device)
+    seqlens = _seqlens_tensor(name, cache_seqlens, q, cu_seqlens_q)
     try:
         result: tuple[Tensor, Tensor] = torch.ops.flash_attn._flash_attn_with_kvcache(
             q,
@@ -96,28 +100,62 @@ def with_kvcache(
             num_splits,
         )
     except (ImportError, RuntimeError, TypeError, ValueError) as error:
-        raise _arguments.renamed(error, _ops.WITH_KVCACHE, name) from error.__cause__
+        found = _arguments.renamed(error, _ops.WITH_KVCACHE, name)
+        if table_name is not None and str(found).startswith(f"{name}: "):
+            found = type(found)(_in_callers_words(str(found), table_name))
+        raise found from error.__cause__
     return result
+
+
+# Rules that speak of the caches when they say k and v.
+_OF_CACHES = re.compile(
+    r"\w+: ([kv] must have shape \(batch_size, seqlen, |v must have the shape of k |"
+    r"\w+ and \w+ must|Number of heads|Paged KV cache)"
+)
+
+
+def _in_callers_words(message: str, table_name: str) -> str:
+    """A rule's message with the names that the caller knows; published words stay."""
+    if _OF_CACHES.match(message):
+        return re.sub(r"\b([kv])\b", r"\1_cache", message)
+    message = re.sub(r"(leftpad_k must .*; got )", r"\1cache_leftpad of ", message)
+    for word, argument in (
+        ("leftpad_k[", "cache_leftpad["),
+        ("seqused_k", "cache_seqlens"),
+        ("block_table", table_name),
+    ):
+        message = message.replace(word, argument)
+    return message
 
 
 def check_cache(name: str, q: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:
     """The published assertions on the caches."""
     _arguments.check_tensors(name, q=q, k_cache=k_cache, v_cache=v_cache)
     for argument, x in (("k_cache", k_cache), ("v_cache", v_cache)):
-        assert x.stride(-1) == 1, f"{name}: {argument} must have contiguous last dimension"
+        is_strided = x.dim() > 0 and x.stride(-1) != 1
+        assert not is_strided, f"{name}: {argument} must have contiguous last dimension"
 
 
 def _seqlens_tensor(
-    name: str, cache_seqlens: Optional[Union[int, Tensor]], b: int, device: torch.device
+    name: str,
+    cache_seqlens: Optional[Union[int, Tensor]],
+    q: Tensor,
+    cu_seqlens_q: Optional[Tensor],
 ) -> Optional[Tensor]:
     """`cache_seqlens` as (b,) int32, or None."""
-    if not isinstance(cache_seqlens, int):
-        if cache_seqlens is not None and cache_seqlens.dtype != torch.int32:
-            _arguments.fail(name, "seqlens_k must have dtype int32", f"{cache_seqlens.dtype}")
+    if cache_seqlens is None:
+        return None
+    if isinstance(cache_seqlens, Tensor):
+        if cache_seqlens.dtype != torch.int32:
+            got = f"cache_seqlens of {cache_seqlens.dtype}"
+            _arguments.fail(name, "seqlens_k must have dtype int32", got)
         return cache_seqlens
+    _arguments.check_int(name, "cache_seqlens", cache_seqlens, "an int or a tensor")
     if abs(cache_seqlens) > torch.iinfo(torch.int32).max:
         _arguments.fail(name, "cache_seqlens must fit in 32 bits", f"{cache_seqlens}", ValueError)
-    return torch.full((b,), cache_seqlens, dtype=torch.int32, device=device)
+    # What has no such dimension is refused later.
+    b = q.shape[:1].numel() if cu_seqlens_q is None else max(cu_seqlens_q.numel() - 1, 0)
+    return torch.full((b,), cache_seqlens, dtype=torch.int32, device=q.device)
 
 
 def check_fa2_cache(

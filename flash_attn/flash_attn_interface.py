@@ -316,6 +316,7 @@ def flash_attn_with_kvcache(
         rotary_interleaved=rotary_interleaved,
         alibi_slopes=alibi_slopes,
         num_splits=num_splits,
+        table_name="block_table",
     )
     return (out, softmax_lse) if return_softmax_lse else out
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -85,3 +86,10 @@ def pytest_report_header() -> str:
     if reason:
         return f"gpu tests: deselected ({reason})"
     return f"gpu tests: in {', '.join(_support.dtypes_of_device('cuda'))}"
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()

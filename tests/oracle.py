@@ -284,7 +284,7 @@ def kvcache_attention(
     page = k_cache.shape[1]
     capacity = page if block_table is None else page * block_table.shape[1]
     k_cache, v_cache = k_cache.to(dtype, copy=True), v_cache.to(dtype, copy=True)
-    every_row_moves = causal or max(window) >= 0
+    every_row_moves = causal or max(window) >= 0 or options.get("attention_chunk", 0) > 0
     queries = _sequences(q, cu_seqlens_q, batch)
     queries_v = _sequences(qv, cu_seqlens_q, batch)
     new_keys = _sequences(k, cu_seqlens_k_new, batch)

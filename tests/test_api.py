@@ -15,7 +15,7 @@ from torch import Tensor
 import flash_attn
 import flash_attn_2_cuda
 import flash_attn_interface as fa3
-from flash_attn import _ops, _ops_fa3
+from flash_attn import _ops, _ops_fa3, _ops_splits
 from flash_attn import flash_attn_interface as fa2
 
 # As the published packages have them; `<lengths>` and `<options>` stand for what many share.
@@ -233,10 +233,12 @@ def test_operator_has_the_schema_torch_infers_from_the_published_function(
     assert comparable(operator(name)._schema) == comparable(expected)
 
 
-@pytest.mark.parametrize("name", [*_ops.SCHEMAS, *_ops_fa3.SCHEMAS])
+SCHEMAS = {**_ops.SCHEMAS, **_ops_fa3.SCHEMAS, **_ops_splits.SCHEMAS}
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
 def test_operator_is_registered_with_the_schema_written_down(name: str) -> None:
-    schemas = {**_ops.SCHEMAS, **_ops_fa3.SCHEMAS}
-    assert str(operator(name)._schema) == str(torch._C.parse_schema(name + schemas[name]))
+    assert str(operator(name)._schema) == str(torch._C.parse_schema(name + SCHEMAS[name]))
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,7 @@ CASES: dict[str, tuple[Callable[[str], Any], str]] = {
     ),
     "page": (
         cache(cache_seqlens=ints(20, 25), page_table=ints((0, 99), (1, 8))),
-        CACHED + r"block_table\[1, 1\] is 8; it must lie between 0 and 7, the last page",
+        CACHED + r"page_table\[1, 1\] is 8; it must lie between 0 and 7, the last page",
     ),
     "offset": (
         lambda device: packed(device, ints(0, 7, 5)),

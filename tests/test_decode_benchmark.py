@@ -2,24 +2,36 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import decode
+import decode_methods
 import pytest
+import result_tables
+from accuracy import distance
+from decode_methods import CUDNN, FA3, FA3_PLANNED, FLASHINFER, OURS, VLLM, Case, Libraries
+
+import flash_attn_interface
+
+SMALL: dict[str, Any] = {"heads": 4, "kv_heads": 2, "head_dim": 32}
 
 
 def test_bytes_are_keys_and_values_in_use_queries_and_results() -> None:
-    case = decode.Case("one", 2, 1000, heads=8, kv_heads=2, head_dim=64, queries=3)
+    case = Case("one", 2, 1000, heads=8, kv_heads=2, head_dim=64, queries=3)
     keys, rows = 2 * 1000 * 2, 2 * 3 * 8
     assert case.bytes == 2 * 64 * (2 * keys + 2 * rows)
-    ragged = decode.Case("ragged", 4, 1000, ragged=True)
-    assert ragged.lengths == decode.Case("ragged", 4, 1000, ragged=True).lengths
+    ragged = Case("ragged", 4, 1000, ragged=True)
+    assert ragged.lengths == Case("ragged", 4, 1000, ragged=True).lengths
     assert all(1 <= x <= 1000 for x in ragged.lengths)
-    assert ragged.bytes < decode.Case("whole", 4, 1000).bytes
+    assert ragged.bytes < Case("whole", 4, 1000).bytes
 
 
 def test_calls_of_a_graph_do_not_fit_into_l2_together() -> None:
-    for case in decode.cases(quick=False):
+    for case in (*decode.cases(quick=False), *decode.models()):
         cache = case.batch * case.seqlen * case.row_bytes
-        assert case.calls == decode.MAX_CALLS or case.calls * cache >= decode.ROTATING_BYTES
+        many = case.calls in (decode_methods.MAX_CALLS, case.layers)
+        assert many or case.calls * cache >= decode_methods.ROTATING_BYTES
         # Beside another call's, an H100's L2 of 50 MB keeps nothing of it.
         assert case.calls * cache > 2.5e8
 
@@ -32,4 +44,79 @@ def test_cases_are_steps_that_people_run(quick: bool) -> None:
     assert {(1, 1024), (1, 8192), (1, 32768)} <= {(case.batch, case.seqlen) for case in plain}
     assert quick or len(plain) == len(decode.BATCHES) * len(decode.SEQLENS)
     assert {1, 16, 64, 256} <= {case.page for case in cases}
-    assert {"MHA", "MQA", "4 queries", "append and rotate"} <= {case.kind for case in cases}
+    others = {"head dim 64", "head dim 256", "MHA", "MQA"}
+    assert {(kind, batch) for kind in others for batch in (1, 16)} <= {
+        (case.kind, case.batch) for case in cases
+    }
+    assert {"4 queries", "append and rotate"} <= {case.kind for case in cases}
+
+
+def test_layers_have_caches_of_their_own_and_share_lengths_and_positions() -> None:
+    case = Case("3 layers", 2, 64, new=1, layers=3, **SMALL)
+    first, *others = inputs = decode_methods.all_inputs(case, "cpu")
+    assert len(inputs) == 3
+    assert all(x.lengths is first.lengths and x.rotary is first.rotary for x in others)
+    assert len({x.k.data_ptr() for x in inputs}) == 3
+    steps = decode_methods.all_inputs(Case("steps", 2, 64, **SMALL), "cpu")
+    assert steps[1].lengths is not steps[0].lengths
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("plain", 2, 64, **SMALL),
+        Case("ragged", 3, 64, ragged=True, **SMALL),
+        Case("pages", 2, 64, page=16, queries=4, **SMALL),
+        Case("append and rotate", 2, 64, new=1, **SMALL),
+    ],
+    ids=lambda case: case.kind,
+)
+def test_flash_attention_3_is_asked_for_the_same(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The operators of that name that this package has.
+    assert flash_attn_interface.flash_attn_3_gpu
+    monkeypatch.setattr(decode_methods, "MAX_CALLS", 2)
+    first, second = decode_methods.all_inputs(case, "cpu")
+    methods = Libraries(Path("unused")).methods(first)
+    for inputs in (first, second):
+        expected = methods[OURS](inputs)
+        assert distance(methods[FA3](inputs), expected) < 1e-3
+        assert distance(methods[FA3_PLANNED](inputs), expected) < 1e-3
+
+
+def test_a_plan_is_made_once_for_all_layers_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    plans = iter(range(10))
+    monkeypatch.setattr(decode_methods, "fa3_plan", lambda first: next(plans))
+    monkeypatch.setattr(decode_methods, "fa3", lambda inputs, plan: plan)
+    model = decode_methods.all_inputs(Case("layers", 1, 64, layers=3, **SMALL), "cpu")
+    step = decode_methods.fa3_planned(model[0])
+    assert [step(inputs) for inputs in model * 2] == [1, 1, 1, 2, 2, 2]
+    plain = decode_methods.all_inputs(Case("plain", 1, 64, **SMALL), "cpu")
+    step = decode_methods.fa3_planned(plain[0])
+    assert [step(inputs) for inputs in plain[:3] * 2] == [3] * 6
+
+
+def test_methods_take_what_they_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("fa3_planned", "vllm_planned", "flashinfer_planned"):
+        monkeypatch.setattr(decode_methods, name, lambda first: None)
+    libraries = Libraries(Path("a"), Path("b"), Path("c"))
+
+    def methods(**changed: Any) -> set[str]:
+        case = Case("any", 2, 64, **{**SMALL, "head_dim": 128, **changed})
+        return set(libraries.methods(decode_methods.all_inputs(case, "cpu")[0]))
+
+    monkeypatch.setattr(decode_methods, "MAX_CALLS", 1)
+    everyone = {OURS, FA3, FA3_PLANNED, VLLM, FLASHINFER, CUDNN}
+    assert methods() == everyone
+    assert methods(head_dim=64) == everyone - {FLASHINFER}
+    assert methods(ragged=True) == everyone - {CUDNN}
+    assert methods(page=16) == methods(queries=4) == everyone - {FLASHINFER, CUDNN}
+    assert methods(new=1) == {OURS, FA3, FA3_PLANNED}
+
+
+def test_layers_become_a_table() -> None:
+    us = {OURS: 10.0, FA3: 12.5}
+    row = {"batch": 16, "seqlen": 4096, "layers": 32, "us": us, "ratio": 1.25, "cpu_us": us}
+    text = result_tables.layers_table([row])
+    assert "| 16 | 4096 | 1.25 | 320 (10.0) | 400 (12.5) |" in text

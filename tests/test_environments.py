@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
 import environments
 import pytest
+import result_tables
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -48,14 +48,9 @@ def test_rows_of_another_wheel_are_dropped(wheel: Path) -> None:
 
 
 def test_pythons_share_a_line_where_nothing_differs(wheel: Path) -> None:
-    spec = importlib.util.spec_from_file_location("render_docs", ROOT / "tools" / "render_docs.py")
-    assert spec is not None
-    assert spec.loader is not None
-    render_docs = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(render_docs)
     rows = [row("2.8.0", "3.9.18"), row("2.8.0", "3.12.1", error=3e-6)]
     failed = row("2.8.0", "3.13.0", passed=4, not_loaded="no shim")
-    lines = render_docs.environments_section(result(wheel, *rows, failed)).splitlines()
+    lines = result_tables.environments_section(result(wheel, *rows, failed)).splitlines()
     assert lines[-2:] == [
         "| 2.8.0 | 3.9.18, 3.12.1 | TRUE | `_shim_stable.so` | none | 3e-06 | 5 of 5 |",
         "| 2.8.0 | 3.13.0 | TRUE | no shim | none | 1e-06 | 4 of 5 |",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -12,6 +11,8 @@ from typing import Any
 
 import gpu
 import pytest
+import report
+import result_tables
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -144,7 +145,8 @@ def test_a_run_measures_every_case_and_says_how_it_goes(
     monkeypatch.setattr(gpu, "CudaTimer", lambda: lambda call, count: [1.0])
     monkeypatch.setattr(gpu, "measure", lambda case, timer: measure(case, timer, "cpu"))
     monkeypatch.setattr(gpu, "cpu_times", lambda: made.pop("cpu"))
-    monkeypatch.setattr(gpu, "machine", lambda: {k: x for k, x in made.items() if k != "rows"})
+    told = {key: x for key, x in made.items() if key != "rows"}
+    monkeypatch.setattr(report, "of_gpu", lambda kind: told)
     path = gpu.run(["bfloat16"], tmp_path / "new" / "result.json")
     assert len(json.loads(path.read_text("utf-8"))["rows"]) == 6
     line = "bfloat16 32 causal 64: fwd 1.00, bwd 1.00, fwd+bwd 1.00"
@@ -152,8 +154,8 @@ def test_a_run_measures_every_case_and_says_how_it_goes(
 
 
 def test_a_result_is_written_and_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu, "RESULTS", tmp_path)
-    path = gpu.write(example(), None)
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    path = report.write(example(), None)
     assert path.name == "2026-11-21-nvidia-example-80gb.json"
     result = json.loads(path.read_text("utf-8"))
     assert result["rows"][0]["ms"][gpu.THEIRS] == 1.235
@@ -165,12 +167,7 @@ def test_a_result_is_written_and_drawn(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_a_result_is_rendered_with_ratios_spread_and_speed() -> None:
-    spec = importlib.util.spec_from_file_location("render_docs", ROOT / "tools" / "render_docs.py")
-    assert spec is not None
-    assert spec.loader is not None
-    render_docs = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(render_docs)
-    text = render_docs.gpu_section({**example(), "file": "no-such-file.json"})
+    text = result_tables.gpu_section({**example(), "file": "no-such-file.json"})
     lines = text.splitlines()
     assert lines[0] == "### NVIDIA Example 80GB, 2026-11-21"
     assert "| with gradients to come | 12.0 (from 11.0) | 12.0 (from 11.0) |" in lines

@@ -2,22 +2,41 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import gpu
 import peers
+import plot
 import pytest
+import result_tables
+import torch
+from accuracy import with_outliers
+from peer_methods import (
+    FA3,
+    KINDS,
+    OURS,
+    Case,
+    FlashAttention3,
+    FlashAttention4,
+    FlashAttn,
+    Inputs,
+    add_cute,
+)
 
 import flash_attn
+import flash_attn_interface
 
-DENSE = peers.Case("dense", 2, 1024, 4, 4, 64, causal=False)
+DENSE = Case("dense", 2, 1024, 4, 4, 64, causal=False)
 
 
-def pairs(case: peers.Case) -> float:
+def pairs(case: Case) -> float:
     """Pairs of a query and a key that it sees, one by one; half of them where causal."""
     total = 0.0
     for seqlen in case.lengths or (case.seqlen,) * case.batch:
@@ -30,12 +49,12 @@ def pairs(case: peers.Case) -> float:
     "case",
     [
         DENSE,
-        peers.Case("dense", 2, 1024, 4, 4, 64, causal=True),
-        peers.Case("window", 1, 700, 4, 4, 64, causal=False, window=127),
-        peers.Case("packed", 3, 90, 4, 4, 64, causal=True, lengths=(1, 90, 33)),
+        Case("dense", 2, 1024, 4, 4, 64, causal=True),
+        Case("window", 1, 700, 4, 4, 64, causal=False, window=127),
+        Case("packed", 3, 90, 4, 4, 64, causal=True, lengths=(1, 90, 33)),
     ],
 )
-def test_flops_are_those_of_pairs_that_are_seen(case: peers.Case) -> None:
+def test_flops_are_those_of_pairs_that_are_seen(case: Case) -> None:
     # S = Q K^T and O = P V, 2 FLOPs a multiplication and addition.
     assert case.flops("fwd") == pytest.approx(2 * 2 * case.heads * pairs(case) * case.head_dim)
     assert case.flops("bwd") == pytest.approx(2.5 * case.flops("fwd"))
@@ -47,31 +66,28 @@ def test_cases_are_dense_ones_of_one_size_and_others() -> None:
     assert {case.batch * case.seqlen for case in dense} == {gpu.TOKENS}
     assert len(dense) == 3 * 2 * len(peers.SEQLENS)
     assert {"window of 1024", "packed", "fp16"} <= {case.kind for case in cases}
+    both = [case for case in cases if "fwd+bwd" in peers.passes_of(case)]
+    assert len(both) == 3 * 2 * len(peers.SEQLENS_OF_BOTH)
+    assert all("bwd" in peers.passes_of(case) for case in cases)
 
 
-def test_every_method_has_a_time_in_every_round() -> None:
+def test_every_method_has_a_time() -> None:
     def timer(call: Callable[[], Any], count: int) -> list[float]:
         return [call()] * count
 
     calls = {"slow": lambda: 2.0, "fast": lambda: 1.0}
-    rounds = peers.take_turns(calls, timer)
-    assert rounds == {"slow": [2.0] * peers.ROUNDS, "fast": [1.0] * peers.ROUNDS}
+    assert peers.take_turns(calls, timer, 75.0) == {"slow": 2.0, "fast": 1.0}
 
 
 def test_the_difference_is_the_largest_of_all_methods() -> None:
-    import torch
-
     class Method:
-        def __init__(self, out: float, dq: float) -> None:
-            self.out, self.dq = torch.tensor([out]), torch.tensor([dq])
+        def __init__(self, *values: float) -> None:
+            self.values = values
 
-        def forward(self) -> torch.Tensor:
-            return self.out
+        def results(self) -> list[torch.Tensor]:
+            return [torch.tensor([x]) for x in self.values]
 
-        def backward(self) -> list[torch.Tensor]:
-            return [self.dq]
-
-    methods = {peers.OURS: Method(1.0, 3.0), "a": Method(1.0, 3.0), "b": Method(1.0, 4.0)}
+    methods = {OURS: Method(1.0, 3.0), "a": Method(1.0, 3.0), "b": Method(1.0, 4.0)}
     assert peers.difference(methods) == pytest.approx(0.25)
 
 
@@ -89,8 +105,8 @@ def test_flash_attention_4_is_that_of_a_folder(
         "    return ('packed', rule), 'lse'\n"
     )
     ours = flash_attn.flash_attn_func
-    dense = peers.Case("window", 1, 64, 4, 4, 64, causal=False, window=31)
-    packed = peers.Case("packed", 2, 90, 4, 4, 64, causal=True, lengths=(90, 33))
+    dense = Case("window", 1, 64, 4, 4, 64, causal=False, window=31)
+    packed = Case("packed", 2, 90, 4, 4, 64, causal=True, lengths=(90, 33))
     rules: dict[str, dict[str, Any]] = {
         "dense": {"causal": False, "window_size": (31, 0)},
         "packed": {"causal": True, "window_size": (-1, -1)},
@@ -98,11 +114,118 @@ def test_flash_attention_4_is_that_of_a_folder(
     for side in "qk":
         rules["packed"].update({f"cu_seqlens_{side}": "starts", f"max_seqlen_{side}": 90})
     try:
-        peers.add_cute(tmp_path)
+        add_cute(tmp_path)
         for kind, case in (("dense", dense), ("packed", packed)):
             inputs: Any = SimpleNamespace(case=case, qkv="qkv", cu_seqlens="starts")
-            assert peers.FlashAttention4(inputs).out == (kind, rules[kind])
+            assert FlashAttention4(inputs).out == (kind, rules[kind])
     finally:
         sys.modules.pop("flash_attn.cute", None)
         vars(flash_attn).pop("cute", None)
     assert flash_attn.flash_attn_func is ours
+
+
+# --- Hard inputs, and errors --------------------------------------------------------------------
+
+SMALL = Case("dense", 2, 384, 2, 2, 32, causal=False)
+
+
+def scores(inputs: Inputs) -> torch.Tensor:
+    """In natural logarithms: (batch, heads, queries, keys)."""
+    q, k = (x.detach().double().transpose(1, 2) for x in inputs.qkv[:2])
+    return q @ k.transpose(-1, -2) * inputs.case.head_dim**-0.5
+
+
+def test_scores_rise_by_more_than_a_sum_can_bear_in_every_block() -> None:
+    for kind, blocks in (("rising", (0, 1, 2)), ("falling", (2, 1, 0))):
+        found = scores(Inputs(SMALL, kind, "cpu")).unflatten(-1, (3, 128)).amax(-1)
+        for before, after in zip(blocks, blocks[1:]):
+            rise = (found[..., after] - found[..., before]) / math.log(2)
+            # From 8 on the shift rises at every block; from 128 on, sums overflow.
+            assert rise.min() > 8
+            assert rise.max() < 128
+
+
+def test_huge_scores_overflow_and_outliers_are_few() -> None:
+    assert scores(Inputs(SMALL, "huge", "cpu")).amax() / math.log(2) > 128
+    x = torch.ones(100_000)
+    changed = with_outliers(x, torch.Generator().manual_seed(0))
+    assert set(changed.tolist()) == {1.0, 10.0}
+    assert 50 < (changed == 10).sum() < 200
+    assert all(x.dtype == torch.bfloat16 for x in Inputs(SMALL, "outliers", "cpu").qkv)
+
+
+def test_forward_and_backward_together_give_the_gradients_of_the_backward() -> None:
+    method = FlashAttn(Inputs(SMALL, device="cpu"))
+    names = ("forward", "backward", "both")
+    assert [method.of(passes).__name__ for passes in gpu.PASSES] == list(names)
+    assert all(map(torch.equal, method.of("fwd+bwd")(), method.of("bwd")()))
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        SMALL,
+        Case("grouped", 2, 70, 4, 2, 32, causal=True),
+        Case("window", 1, 90, 2, 2, 32, causal=False, window=31),
+        Case("packed", 3, 90, 2, 2, 32, causal=True, lengths=(1, 90, 33)),
+    ],
+    ids=lambda case: case.kind,
+)
+def test_flash_attention_3_is_asked_for_the_same(case: Case) -> None:
+    # The operators of that name that this package has.
+    assert flash_attn_interface.flash_attn_3_gpu
+    inputs = Inputs(case, device="cpu")
+    theirs = FlashAttention3(inputs)
+    assert peers.difference({OURS: FlashAttn(inputs), FA3: theirs}) < 5e-3
+    assert all(map(torch.equal, theirs.both(), theirs.backward()))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("causal", [False, True])
+def test_errors_are_those_of_rounding(kind: str, causal: bool) -> None:
+    case = dataclasses.replace(SMALL, causal=causal)
+    row = peers.errors(Inputs(case, kind, "cpu"), {OURS: FlashAttn})
+    assert row["inputs"] == kind
+    assert list(row["error"][OURS]) == list(peers.TENSORS)
+    assert all(1e-4 < error < 0.03 for error in row["error"][OURS].values())
+
+
+def test_errors_and_hard_inputs_become_tables() -> None:
+    error = {"out": 2e-3, "dq": 3e-3}
+    row = {"inputs": "normal", "head_dim": 64, "causal": True}
+    rows = [{**row, "error": {OURS: error, "FA3": {"out": 2e-3, "dq": 2e-3}}}]
+    text = result_tables.errors_table(rows)
+    assert "| normal | 64 | causal | 2.00e-03 (1.000) | 3.00e-03 (1.500) |" in text
+    slower = [{**row, "inputs": name, "slower": {OURS: 1.02}} for name in ("normal", "huge")]
+    assert result_tables.hard_table(slower).splitlines()[4:] == ["| huge | 64 | 1.020 |"]
+
+
+def test_a_run_measures_speed_errors_and_hard_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The operators of FlashAttention-3's name that this package has.
+    assert flash_attn_interface.flash_attn_3_gpu
+    monkeypatch.setattr(peers, "cases", lambda: iter([SMALL]))
+    monkeypatch.setattr(peers, "dense", lambda *sizes, **tokens: SMALL)
+    monkeypatch.setattr(peers, "Inputs", partial(Inputs, device="cpu"))
+    monkeypatch.setattr(gpu, "HEAD_DIMS", (32,))
+    monkeypatch.setattr(gpu, "CudaTimer", lambda: lambda call, count: [2.0])
+    monkeypatch.setattr(gpu, "CPU_SHAPE", (1, 8, 1, 8))
+    monkeypatch.setattr(peers, "cpu_times", partial(peers.cpu_times, device="cpu"))
+    tables = peers.tables({OURS: FlashAttn, FA3: FlashAttn})
+    assert all(us["min"] > 0 for us in tables["cpu"][0]["us"].values())
+    assert [(row["passes"], row["ratio"]) for row in tables["rows"]] == [("fwd", 1.0), ("bwd", 1.0)]
+    assert len(tables["accuracy"]) == 2 * 2
+    assert [row["inputs"] for row in tables["hard"]] == list(KINDS)
+    for row in tables["hard"]:
+        assert row["slower"] == {OURS: 1.0, FA3: 1.0}
+        assert row["difference"] == 0.0
+
+
+def test_a_pass_of_fewer_lengths_is_drawn(tmp_path: Path) -> None:
+    rows = [
+        {**vars(case), "passes": passes, "ratio": 1.0 + 0.1 * index}
+        for case in peers.cases()
+        for index, passes in enumerate(peers.passes_of(case))
+    ]
+    result = {"device": "NVIDIA Example", "date": "2026-11-21", "versions": {"torch": "2.11.0"}}
+    plot.plot_peers({**result, "rows": rows}, tmp_path / "peers.png")
+    assert (tmp_path / "peers.png").read_bytes().startswith(b"\x89PNG")

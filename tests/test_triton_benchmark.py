@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import gpu
 import pytest
+import report
+import result_tables
 import torch
 import triton_backend as bench
 
@@ -42,7 +43,7 @@ def test_every_method_computes_the_same_and_has_a_rate(operations: list[bench.Op
     rows = [row for operation in operations for row in bench.measure(operation, timer)]
     assert len({row["operation"] for row in rows}) == len(rows) / 2 == 5
     for row in rows:
-        assert row["difference"] < bench.MAX_DIFFERENCE
+        assert row["difference"] < gpu.MAX_DIFFERENCE
         assert list(row["gb_s"]) == list(bench.METHODS)
     # Rotary reads x and writes as much, 2 bytes an element, in 2 ms.
     assert rows[0]["gb_s"][bench.OURS] == pytest.approx(2 * 2 * (2 * 16 * 3 * 32) / 2e-3 * 1e-9)
@@ -77,14 +78,9 @@ def test_a_result_becomes_tables(operations: list[bench.Operation], tmp_path: Pa
             for passes in bench.PASSES
         ],
     }
-    path = gpu.write(result, tmp_path / "result.json")
+    path = report.write(result, tmp_path / "result.json")
     assert len(path.read_text("utf-8").splitlines()) > len(result["rows"])
-    spec = importlib.util.spec_from_file_location("render_docs", ROOT / "tools/render_docs.py")
-    assert spec is not None
-    assert spec.loader is not None
-    render_docs = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(render_docs)
-    text = render_docs.triton_section({**result, "file": path.name})
+    text = result_tables.triton_section({**result, "file": path.name})
     assert "Triton 3.6.0. Driver 580.1, 700 W. A copy: 2800 GB/s." in text
     assert "| 128 | causal | 1.23 ±0.05 (300) |" in text
     assert "| GB/s of | Pass | flash_attn | torch.compile | torch |" in text

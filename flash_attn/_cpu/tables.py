@@ -13,9 +13,6 @@ from torch import Tensor
 
 from flash_attn._problem import Sequences
 
-# How a KV cache's functions call what the operators behind them share with others.
-_OF_A_CACHE = {"seqused_k": "cache_seqlens", "leftpad_k": "cache_leftpad"}
-
 
 def check(name: str, what: str, value: int, low: int, high: int, why: str) -> None:
     """ValueError unless `value` lies between `low` and `high`; `why` says what `high` is."""
@@ -27,8 +24,6 @@ def check_each(
     name: str, argument: str, values: Sequence[int], highs: Sequence[int], why: str, low: int = 0
 ) -> None:
     """The same of each entry of a table (b,)."""
-    if name.endswith("with_kvcache"):
-        argument = _OF_A_CACHE.get(argument, argument)
     for i, (value, high) in enumerate(zip(values, highs)):
         check(name, f"{argument}[{i}]", value, low, high, why)
 

@@ -146,7 +146,8 @@ def backward(call: Backward) -> Tensor:
     is_packed = q.dim() == 3
     padding = _support.ROUND_TO * b
     shape = (hq, q.shape[0] + padding) if is_packed else (b, hq, _round_up(q.shape[1]))
-    delta = q.new_zeros(shape, dtype=torch.float32)
+    is_filled = not is_packed and seqs.is_dense and shape[-1] == q.shape[1]
+    delta = (q.new_empty if is_filled else q.new_zeros)(shape, dtype=torch.float32)
     if not seqs.is_dense:  # rows that belong to no sequence
         for grad in (call.dq, call.dk, call.dv):
             grad.zero_()
@@ -226,4 +227,10 @@ def score_arguments(scores: Scores) -> dict[str, Any]:
 
 
 def widths(d: int, dv: int) -> dict[str, int]:
-    return {"D": d, "DV": dv, "BLOCK_D": padded(d), "BLOCK_DV": padded(dv)}
+    """Of rows of q and k, and of v, and of their tiles. Where these differ, none is narrower than
+    64: Triton 3.6 then reads V wrong, if rows do not start at multiples of 16 bytes.
+    """
+    block_d, block_dv = padded(d), padded(dv)
+    if block_d != block_dv:
+        block_d, block_dv = max(block_d, 64), max(block_dv, 64)
+    return {"D": d, "DV": dv, "BLOCK_D": block_d, "BLOCK_DV": block_dv}

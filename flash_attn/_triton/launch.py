@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
-from typing import Any, NamedTuple
+from operator import itemgetter
+from typing import Any, Callable, NamedTuple
 
 import torch
 import triton
@@ -65,6 +66,12 @@ def padded(d: int) -> int:
 
 
 _FITTING: dict[tuple[Any, ...], Config] = {}
+# What has run once, by what its kernel was chosen and compiled for: the compiled kernel. Triton
+# finds that anew at each launch, which takes it 3 to 10 times as long as the launch itself.
+_COMPILED: dict[tuple[Any, ...], tuple[Config, Any]] = {}
+_MOST_COMPILED = 4096
+# Until Triton 3.3 a compiled kernel did not take the constants that it was compiled for.
+_TAKES_CONSTANTS = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 3)
 
 
 def launch(
@@ -83,26 +90,54 @@ def launch(
     """
     if length * others == 0:
         return
-    key = (kernel, tiles, device)
-    known = _FITTING.get(key)
+    # Stricter than Triton's: all it asks of a pointer, and every number's value.
+    key = (
+        kernel, tiles, device,
+        *[(x.dtype, x.data_ptr() % 16) if isinstance(x, Tensor) else x for x in args.values()],
+    )  # fmt: skip
+    known = _COMPILED.get(key)
     with _on(device):
-        for config in (known,) if known else tiles:
-            num_blocks = -(-length // getattr(config, size))
+        if known is not None:
+            config, compiled = known
+            grid, more = _grid(config, size, length, others)
+            compiled[grid](*_in_order(kernel)({**args, **more}))
+            return
+        fitting = _FITTING.get((kernel, tiles, device))
+        for config in (fitting,) if fitting else tiles:
+            grid, more = _grid(config, size, length, others)
             try:
-                kernel[(num_blocks * others,)](
+                compiled = kernel[grid](
                     **args,
-                    num_blocks=num_blocks,
-                    ROWS=config.rows,
-                    COLUMNS=config.columns,
+                    **more,
                     num_warps=config.num_warps,
                     num_stages=config.num_stages,
+                    enable_fp_fusion=True,  # no longer the default from Triton 3.10 on
                 )
             except OutOfResources:
                 if config == tiles[-1]:
                     raise
             else:
-                _FITTING[key] = config
-                return
+                break
+    _FITTING[kernel, tiles, device] = config
+    if not IS_INTERPRETED:
+        if len(_COMPILED) >= _MOST_COMPILED:
+            _COMPILED.clear()
+        _COMPILED[key] = config, compiled
+
+
+def _grid(
+    config: Config, size: str, length: int, others: int
+) -> tuple[tuple[int, int, int], dict[str, int]]:
+    """The grid, and what a kernel is told of it."""
+    num_blocks = -(-length // getattr(config, size))
+    told = {"num_blocks": num_blocks, "ROWS": config.rows, "COLUMNS": config.columns}
+    return (num_blocks * others, 1, 1), told
+
+
+@lru_cache
+def _in_order(kernel: Any) -> Callable[[dict[str, Any]], tuple[Any, ...]]:
+    """What makes the arguments of a compiled kernel of those by name."""
+    return itemgetter(*(p.name for p in kernel.params if _TAKES_CONSTANTS or not p.is_constexpr))
 
 
 def _on(device: torch.device) -> AbstractContextManager[Any]:
@@ -112,23 +147,20 @@ def _on(device: torch.device) -> AbstractContextManager[Any]:
 
 def strides(name: str, x: Tensor) -> dict[str, int]:
     """Strides of x (b, s, h, d) under the names of a kernel; packed (total, h, d) is one batch."""
-    return {
-        f"{name}_b": x.stride(0) if x.dim() == 4 else 0,
-        f"{name}_s": x.stride(-3),
-        f"{name}_h": x.stride(-2),
-        f"{name}_d": x.stride(-1),
-    }
+    *b, s, h, d = x.stride()
+    return {f"{name}_b": b[0] if b else 0, f"{name}_s": s, f"{name}_h": h, f"{name}_d": d}
 
 
 def row_strides(name: str, x: Tensor) -> dict[str, int]:
     """The same of a number for each row: (b, h, s), or packed (h, total)."""
-    return {f"{name}_b": x.stride(0) if x.dim() == 3 else 0, f"{name}_h": x.stride(-2)}
+    *b, h, _ = x.stride()
+    return {f"{name}_b": b[0] if b else 0, f"{name}_h": h}
 
 
 def lse_strides(name: str, x: Tensor) -> dict[str, int]:
     """The same of (b, s, h), or packed (total, h)."""
-    batch = x.stride(0) if x.dim() == 3 else 0
-    return {f"{name}_b": batch, f"{name}_h": x.stride(-1), f"{name}_s": x.stride(-2)}
+    *b, s, h = x.stride()
+    return {f"{name}_b": b[0] if b else 0, f"{name}_h": h, f"{name}_s": s}
 
 
 @lru_cache

@@ -30,11 +30,14 @@ def judge(got, oracle):
     check("out", got[0], exact[0], rough[0])
     check("lse", got[1], exact[1], rough[1], atol=1e-4)
 
-def dense(d, sq, sk, hq=2, hk=1, b=2, rise=0.0, dv=None, **options):
+def dense(d, sq, sk, hq=2, hk=1, b=2, rise=0.0, jump=0.0, dv=None, **options):
     q, k, v = make(b, sq, hq, d), make(b, sk, hk, d), make(b, sk, hk, dv or d)
-    if rise:  # scores that grow from block to block
+    if rise or jump:
         q[..., 0] = 8.0
+    if rise:  # scores that grow from block to block
         k[..., 0] = torch.linspace(rise, 0, sk).to(DTYPE)[:, None]
+    if jump:  # scores of which the first block tells nothing
+        k[..., 0] = (jump * (torch.arange(sk) < sk - 150)).to(DTYPE)[:, None]
     kept = dict(options)
     kept["alibi_slopes"] = kept.pop("slopes", None)
     kept["softmax_scale"] = kept.pop("scale", None)
@@ -66,6 +69,8 @@ CASES = {
     "window_of_many_rows": "dense({d}, 2048, 2048, hq=1, hk=1, window=(100, 0))",
     "overflowing_scores": "dense({d}, 200, 900, rise=600.0)",
     "overflowing_scores_full": "dense({d}, 400, 900, rise=600.0)",
+    "jumping_scores": "dense({d}, 200, 900, jump=200.0)",
+    "jumping_scores_causal": "dense({d}, 400, 900, jump=200.0, causal=True)",
 }
 
 

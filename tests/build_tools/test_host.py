@@ -23,7 +23,7 @@ PREAMBLE = """
 import ctypes, sys, threading
 host = ctypes.CDLL({host!r})
 host.flash_last_error.restype = ctypes.c_char_p
-FORWARD, FP16, BF16 = 0, 0, 1
+FORWARD, FP16, BF16, FP8 = 0, 0, 1, 2
 def say(status):
     print(status, host.flash_last_error().decode() if not status else "")
 """
@@ -99,7 +99,8 @@ from native_tools import ForwardHead
 class Call(ctypes.Structure):
     _fields_ = [("head", ForwardHead), ("rest", ctypes.c_ubyte * 800)]
 def plan_and_run(
-    device, d=64, stream=77, splits=1, b=2, sq=300, sk=300, right=-1, margin=0, given=(), **rows
+    device, d=64, stream=77, splits=1, b=2, sq=300, sk=300, right=-1, margin=0, given=(),
+    dtype=BF16, **rows
 ):
     # Only sizes matter to the plan; offsets are asked of the compiler below.
     call = Call()
@@ -114,12 +115,12 @@ def plan_and_run(
     for name, value in rows.items():
         setattr(call.head, name, value)
     workspace = (ctypes.c_int64 * 7)()
-    ok = host.flash_plan_forward(device, BF16, splits, ctypes.byref(call), workspace)
+    ok = host.flash_plan_forward(device, dtype, splits, ctypes.byref(call), workspace)
     *_, next_tile, decodes = workspace
     if next_tile:
         ctypes.c_uint64.from_buffer(call, OFFSETS["next_tile"]).value = 4096
     run = host.flash_decode if decodes else host.flash_forward
-    return ok and run(device, ctypes.c_void_p(stream), BF16, ctypes.byref(call))
+    return ok and run(device, ctypes.c_void_p(stream), dtype, ctypes.byref(call))
 """
 
 
@@ -406,6 +407,17 @@ say(plan_and_run(0, sq=2048, right=0))
         "flash_fwd_sm90_d96_bf16",
         wide.kernel,
     ]
+
+
+def test_fp8_blocks_of_many_keys_are_for_long_calls_of_their_head_dim(
+    stub: Stub, hopper: Path, tmp_path: Path, offsets: dict[str, int]
+) -> None:
+    sizes = ((128, 2048), (104, 4096), (128, 2047), (96, 4096), (64, 4096))
+    text = "".join(f"say(plan_and_run(0, dtype=FP8, d={d}, sk={sk}))\n" for d, sk in sizes)
+    kernels = [x.kernel for x in run_with(hopper, stub, tmp_path / "log", offsets, text)]
+    wide = "flash_fwd_sm90_fp8_wide_d128_e4m3"
+    others = [f"flash_fwd_sm90_fp8_d{d}_e4m3" for d in (128, 96, 64)]
+    assert kernels == [wide, wide, *others]
 
 
 def test_tiles_that_are_shared_leave_multiprocessors_to_others(

@@ -155,8 +155,8 @@ struct KeyRing {
   }
 
   // An index outside the cache is clamped: nothing outside it is ever read.
-  __device__ int64_t clamped(int page) const {
-    return min(max(page, 0), params.call.seqs.num_pages - 1);
+  __device__ int64_t clamped(int found) const {
+    return min(max(found, 0), params.call.seqs.num_pages - 1);
   }
 
   // Whether this lane's row is one of the sequence, or new.

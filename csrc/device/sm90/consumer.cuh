@@ -68,6 +68,7 @@ class Consumer {
   __device__ __forceinline__ void run_apart() {
     for (uint32_t tile = 0; pipe_.tile(tile).end > 0; ++tile) {
       open(tile);
+      skip_blocks(pipe_.tile(tile).skipped[consumer_]);
       first_step();
       while (left_ > 0) step(false);
       last_step();
@@ -88,6 +89,17 @@ class Consumer {
     if constexpr (Cfg::kTile.holds_q) {
       tile::load_a<TileQ>(q_, pipe_.q_buffer(tile, consumer_), warp_row(), lane());
       release_q(true);
+    }
+  }
+
+  // Gives back the first blocks of a tile in front of which no product is due.
+  __device__ __forceinline__ void skip_blocks(int blocks) {
+#pragma unroll 1
+    for (left_ -= blocks; blocks > 0; --blocks, ++block_) {
+      pipe_.k().wait_full(block_);
+      release(pipe_.k(), block_);
+      pipe_.v().wait_full(block_);
+      release(pipe_.v(), block_);
     }
   }
 
@@ -249,7 +261,7 @@ class Consumer {
       block_scale_ = scale;
       softmax_.move(s, scale);
     } else {
-      softmax_.absorb(s, scale);
+      if (softmax_.absorb(s, scale)) is_careful_ = true;
       // One more: this block will be counted too.
       lazy_left_ = lazy_run(t, key_block - 1) + 1;
       is_cut_ = key_block == t.end - 1 && t.tail < kBlockN;
@@ -388,7 +400,7 @@ class Consumer {
   int left_;            // blocks of the tile whose scores are due, descending
   int lazy_left_;       // of these, how many may have a lazy maximum from now on
   bool is_fresh_;       // O has no sums yet, whatever its registers hold
-  bool is_careful_;     // no lazy maximum in this tile
+  bool is_careful_;     // no lazy maximum in this tile any more
   bool is_cut_;         // in the block of P, V has rows behind the sequence
 };
 

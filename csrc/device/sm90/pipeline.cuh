@@ -55,6 +55,8 @@ struct Tile {
   int begin, end;  // blocks of keys, at least one; end 0: there are no more tiles
   // Blocks that all rows of a consumer see to the full, behind one in which each has seen a key.
   int lazy_begin[kMaxConsumers], lazy_end[kMaxConsumers];
+  // Of the last blocks: none of the consumer's rows sees them. Where tiles are done one by one.
+  int skipped[kMaxConsumers];
   int sequence, head;
   int row0;  // of the sequence's queries
   int sq, sk;

@@ -84,6 +84,11 @@ struct Schedule {
       tile.lazy_begin[consumer] = (mask.lowest(first + 63) + Cfg::kBlockN - 1) / Cfg::kBlockN;
       const int lazy_end = (max(mask.highest(first), 1) - 1) / Cfg::kBlockN;
       tile.lazy_end[consumer] = min(lazy_end, tile.end - 1);
+      if (!Cfg::kHasOBuffer) {
+        const int seen = mask.highest(min(first + 63, last_row));
+        const int end_of_seen = max((seen + Cfg::kBlockN - 1) / Cfg::kBlockN, tile.begin + 1);
+        tile.skipped[consumer] = tile.end - end_of_seen;
+      }
     }
     // Behind the last row of K and V there are zeros; behind a sequence there is anything.
     const int num_rows = seqs.cu_seqlens_k ? seqs.total_k : seqs.sk;

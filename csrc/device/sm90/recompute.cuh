@@ -25,26 +25,32 @@ __device__ __forceinline__ void recompute(typename Cfg::AccS& s, const ForwardPa
                                           const Tile& tile, uint32_t q_smem, int row, int first,
                                           int lane) {
   using TileQ = typename Cfg::TileQ;
+  constexpr int kAtOnce = 2;  // steps whose loads run side by side: registers are few
   // A lane holds keys l / 4 of every 8, columns 2 (l % 4) and 8 further of every 16.
   const uint16_t* key = keys_of(params, tile) + (first + lane / 4) * params.k.row + lane % 4 * 2;
 #pragma unroll
   for (int n = 0; n < Cfg::kBlockN / 8; ++n) {
-    float c[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-    const uint16_t* from = key;
-    // Rolled up: one step at a time takes few registers.
-#pragma unroll 1
-    for (int k = 0; k < Cfg::kHeadDim / 16; ++k) {
-      uint32_t a[4];
-      ptx::ldmatrix_x4(a, q_smem + TileQ::offset(row + lane % 16, 2 * k + lane / 16));
-      const bool has_low = 16 * k < params.d;
-      const bool has_high = 16 * k + 8 < params.d;
-      const uint32_t low = has_low ? *reinterpret_cast<const uint32_t*>(from) : 0;
-      const uint32_t high = has_high ? *reinterpret_cast<const uint32_t*>(from + 8) : 0;
-      ptx::mma_m16n8k16<typename Cfg::T>(c, a, low, high);
-      from += 16;
-    }
 #pragma unroll
-    for (int i = 0; i < 4; ++i) s.c[0][n][i] = c[i];
+    for (int i = 0; i < 4; ++i) s.c[0][n][i] = 0.0f;
+#pragma unroll 1
+    for (int first_k = 0; first_k < Cfg::kHeadDim / 16; first_k += kAtOnce) {
+      uint32_t b[kAtOnce][2];
+#pragma unroll
+      for (int k = 0; k < kAtOnce; ++k) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int column = 16 * (first_k + k) + 8 * half;
+          b[k][half] = column < params.d ? *reinterpret_cast<const uint32_t*>(key + column) : 0;
+        }
+      }
+#pragma unroll
+      for (int k = 0; k < kAtOnce; ++k) {
+        uint32_t a[4];
+        const int chunk = 2 * (first_k + k) + lane / 16;
+        ptx::ldmatrix_x4(a, q_smem + TileQ::offset(row + lane % 16, chunk));
+        ptx::mma_m16n8k16<typename Cfg::T>(s.c[0][n], a, b[k][0], b[k][1]);
+      }
+    }
     key += 8 * params.k.row;
   }
 }

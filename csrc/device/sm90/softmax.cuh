@@ -18,6 +18,10 @@ namespace flash::sm90 {
 // 4096, and 7 to 12 % at 256; 64 took 2 % more time at head dim 64.
 constexpr float kMostSum = 256.0f;
 
+// Where the maxima of the four lanes of a row differ by more than this in a block, in powers of two,
+// p of a later block might overflow. Those of usual scores differ by 2 or 3.
+constexpr float kMostSpread = 32.0f;
+
 struct Softmax {
   float shift[2];
   float sum[2];     // of this lane's columns only
@@ -34,26 +38,33 @@ struct Softmax {
   }
 
   // The ordinary way: the shift rises to the maximum, if that is far above, before scores become p.
+  // True: later blocks had better not be lazy. The same for all lanes of a warp.
   template <int kN>
-  __device__ __forceinline__ void absorb(tile::Accumulators<1, kN>& s, float scale) {
+  __device__ __forceinline__ bool absorb(tile::Accumulators<1, kN>& s, float scale) {
     constexpr float kSlack = 6.0f;
     float top[2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) top[h] = largest(s, h) * scale;
     is_moved = __any_sync(0xffffffffu, top[0] - shift[0] > kSlack || top[1] - shift[1] > kSlack);
+    bool is_spread = false;
     if (is_moved) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const float to = fmaxf(shift[h], of_row(top[h]));
+        const float top_of_row = of_row(top[h]);
+        const float spread = top_of_row - top[h];  // infinite where all of the lane's are hidden
+        is_spread = is_spread || (spread > kMostSpread && spread < attn::infinity());
+        const float to = fmaxf(shift[h], top_of_row);
         factor[h] = ptx::ex2(shift[h] - to);
         shift[h] = to;
         sum[h] *= factor[h];
       }
+      is_spread = __any_sync(0xffffffffu, is_spread);
     }
     float block[2];
     exponentiate(s, block, scale);
 #pragma unroll
     for (int h = 0; h < 2; ++h) sum[h] += block[h];
+    return is_spread;
   }
 
   // The lazy way. Every row must have seen a key before. False: p has overflowed, and the scores
