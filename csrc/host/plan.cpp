@@ -136,8 +136,8 @@ bool takes(int family, const ForwardParams& params) {
   if (!is_scored && !is_plain(params.scores)) return false;
   // A wide tile has more rows that are empty, and more keys that a mask hides.
   if (family == kSm90Wide && seqs.sq < (has_mask(params.scores) ? 2048 : 256)) return false;
-  // More keys at a time cost less, but more of the last ones are none. Heads of up to 96 have kernels
-  // of their own.
+  // More keys at a time cost less, but more of the last ones are none. Heads of up to 96 have
+  // kernels of their own.
   const bool is_narrow = params.d <= 96 && params.dv <= 96;
   if (family == kSm90Fp8Wide && (seqs.sk < 2048 || is_narrow)) return false;
   return has_rows(seqs) && seqs.block_table == nullptr && params.scores.rng_state == nullptr &&

@@ -106,7 +106,7 @@ def plan_and_run(
     call = Call()
     sizes = dict(b=b, sq=sq, sk=sk, hq=4, hk=2, d=d, dv=d, cache_rows=b)
     for name, value in dict(
-        sizes, window_left=-1, window_right=right, sm_margin=margin
+        sizes, window_left=-1, window_right=right, sm_margin=margin, q_dtype=dtype
     ).items():
         ctypes.c_int32.from_buffer(call, OFFSETS[name]).value = value
     ctypes.c_float.from_buffer(call, OFFSETS["softmax_scale"]).value = 0.125
@@ -135,7 +135,8 @@ def offsets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
     fields["window_left"] = "scores.window_left"
     fields["window_right"] = "scores.window_right"
     fields["softmax_scale"] = "scores.softmax_scale"
-    fields.update({name: name for name in ("hq", "hk", "d", "dv", "next_tile", "sm_margin")})
+    of_call = ("hq", "hk", "d", "dv", "next_tile", "sm_margin", "q_dtype")
+    fields.update({name: name for name in of_call})
     rows = "".join(
         f'printf("{name} %d\\n", int(offsetof(flash::ForwardParams, {field})));'
         for name, field in fields.items()
