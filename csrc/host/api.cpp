@@ -376,6 +376,7 @@ int flash_plan_backward(int ordinal, int dtype, BackwardParams* params, FlashWor
       params->turn_keys = ready.shape.block_n;
       workspace->turns = 2 * (heads * params->delta_head / kRowsOfTurns + 1);
     }
+    if (shares_blocks(*params, ready.shape, *on)) workspace->next_tile = 2;
   }
   return 1;
 }

@@ -165,6 +165,9 @@ struct BackwardParams {
   // queries about there see.
   int32_t* turns;
   int32_t turn_rows, turn_keys;
+  // CTAs of the main kernel take block after block of keys by this counter, which the delta kernel
+  // clears; null: each block has its CTA.
+  uint64_t* next_block;
 };
 
 // A backward call whose operands come and go by the tensor memory accelerator.

@@ -122,10 +122,9 @@ bool launch(const Ready& ready, const Device& device, void* stream, int64_t num_
   config.blockDimY = config.blockDimZ = 1;
   config.sharedMemBytes = static_cast<unsigned int>(ready.shape.smem_bytes);
   config.hStream = static_cast<CUstream>(stream);
-  // Kernels with shares of the work wait for the one in front by themselves, in code for
-  // architectures that have the instruction.
+  // In code for architectures that have the instruction to wait.
   CUlaunchAttribute overlap = CUlaunchAttribute::overlap();
-  if (ready.shape.ctas > 0 && ready.kernel->loaded_arch[device.ordinal] >= 90) {
+  if (ready.shape.waits && ready.kernel->loaded_arch[device.ordinal] >= 90) {
     config.attrs = &overlap;
     config.numAttrs = 1;
   }

@@ -72,22 +72,32 @@ bool is_hopper(int family) { return family >= kSm90Wide && family <= kSm90Fp8Sco
 
 int element_bytes(int family) { return family >= kSm90Fp8Wide && family <= kSm90Fp8Scored ? 1 : 2; }
 
+// Of a kernel that waits by itself for the one in front.
+Shape waiting(Shape shape) {
+  shape.waits = true;
+  return shape;
+}
+
 Shape shape_of_hopper(int family, int kind, int head_dim) {
   if (kind == FLASH_BACKWARD) {
     const sm90::BackwardTile tile = sm90::backward_tile(head_dim);
-    return {tile.block_m,      tile.block_n, tile.threads(),
-            tile.smem_bytes(), sm90::kBoxM,  tile.share == sm90::kByKeys};
+    const bool makes_sums = tile.share == sm90::kByKeys;
+    return waiting(
+        {tile.block_m, tile.block_n, tile.threads(), tile.smem_bytes(), sm90::kBoxM, makes_sums});
   }
-  if (kind == FLASH_CONVERT) return {sm90::kSumRows, 0, sm90::kConvertThreads, 0, 0, true};
+  if (kind == FLASH_CONVERT) {
+    return waiting({sm90::kSumRows, 0, sm90::kConvertThreads, 0, 0, true});
+  }
   if (kind == FLASH_DQ) {
     const sm90::QueriesTile tile = sm90::queries_tile(head_dim);
-    return {tile.block_m(), tile.block_n, tile.threads(), tile.smem_bytes(), sm90::kBoxM};
+    return waiting({tile.block_m(), tile.block_n, tile.threads(), tile.smem_bytes(), sm90::kBoxM});
   }
   const bool is_wide = family == kSm90Wide || family == kSm90Fp8Wide;
   const sm90::Serves serves = is_wide ? sm90::kLong : sm90::kAll;
   const sm90::ForwardTile tile = sm90::forward_tile(serves, head_dim, element_bytes(family));
-  return {tile.block_m(),    tile.block_n, tile.threads(), tile.smem_bytes(), sm90::kBoxM, false, 0,
-          tile.element_bytes};
+  Shape shape = {tile.block_m(), tile.block_n, tile.threads(), tile.smem_bytes(), sm90::kBoxM};
+  shape.element_bytes = tile.element_bytes;
+  return shape;
 }
 
 // Whether later rows see more keys. Else tiles of one head run side by side, as no long ones must
@@ -111,7 +121,8 @@ Shape shape_of(int family, int kind, int head_dim, int arch) {
     }
     case FLASH_DECODE: {
       const decode::Tile tile = decode::tile(rows_of(family), head_dim, arch);
-      return {tile.rows, tile.block_n, tile.threads(), tile.smem_bytes(), 0, false, tile.ctas};
+      return waiting(
+          {tile.rows, tile.block_n, tile.threads(), tile.smem_bytes(), 0, false, tile.ctas});
     }
     case FLASH_DELTA:
       return {common::kDeltaRows, 0, common::kDeltaThreads, 0, 0};
@@ -169,21 +180,22 @@ int64_t num_shares(const ForwardParams& params, const Shape& shape, const Device
   return int64_t{params.num_splits} * params.hk * params.seqs.b;
 }
 
+bool shares_blocks(const BackwardParams& params, const Shape& shape, const Device& device) {
+  // Where the next block's loads begin before the gradients of this one have left. Blocks that wait
+  // for one another start in their order.
+  return shape.box_m > 0 && shape.makes_sums && !params.deterministic &&
+         num_key_blocks(params, shape) > device.num_sms;
+}
+
 int64_t num_ctas(const BackwardParams& params, const Shape& shape, const Device& device) {
   const int64_t blocks = num_key_blocks(params, shape);
-  if (shape.box_m > 0) {
-    // Blocks of one length are dealt out beforehand, where the next one's loads begin before the
-    // gradients of this one have left. Others go to whoever is free, and those that wait for one
-    // another start in their order.
-    const bool are_dealt = shape.makes_sums && are_equal(params) && !params.deterministic;
-    return are_dealt && blocks > device.num_sms ? device.num_sms : blocks;
-  }
+  if (shape.box_m > 0) return shares_blocks(params, shape, device) ? device.num_sms : blocks;
   return params.deterministic ? int64_t{params.dq_copies} * params.hk * params.seqs.b : blocks;
 }
 
 int64_t num_ctas_of_dq(const BackwardParams& params, const Shape& shape, const Device& device) {
   const int64_t blocks = ceil_div(params.seqs.sq, shape.block_m) * params.hq * params.seqs.b;
-  // As above.
+  // Blocks of one length are dealt out beforehand.
   const bool are_dealt = shape.box_m > 0 && are_equal(params);
   return are_dealt && blocks > device.num_sms ? device.num_sms : blocks;
 }

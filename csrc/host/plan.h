@@ -30,6 +30,7 @@ struct Shape {
   int box_m;  // rows in one copy of Q, forward, or of dK, by TMA; 0: there are no tensor maps
   bool makes_sums = false;  // backward: dQ is added up in memory; else it has a kernel of its own
   int ctas = 0;             // an SM, of kernels whose CTAs have shares of the work
+  bool waits = false;       // by itself for the kernel in front, and begins beside its end
   int element_bytes = 2;    // of Q, K and V
 };
 
@@ -75,6 +76,9 @@ int choose_columns(const BackwardParams& params, const Shape& shape, const Devic
 int64_t num_ctas(const ForwardParams& params, const Shape& shape, const Device& device);
 // Shares of a decode call: CTAs, and rooms for what they have of sequences that are cut.
 int64_t num_shares(const ForwardParams& params, const Shape& shape, const Device& device);
+
+// Whether CTAs take block after block of keys from a counter.
+bool shares_blocks(const BackwardParams& params, const Shape& shape, const Device& device);
 
 int64_t num_ctas(const BackwardParams& params, const Shape& shape, const Device& device);
 int64_t num_ctas_of_dq(const BackwardParams& params, const Shape& shape, const Device& device);

@@ -54,12 +54,17 @@ Tensor run(Backward& call) {
   const int dtype = dtype_of(q);
   FlashWorkspace workspace = {};
   run_or_throw(call.name, flash_plan_backward(device, dtype, &params, &workspace));
-  const int64_t floats = workspace.dq_accum + workspace.statistics + workspace.turns;
+  const int64_t floats =
+      workspace.dq_accum + workspace.statistics + workspace.turns + workspace.next_tile;
   const Tensor scratch = empty({floats}, Dtype::kFloat, q);
   params.dq_accum = pointer<float>(scratch);
   if (workspace.statistics > 0) params.statistics = params.dq_accum + workspace.dq_accum;
   if (workspace.turns > 0) {
     params.turns = reinterpret_cast<int32_t*>(params.statistics + workspace.statistics);
+  }
+  // Behind an even number of floats; such a call takes no turns.
+  if (workspace.next_tile > 0) {
+    params.next_block = reinterpret_cast<uint64_t*>(params.statistics + workspace.statistics);
   }
   run_or_throw(call.name, flash_backward(device, current_stream(device), dtype, &params));
   dq.finish();

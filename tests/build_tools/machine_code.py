@@ -33,14 +33,31 @@ def nvdisasm() -> str:
     return program
 
 
-def sass(cubin: bytes) -> Counter[str]:
-    """How often each instruction, with its modifiers, stands in a cubin."""
+def _listing(cubin: bytes) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         command = [nvdisasm(), file.name]
-        child = subprocess.run(command, capture_output=True, text=True, check=True)
-    return Counter(_SASS.findall(child.stdout))
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def sass(cubin: bytes) -> Counter[str]:
+    """How often each instruction, with its modifiers, stands in a cubin."""
+    return Counter(_SASS.findall(_listing(cubin)))
+
+
+def main_loop(cubin: bytes, products: int) -> Counter[str]:
+    """The same of a kernel's shortest loop of at least so many products of warpgroups."""
+    lines = _listing(cubin).splitlines()
+    labels = {line.strip()[:-1]: at for at, line in enumerate(lines) if line.startswith(".L_")}
+    loops = []
+    for at, line in enumerate(lines):
+        target = re.search(r"\bBRA\b.*`\((\.L_\w+)\)", line)
+        if target and labels[target[1]] < at:
+            loop = Counter(_SASS.findall("\n".join(lines[labels[target[1]] : at + 1])))
+            if count(loop, "HGMMA") >= products:
+                loops.append(loop)
+    return min(loops, key=lambda loop: sum(loop.values()))
 
 
 def ptx(text: bytes) -> Counter[str]:

@@ -59,16 +59,16 @@ def test_above_128_the_last_one_computes_dq(launched: Launched) -> None:
 
 
 @pytest.mark.parametrize(
-    ("d", "block_m", "block_n", "exchanged"),
-    [(64, 128, 128, 2), (128, 64, 128, 2), (256, 64, 64, 4)],
+    ("d", "block_m", "block_n", "of_keys", "exchanged"),
+    [(64, 128, 128, 4, 2), (128, 64, 128, 4, 2), (256, 64, 64, 2, 4)],
 )
 def test_shared_memory_is_what_the_page_says(
-    launched: Launched, d: int, block_m: int, block_n: int, exchanged: int
+    launched: Launched, d: int, block_m: int, block_n: int, of_keys: int, exchanged: int
 ) -> None:
     _, main, _ = launched(f"backward({d})")
-    # K, V; Q and dO twice each; dS, or P in float, twice; lse and delta twice; bounds of keys;
-    # barriers.
-    operands = 2 * (block_n + 2 * block_m) * d * 2
+    # K and V, or K twice, V, and dK or dV; Q and dO twice each; dS, or P in float, twice; lse and
+    # delta twice; bounds of keys; barriers.
+    operands = (of_keys * block_n + 4 * block_m) * d * 2
     assert main.smem == (
         operands + 2 * block_m * block_n * exchanged + 2 * block_m * 8 + block_n * 8 + 512
     )
@@ -82,22 +82,19 @@ def test_so_is_that_of_the_kernel_of_dq(launched: Launched, d: int, buffers: int
     assert last.smem <= 227 * 1024
 
 
-def test_equal_blocks_are_dealt_out_where_loads_overlap(launched: Launched) -> None:
+def test_blocks_of_keys_are_shared_where_loads_overlap(launched: Launched) -> None:
     calls = [
         f"backward({d}, sq=5000, sk=5000, {options})"
         for d in (128, 256)
         for options in ("", "window=(-1, 0)", "deterministic=True")
     ]
     found = launched(*calls)
-    assert [launch.grid for launch in found[1::3]] == [132, 4 * 40, 4 * 40, 4 * 79, 4 * 79, 4 * 79]
+    assert [launch.grid for launch in found[1::3]] == [132, 132, 4 * 40, 4 * 79, 4 * 79, 4 * 79]
     assert [launch.grid for launch in found[2::3]] == [8 * 79] * 3 + [132, 8 * 40, 132]
 
 
-@pytest.mark.parametrize(("d", "at", "grid"), [(128, 1, 4 * 40), (256, 2, 8 * 40)])
-def test_blocks_of_lengths_that_differ_go_to_who_is_free(
-    launched: Launched, d: int, at: int, grid: int
-) -> None:
-    assert launched(f"backward({d}, sq=5000, sk=5000, used=[5000, 70])")[at].grid == grid
+def test_blocks_of_queries_that_differ_in_length_go_to_who_is_free(launched: Launched) -> None:
+    assert launched("backward(256, sq=5000, sk=5000, used=[5000, 70])")[2].grid == 8 * 40
 
 
 @pytest.mark.parametrize(

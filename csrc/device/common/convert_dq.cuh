@@ -15,11 +15,14 @@ template <class Cfg>
 __device__ inline void convert_dq(const BackwardParams& params) {
   using Tile = typename Cfg::TileQ;
   __shared__ __align__(128) unsigned char smem[Tile::kBytes];
+  ptx::wait_for_kernel_in_front();
   const int thread = threadIdx.x;
   const int tiles = gridDim.x / (params.hq * params.seqs.b);
-  const int head = blockIdx.x % params.hq;
-  const int row0 = blockIdx.x / params.hq % tiles * Cfg::kBlockM;
-  const attn::Sequence seq(params.seqs, blockIdx.x / (params.hq * tiles));
+  // The last heads come first: of their sums most are still in L2.
+  const int index = gridDim.x - 1 - blockIdx.x;
+  const int head = index % params.hq;
+  const int row0 = index / params.hq % tiles * Cfg::kBlockM;
+  const attn::Sequence seq(params.seqs, index / (params.hq * tiles));
   if (row0 >= seq.sq) return;
 
   const attn::PaddedRows padded(params, seq.index, head);

@@ -42,10 +42,14 @@ __device__ inline float lse_of_row(const BackwardParams& params, const attn::Seq
 // Grid: CTAs of a head (as many as the longest head has tiles of rows), times hq, times b.
 template <class T>
 __device__ inline void delta(const BackwardParams& params) {
+  ptx::let_kernel_behind_begin();
+  if (params.next_block && blockIdx.x == 0 && threadIdx.x == 0) *params.next_block = 0;
   const int blocks = gridDim.x / (params.hq * params.seqs.b);
-  const int head = blockIdx.x % params.hq;
-  const int block = blockIdx.x / params.hq % blocks;
-  const attn::Sequence seq(params.seqs, blockIdx.x / (params.hq * blocks));
+  // The first heads come last: the main kernel begins with what is in L2.
+  const int index = gridDim.x - 1 - blockIdx.x;
+  const int head = index % params.hq;
+  const int block = index / params.hq % blocks;
+  const attn::Sequence seq(params.seqs, index / (params.hq * blocks));
   const attn::PaddedRows padded(params, seq.index, head);
   const uint16_t* o = attn::rows_of_q(params.o, params.seqs, seq, head);
   const uint16_t* dout = attn::rows_of_q(params.dout, params.seqs, seq, head);
@@ -58,22 +62,51 @@ __device__ inline void delta(const BackwardParams& params) {
 
   for (int first = block * kDeltaRows; first < padded.count; first += blocks * kDeltaRows) {
     const int end = min(first + kDeltaRows, padded.count);
+    for (int copy = 0; copy < params.dq_copies; ++copy) {
+      float* sums =
+          params.dq_accum + copy * params.dq_accum_copy + (padded.first + first) * params.dq_cols;
+      for (int at = 4 * threadIdx.x; at < (end - first) * params.dq_cols; at += 4 * kDeltaThreads) {
+        *reinterpret_cast<float4*>(sums + at) = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+      }
+    }
     const bool is_used = first < (seq.sq + 127) / 128 * 128;  // by the main kernel
-    for (int row = first + threadIdx.x / 8; row < first + kDeltaRows; row += kDeltaThreads / 8) {
-      float sum = 0.0f;
-      if (row < seq.sq) {
-        for (int col = 8 * lane; col < params.dv; col += 64) {
-          sum += dot<T>(*reinterpret_cast<const uint4*>(o + row * params.o.row + col),
-                        *reinterpret_cast<const uint4*>(dout + row * params.dout.row + col));
+    // All loads are under way before the first is waited for.
+    constexpr int kRowsPerPass = kDeltaThreads / 8;
+    constexpr int kPasses = kDeltaRows / kRowsPerPass;
+    const int own = first + threadIdx.x / 8;
+    float lse[kPasses];
+    float sum[kPasses] = {};
+#pragma unroll
+    for (int pass = 0; pass < kPasses; ++pass) {
+      if (lane == 0 && statistics && is_used) {
+        lse[pass] = lse_of_row(params, seq, head, own + pass * kRowsPerPass);
+      }
+    }
+    for (int col = 8 * lane; col < params.dv; col += 64) {
+      uint4 left[kPasses] = {};
+      uint4 right[kPasses] = {};
+#pragma unroll
+      for (int pass = 0; pass < kPasses; ++pass) {
+        const int row = own + pass * kRowsPerPass;
+        if (row < seq.sq) {
+          left[pass] = *reinterpret_cast<const uint4*>(o + row * params.o.row + col);
+          right[pass] = *reinterpret_cast<const uint4*>(dout + row * params.dout.row + col);
         }
       }
 #pragma unroll
-      for (int step = 1; step < 8; step *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
-      if (lane == 0 && row < end) params.delta[padded.first + row] = sum;
+      for (int pass = 0; pass < kPasses; ++pass) sum[pass] += dot<T>(left[pass], right[pass]);
+    }
+#pragma unroll
+    for (int pass = 0; pass < kPasses; ++pass) {
+      const int row = own + pass * kRowsPerPass;
+      float& x = sum[pass];
+#pragma unroll
+      for (int step = 1; step < 8; step *= 2) x += __shfl_xor_sync(0xffffffffu, x, step);
+      if (lane == 0 && row < end) params.delta[padded.first + row] = x;
       if (lane == 0 && statistics && is_used) {
         float* const tile = statistics + 2 * first + row % kDeltaRows;
-        tile[0] = lse_of_row(params, seq, head, row);
-        tile[kDeltaRows] = -sum;
+        tile[0] = lse[pass];
+        tile[kDeltaRows] = -x;
       }
     }
     if (params.turns && is_used && threadIdx.x < 2) {
@@ -81,13 +114,6 @@ __device__ inline void delta(const BackwardParams& params) {
       const attn::Mask mask(params.scores, seq.sq, seq.sk);
       params.turns[(padded.first + first) / kDeltaRows * 2 + threadIdx.x] =
           (mask.highest(last_row) - 1) / params.turn_keys;
-    }
-    for (int copy = 0; copy < params.dq_copies; ++copy) {
-      float* sums =
-          params.dq_accum + copy * params.dq_accum_copy + (padded.first + first) * params.dq_cols;
-      for (int at = 4 * threadIdx.x; at < (end - first) * params.dq_cols; at += 4 * kDeltaThreads) {
-        *reinterpret_cast<float4*>(sums + at) = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-      }
     }
   }
 }

@@ -169,6 +169,9 @@ __device__ inline void red_release_add(int32_t* gmem, int x) {
   asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(gmem), "r"(x) : "memory");
 }
 
+// What was written to memory is read from there again, in place of registers that held it.
+__device__ inline void forget() { asm volatile("" ::: "memory"); }
+
 // Waits for a value that nobody needs: for the line of memory that it stands in.
 __device__ inline void touch(uint32_t x) {
   asm volatile(

@@ -32,12 +32,14 @@ __device__ inline void backward(const TmaBackwardParams& params) {
   const BackwardPipeline<Cfg> pipe(storage);
   const bool takes_turns = params.call.turns != nullptr;
   pipe.init(takes_turns);
+  ptx::let_kernel_behind_begin();
   const int warpgroup = ptx::uniform(threadIdx.x / 128);
   if (warpgroup == 0) {
     ptx::give_registers<Cfg::kTile.registers_of_others()>();
     const int warp = threadIdx.x / 32;
     if (threadIdx.x % 32 != 0) return;
     if (warp == 0) load_steps<Cfg>(params, pipe);
+    if (warp == 3) plan_blocks<Cfg>(params.call, pipe);
     if (takes_turns && (warp == 1 || warp == 2)) keep_turns<Cfg>(params.call, pipe, warp - 1);
   } else {
     ptx::take_registers<Cfg::kTile.registers_of_consumer()>();

@@ -28,6 +28,13 @@ class SharingConsumer : public GradientConsumer<Cfg> {
     this->clean_queries();
   }
 
+  // The buffers of K and V are free when dK and dV have left them.
+  __device__ __forceinline__ void close_keys() {
+    this->release_keys(this->keys_);
+    ++this->keys_;
+    this->close_block();
+  }
+
   // This thread's part of P, from consumer to consumer. There are two buffers, as there are of Q:
   // what a step writes was read two steps before, or Q would not be there.
   static_assert(Cfg::kStages == 2, "as many as of P");
@@ -71,8 +78,7 @@ class ValuesConsumer : SharingConsumer<Cfg> {
       }
       this->barrier_of_both();  // nobody needs V any more: dV leaves through it
       this->store_dv(dv_, 0);
-      this->release_keys();
-      this->close_block();
+      this->close_keys();
     }
   }
 
@@ -89,7 +95,7 @@ class ValuesConsumer : SharingConsumer<Cfg> {
   __device__ __forceinline__ void step() {
     AccS s;
     if (kPlain) begin_with(s, this->statistic(kLse, 0), this->maps_.lse_factor);
-    tile::start_abt<T, Cfg::kHeadDim, TileK, TileQ>(s, this->pipe_.k_buffer(), this->q(), kPlain);
+    tile::start_abt<T, Cfg::kHeadDim, TileK, TileQ>(s, this->pipe_.k_buffer(0), this->q(), kPlain);
     ptx::wgmma_wait<0>();
     ptx::pin(s.c[0]);
     Packed p;
@@ -146,8 +152,7 @@ class KeyGradientsConsumer : SharingConsumer<Cfg> {
       }
       this->barrier_of_both();  // nobody needs K any more: dK leaves through it
       this->store_dk(dk_, 0);
-      this->release_keys();
-      this->close_block();
+      this->close_keys();
     }
   }
 
@@ -155,7 +160,7 @@ class KeyGradientsConsumer : SharingConsumer<Cfg> {
   __device__ __forceinline__ void step() {
     AccS dp;
     this->pipe_.douts().wait_full(this->step_);
-    tile::start_abt<T, Cfg::kHeadDim, TileK, TileQ>(dp, this->pipe_.v_buffer(), this->dout());
+    tile::start_abt<T, Cfg::kHeadDim, TileK, TileQ>(dp, this->pipe_.v_buffer(0), this->dout());
     ptx::named_barrier_sync(this->p_is_there(), Base::kBothConsumers);
     ptx::wgmma_wait<0>();
     ptx::pin(dp.c[0]);

@@ -1,7 +1,7 @@
 // A consumer that has 64 keys for itself: their P and dS never leave its registers as operands of
 // dV and dK. Only dQ needs the dS of all keys, so that one goes through shared memory, and the
-// consumers share out dQ's columns, or its rows. A step multiplies the dQ of the step before, for
-// which the other consumer's dS has long been there.
+// consumers share out dQ's columns, or its rows. A step multiplies the dQ of the step before, of
+// the same block of keys or not, for which the other consumer's dS has long been there.
 #pragma once
 
 #include "sm90/backward_consumer.cuh"
@@ -35,37 +35,44 @@ class KeysConsumer : GradientConsumer<Cfg> {
       : Base(params, pipe) {}
 
   __device__ __forceinline__ void run() {
+    const bool is_only_block = this->params_.next_block == nullptr;
+    announce_ds(0);
     while (this->has_block()) {
       dk_.clear();
       dv_.clear();
-      this->wait_for_keys();
-      if (this->has_steps()) {
+      const bool has_steps = this->has_steps();
+      if (has_steps) {
+        this->wait_for_keys();
         if (attn::is_plain(this->params_.scores)) {
           run_steps<true>();
         } else {
           run_steps<false>();
         }
       }
-      this->barrier_of_both();  // nobody needs keys or dS any more: dK and dV leave through dS
-      this->release_keys();
-      this->store_dv(dv_, 64 * this->consumer_);
-      this->store_dk(dk_, 64 * this->consumer_);
+      // Nobody waits for the dQ of a block that another one follows.
+      if (is_only_block) finish_late_dq();
+      if (has_steps) {
+        this->store_dv(dv_, 64 * this->consumer_);
+        store_dk();
+        ++this->keys_;
+      } else {
+        this->store_zeros(64 * this->consumer_);
+      }
       this->close_block();
-      this->barrier_of_both();
     }
+    if (!is_only_block) finish_late_dq();
+    if (this->thread() == 0) ptx::tma_store_wait_read();
   }
 
  private:
   template <bool kPlain>
   __device__ __forceinline__ void run_steps() {
     this->clean_keys(64 * this->consumer_, 64);
-    this->find_bounds(64 * this->consumer_);
+    if (!kPlain || !this->are_whole()) this->find_bounds(64 * this->consumer_);
     if constexpr (kHoldsKeys) {
-      tile::load_a<TileK>(k_, this->pipe_.k_buffer(), 64 * this->consumer_ + this->warp_row(),
-                          this->lane());
+      tile::load_a<TileK>(k_, this->pipe_.k_buffer(this->keys_),
+                          64 * this->consumer_ + this->warp_row(), this->lane());
     }
-    late_sums_ = kNone;
-    announce_ds(this->step_);
     do {
       this->pipe_.queries().wait_full(this->step_);
       this->clean_queries();
@@ -74,12 +81,10 @@ class KeysConsumer : GradientConsumer<Cfg> {
       } else {
         step_of_64<kPlain>();
       }
+      if (late_keys_ != this->keys_) this->release_keys(late_keys_);
+      late_keys_ = this->keys_;
       late_sums_ = this->sums_;
     } while (this->close_step());
-    AccQ dq;
-    start_late_dq(dq);
-    ptx::wgmma_wait<0>();
-    add_late_dq(dq);
   }
 
   // The steps of scores that are not plain wait for S alone: what becomes of it takes registers.
@@ -168,12 +173,12 @@ class KeysConsumer : GradientConsumer<Cfg> {
       tile::start_abt<T, TileQ>(s, k_, q(half), adds);
     } else {
       tile::start_abt<T, Cfg::kHeadDim, TileK, TileQ>(
-          s, this->pipe_.k_buffer() + this->consumer_ * kRows, q(half), adds);
+          s, this->pipe_.k_buffer(this->keys_) + this->consumer_ * kRows, q(half), adds);
     }
   }
   __device__ __forceinline__ void start_dp(AccS& dp, int half, bool adds = false) const {
     tile::start_abt<T, Cfg::kHeadDim, TileK, TileQ>(
-        dp, this->pipe_.v_buffer() + this->consumer_ * kRows, dout(half), adds);
+        dp, this->pipe_.v_buffer(this->keys_) + this->consumer_ * kRows, dout(half), adds);
   }
   __device__ __forceinline__ void start_dv(Packed& p, int half) {
     tile::start_pb<T, TileQ>(dv_, p, dout(half));
@@ -203,8 +208,8 @@ class KeysConsumer : GradientConsumer<Cfg> {
     ptx::fence_async_proxy();
   }
 
-  // dS of the step before `step` is there, for the other consumer. In front of a block's first step
-  // too: dQ is multiplied there as in any other, of whatever the buffer holds, and left.
+  // dS of the step before `step` is there, for the other consumer. In front of the first step too:
+  // dQ is multiplied there as in any other, of whatever the buffer holds, and left.
   __device__ void announce_ds(uint32_t step) const {
     ptx::named_barrier_arrive(ds_is_there(this->consumer_ ^ 1, step), Base::kBothConsumers);
   }
@@ -216,7 +221,7 @@ class KeysConsumer : GradientConsumer<Cfg> {
   __device__ __forceinline__ void start_late_dq(AccQ& dq) const {
     ptx::named_barrier_sync(ds_is_there(this->consumer_, this->step_), Base::kBothConsumers);
     const uint32_t ds = this->pipe_.ds_buffer(this->step_ - 1);
-    const uint32_t k = this->pipe_.k_buffer();
+    const uint32_t k = this->pipe_.k_buffer(late_keys_);
     if constexpr (kByRows) {
       tile::start_ab<T, TileDs, TileK>(dq, ds + this->consumer_ * kRows, k);
     } else {
@@ -230,13 +235,32 @@ class KeysConsumer : GradientConsumer<Cfg> {
                  kByRows ? 0 : 64 * this->consumer_);
   }
 
+  // From registers: dV is still on its way through the buffer.
+  __device__ __forceinline__ void store_dk() const {
+    const float scale = this->params_.scores.softmax_scale;
+    const float factors[2] = {scale, scale};
+    const int row = this->block().first + 64 * this->consumer_ + this->warp_row();
+    tile::store_rows<T>(this->rows_of(this->params_.dk, row), this->params_.dk.row, dk_, factors,
+                        this->block().sk - row, this->params_.d, this->lane());
+    this->barrier();
+  }
+
+  __device__ __forceinline__ void finish_late_dq() const {
+    AccQ dq;
+    start_late_dq(dq);
+    ptx::wgmma_wait<0>();
+    add_late_dq(dq);
+  }
+
   __device__ uint32_t q(int half) const { return this->pipe_.q_buffer(this->step_) + half * kRows; }
   __device__ uint32_t dout(int half) const {
     return this->pipe_.dout_buffer(this->step_) + half * kRows;
   }
 
   typename Cfg::AccKV dk_, dv_;
-  int late_sums_;  // the row in dq_accum of the step before, if the block has one
+  // Of the step before: its block of keys, and its row in dq_accum, if there is such a step.
+  uint32_t late_keys_ = 0;
+  int late_sums_ = kNone;
   uint32_t k_[Cfg::kHeadDim / 16][4];  // where it is held
 };
 

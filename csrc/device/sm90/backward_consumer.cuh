@@ -17,7 +17,6 @@ class GradientConsumer {
   using TileQ = typename Cfg::TileQ;
   using TileK = typename Cfg::TileK;
   using TileDs = typename Cfg::TileDs;
-  using TileOut = typename Cfg::TileOut;
   using AccS = typename Cfg::AccS;
   using AccKV = typename Cfg::AccKV;
   static constexpr int kBlockM = Cfg::kBlockM;
@@ -34,14 +33,8 @@ class GradientConsumer {
         pipe_(pipe),
         consumer_(ptx::uniform(threadIdx.x / 128) - 1) {}
 
-  // Waits for the next block of keys; false where there is none. One thread plans, a block ahead:
-  // here, because the warp that loads has few registers.
+  // Waits for the next block of keys; false where there is none.
   __device__ __forceinline__ bool has_block() const {
-    if (index() == 128) {
-      for (uint32_t i = block_ == 0 ? 0 : block_ + 1; i <= block_ + 1; ++i) {
-        plan_block<Cfg>(params_, pipe_, i);
-      }
-    }
     __syncwarp();
     pipe_.blocks().wait_full(block_);
     return ptx::uniform(block().is_last) == 0;
@@ -55,18 +48,20 @@ class GradientConsumer {
     if (at_ >= end_) return false;
     full_begin_ = ptx::uniform(b.full_begin[consumer_]);
     full_end_ = ptx::uniform(b.full_end[consumer_]);
-    const int group = params_.hq / params_.hk;
-    head_ = ptx::uniform(b.head) * group;
-    left_ = (end_ - at_) * group;
+    head_ = ptx::uniform(b.head) * (params_.hq / params_.hk);
     sums_ = ptx::uniform(b.first_sum) + at_ * kBlockM;
     return true;
   }
   __device__ __forceinline__ void wait_for_keys() const {
-    pipe_.keys().wait_full(block_);
-    pipe_.values().wait_full(block_);
+    pipe_.keys().wait_full(keys_);
+    pipe_.values().wait_full(keys_);
   }
-  __device__ __forceinline__ void release_keys() const {
-    pipe_.keys().arrive_empty_if(thread() == 0, block_);
+  // By each warp, behind its last product with K, and the barriers of stores.
+  __device__ __forceinline__ void release_keys(uint32_t keys) const {
+    if (thread() == 0) ptx::tma_store_wait_read();
+    __syncwarp();
+    pipe_.keys().arrive_empty_if(lane() == 0, keys);
+    pipe_.values().arrive_empty_if(lane() == 0, keys);
   }
 
   // The consumer is done with a step, or a block of keys. True: the block has another step.
@@ -76,12 +71,12 @@ class GradientConsumer {
     ++step_;
     ++at_;
     sums_ += kBlockM;
-    if (at_ == end_) {
-      at_ = ptx::uniform(block().begin);
-      ++head_;
-      sums_ += static_cast<int>(params_.delta_head) - (end_ - at_) * kBlockM;
-    }
-    return --left_ > 0;
+    if (at_ < end_) return true;
+    const bool is_last = sums_ == ptx::uniform(block().end_sum);
+    at_ = ptx::uniform(block().begin);
+    ++head_;
+    sums_ += static_cast<int>(params_.delta_head) - (end_ - at_) * kBlockM;
+    return !is_last;
   }
   __device__ __forceinline__ void close_block() {
     pipe_.blocks().arrive_empty_if(thread() == 0, block_);
@@ -93,8 +88,8 @@ class GradientConsumer {
   __device__ __forceinline__ void clean_keys(int row, int num_rows) const {
     const int tail = ptx::uniform(block().tail_k);
     if (tail == 0 || ptx::uniform(block().first) + Cfg::kBlockN <= ptx::uniform(block().sk)) return;
-    clear_rows<TileK>(pipe_.k_buffer(), max(tail, row), row + num_rows);
-    clear_rows<TileK>(pipe_.v_buffer(), max(tail, row), row + num_rows);
+    clear_rows<TileK>(pipe_.k_buffer(keys_), max(tail, row), row + num_rows);
+    clear_rows<TileK>(pipe_.v_buffer(keys_), max(tail, row), row + num_rows);
     finish_clearing();
   }
 
@@ -168,22 +163,23 @@ class GradientConsumer {
     }
   }
 
-  // Stores rounded accumulators of 64 keys, of which the block's `row` is the first.
+  // Stores rounded accumulators of 64 keys, of which the block's `row` is the first, when the store
+  // before has left the buffer.
   __device__ __forceinline__ void store(const AccKV& acc, float factor, const TensorMap& map,
                                         const Rows& to, int row, int num_cols) const {
-    const uint32_t smem = pipe_.out_buffer(consumer_);
+    const uint32_t smem = pipe_.out_buffer(keys_, consumer_);
     const float factors[2] = {factor, factor};
-    tile::store_matrix<T, TileOut>(smem, acc, factors, warp_row(), lane());
+    if (thread() == 0) ptx::tma_store_wait_read();
+    barrier();
+    tile::store_matrix<T, TileK>(smem, acc, factors, row + warp_row(), lane());
     ptx::fence_async_proxy();
     const KeyBlock& b = block();
     const int first = b.first + row;
     if (params_.seqs.cu_seqlens_k && first + 64 > b.sk) {
       // Rows behind a packed sequence belong to another one.
       __syncwarp();
-      uint16_t* out = static_cast<uint16_t*>(to.ptr) + b.head * to.head +
-                      (int64_t{b.first_k} + first + warp_row()) * to.row;
-      tile::copy_out_rows<TileOut, 16>(out, to.row, smem, warp_row(), b.sk - first - warp_row(),
-                                       num_cols, lane());
+      tile::copy_out_rows<TileK, 16>(rows_of(to, first + warp_row()), to.row, smem,
+                                     row + warp_row(), b.sk - first - warp_row(), num_cols, lane());
       ptx::fence_async_proxy();
       barrier();
       return;
@@ -191,16 +187,14 @@ class GradientConsumer {
     barrier();
     if (thread() == 0) {
 #pragma unroll
-      for (int panel = 0; panel < TileOut::kCols / 64; ++panel) {
+      for (int panel = 0; panel < TileK::kCols / 64; ++panel) {
         if (panel * 64 < num_cols) {
-          ptx::tma_store(map, smem + panel * TileOut::kPanelBytes, panel * 64, b.first_k + first,
+          ptx::tma_store(map, smem + TileK::offset(row, panel * 8), panel * 64, b.first_k + first,
                          b.head, b.batch_k);
         }
       }
       ptx::tma_store_commit();
-      ptx::tma_store_wait_read();
     }
-    barrier();
   }
   __device__ __forceinline__ void store_dk(const AccKV& dk, int row) const {
     store(dk, params_.scores.softmax_scale, maps_.dk, params_.dk, row, params_.d);
@@ -209,10 +203,33 @@ class GradientConsumer {
     store(dv, 1.0f, maps_.dv, params_.dv_grad, row, params_.dv);
   }
 
+  // Of 64 keys that no query sees. Their block has no buffers.
+  __device__ void store_zeros(int row) const {
+    const int first = block().first + row;
+    const int num_rows = min(block().sk - first, 64);
+    const auto clear = [&](const Rows& x, int num_cols) {
+      for (int at = thread(); at < num_rows * (num_cols / 8); at += 128) {
+        ptx::st_global_128(rows_of(x, first + at / (num_cols / 8)) + at % (num_cols / 8) * 8,
+                           make_uint4(0, 0, 0, 0));
+      }
+    };
+    clear(params_.dk, params_.d);
+    clear(params_.dv_grad, params_.dv);
+    barrier();
+  }
+
   __device__ const KeyBlock& block() const { return pipe_.block(block_); }
   // All of the step's queries are this sequence's, and see all keys.
   __device__ bool is_whole() const {
     return __builtin_expect(at_ >= full_begin_ && at_ < full_end_, 1);
+  }
+  // So are the queries of all steps, at the first.
+  __device__ bool are_whole() const { return at_ >= full_begin_ && end_ <= full_end_; }
+  // Row `row` of the block's sequence in a gradient of keys.
+  __device__ uint16_t* rows_of(const Rows& x, int row) const {
+    const KeyBlock& b = block();
+    return static_cast<uint16_t*>(x.ptr) + b.batch_k * x.batch + b.head * x.head +
+           (int64_t{b.first_k} + row) * x.row;
   }
   // Of this lane's first entry.
   __device__ int first_query(int half) const { return at_ * kBlockM + 64 * half + lane() % 4 * 2; }
@@ -232,13 +249,13 @@ class GradientConsumer {
   // The rest is the same for all lanes of a warp, as the compiler knows.
   const int consumer_;
   uint32_t block_ = 0;  // of keys, counted from the start
+  uint32_t keys_ = 0;   // likewise, of those that are loaded
   uint32_t step_ = 0;   // counted likewise
   // Of the block of keys: where its blocks of queries end, and which are whole.
   int end_;
   int full_begin_, full_end_;
-  // Of the step: the head, its block of queries, and its first row in dq_accum; how many steps
-  // there are from here on.
-  int head_, at_, left_;
+  // Of the step: the head, its block of queries, and its first row in dq_accum.
+  int head_, at_;
   int sums_;
 
  private:

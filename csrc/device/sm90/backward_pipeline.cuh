@@ -21,17 +21,16 @@ struct BackwardConfig {
   using TileQ = tile::SmemTile<kBlockM, kTile.columns()>;
   using TileK = tile::SmemTile<kBlockN, kTile.columns()>;
   using TileDs = tile::SmemTile<kBlockM, kBlockN>;
-  using TileOut = tile::SmemTile<64, kTile.columns()>;  // of dK or dV, on its way out
-  using AccS = tile::Accumulators<1, 8>;                // of 64 keys and 64 queries
+  using AccS = tile::Accumulators<1, 8>;  // of 64 keys and 64 queries
   using AccKV = tile::Accumulators<1, kHeadDim / 8>;
 };
 
-// What one round of the CTA computes: dK and dV of kBlockN keys of one key-value head. The first
-// consumer plans it, everyone else reads it. Its steps are, for each query head of the group, the
-// blocks of queries [begin, end).
+// What one round of the CTA computes: dK and dV of kBlockN keys of one key-value head. A warp plans
+// it, everyone else reads it. Its steps are, for each query head of the group, the blocks of
+// queries [begin, end).
 struct KeyBlock {
   int is_last;     // there are no more
-  uint32_t index;  // of the next one
+  uint32_t index;  // in the order of blocks
   int sequence, head;
   int first;  // key
   int sq, sk;
@@ -43,38 +42,44 @@ struct KeyBlock {
   int first_k, batch_k;
   // Rows of the sequence's last block that may be used; those behind belong to others.
   int tail_q, tail_k;
-  // Row in dq_accum of the first query of the group's first head. Memory has less than 2^31 rows.
-  int first_sum;
+  // Rows in dq_accum: of the first query of the group's first head, and the one behind the last
+  // step of its last. Memory has less than 2^31 rows.
+  int first_sum, end_sum;
 };
 
-//   keys, values:    full: TMA has brought them       empty: no product needs them any more
+//   keys, values:    full: TMA has brought them       empty: no product needs them any more, and
+//                                                     what left through them is gone
 //   queries, douts:  full: TMA has brought the block  empty (queries only): all warps are done
 //   turns:           full: it is the step's turn      empty: the consumer has added its dQ
 //                    to add to dQ
 //   blocks:          full: it has been planned        empty: everyone is done with it
+//   loads:           full: but for the last step's    (nobody waits until it is empty)
+//                    all of a block have begun
 //
 // Turns, a ring for each consumer, are taken only where sums of dQ must have one order.
 template <class Cfg>
 struct BackwardPipeline {
   static constexpr int kBlocks = 2;
+  static constexpr int kKeyBuffers = Cfg::kTile.key_buffers();
   static constexpr int kKeys = 0;
-  static constexpr int kQueries = kKeys + 2 * Cfg::TileK::kBytes;
+  static constexpr int kValues = kKeys + kKeyBuffers * Cfg::TileK::kBytes;
+  static constexpr int kQueries = kValues + kKeyBuffers * Cfg::TileK::kBytes;
   static constexpr int kDs = kQueries + 2 * Cfg::kStages * Cfg::TileQ::kBytes;
   static constexpr int kP = kDs + 2 * Cfg::kTile.ds_bytes();
   static constexpr int kStatistics = kP + 2 * Cfg::kTile.p_bytes();
   static constexpr int kBounds = kStatistics + Cfg::kTile.statistics_bytes();
   static constexpr int kBarriers = kBounds + Cfg::kTile.bounds_bytes();
-  using KeyRing = Ring<1>;
+  using KeyRing = Ring<kKeyBuffers>;
   using QueryRing = Ring<Cfg::kStages>;
   using TurnRing = Ring<1>;
   using BlockRing = Ring<kBlocks>;
+  using LoadRing = Ring<1>;
   static constexpr int kRecords = kBarriers + 2 * KeyRing::kBytes + 2 * QueryRing::kBytes +
-                                  BlockRing::kBytes + Cfg::kConsumers * TurnRing::kBytes;
+                                  BlockRing::kBytes + Cfg::kConsumers * TurnRing::kBytes +
+                                  LoadRing::kBytes;
   static_assert(kRecords % alignof(KeyBlock) == 0 &&
                     kRecords + kBlocks * sizeof(KeyBlock) <= Cfg::kTile.smem_bytes(),
                 "room behind the buffers");
-  static_assert(!Cfg::kByKeys || 2 * Cfg::TileOut::kBytes <= kP - kDs,
-                "dK and dV leave through the buffers of dS");
 
   unsigned char* storage;
   uint32_t smem;
@@ -82,8 +87,11 @@ struct BackwardPipeline {
   __device__ explicit BackwardPipeline(unsigned char* storage)
       : storage(storage), smem(ptx::smem_address(storage)) {}
 
-  __device__ uint32_t k_buffer() const { return smem + kKeys; }
-  __device__ uint32_t v_buffer() const { return k_buffer() + Cfg::TileK::kBytes; }
+  // Of blocks of keys that are loaded, counted from the start.
+  __device__ uint32_t k_buffer(uint32_t i) const {
+    return smem + kKeys + i % kKeyBuffers * Cfg::TileK::kBytes;
+  }
+  __device__ uint32_t v_buffer(uint32_t i) const { return k_buffer(i) + kValues - kKeys; }
   __device__ uint32_t q_buffer(uint32_t step) const {
     return smem + kQueries + step % Cfg::kStages * (2 * Cfg::TileQ::kBytes);
   }
@@ -96,11 +104,9 @@ struct BackwardPipeline {
   __device__ uint32_t p_buffer(uint32_t step) const {
     return smem + kP + step % 2 * Cfg::kTile.p_bytes();
   }
-  // Where dK and dV leave: through buffers of dS, so that the next keys can come meanwhile, or
-  // through those of V (the first consumer) and K.
-  __device__ uint32_t out_buffer(int consumer) const {
-    if (Cfg::kByKeys) return smem + kDs + consumer * Cfg::TileOut::kBytes;
-    return consumer == 0 ? v_buffer() : k_buffer();
+  // Where dK and dV leave: through a consumer's rows of V, or through V (the first consumer) and K.
+  __device__ uint32_t out_buffer(uint32_t i, int consumer) const {
+    return Cfg::kByKeys || consumer == 0 ? v_buffer(i) : k_buffer(i);
   }
   // Of each 64 queries of a block, 64 lse and 64 delta.
   __device__ uint32_t statistics(uint32_t step) const {
@@ -118,19 +124,26 @@ struct BackwardPipeline {
   __device__ TurnRing turns(int consumer) const {
     return {blocks().barriers + BlockRing::kBytes + consumer * TurnRing::kBytes};
   }
+  __device__ LoadRing loads() const { return {turns(Cfg::kConsumers).barriers}; }
   __device__ KeyBlock& block(uint32_t i) const {
     return reinterpret_cast<KeyBlock*>(storage + kRecords)[i % kBlocks];
+  }
+  // Whether K and V of a block are loaded: without steps they are not, unless gradients leave
+  // through their buffers.
+  __device__ bool needs_keys(const KeyBlock& block) const {
+    return !Cfg::kByKeys || block.begin < block.end;
   }
 
   // By all threads.
   __device__ void init(bool takes_turns) const {
     if (threadIdx.x == 0) {
-      keys().init(1, Cfg::kConsumers);
-      values().init(1, Cfg::kConsumers);
+      keys().init(1, 4 * Cfg::kConsumers);
+      values().init(1, 4 * Cfg::kConsumers);
       queries().init(1, 4 * Cfg::kConsumers);
       douts().init(1, Cfg::kConsumers);
       for (int i = 0; i < Cfg::kConsumers; ++i) turns(i).init(1, 4);
       blocks().init(1, (takes_turns ? 2 : 1) * Cfg::kConsumers + 1);
+      loads().init(1, 1);
       ptx::mbarrier_init_fence();
     }
     __syncthreads();

@@ -6,7 +6,8 @@
 
 namespace flash::sm90 {
 
-// Blocks of keys that this CTA works on.
+// Blocks of keys that this CTA works on: the first is its own, each later one the next that no CTA
+// has; or only its own.
 //
 // Heads come in sections, of which all CTAs that run together have the queries in common. Under a
 // causal mask the first keys are seen by most queries: their blocks start first. Where sums of dQ
@@ -15,59 +16,79 @@ template <class Cfg>
 struct KeySchedule {
   const BackwardParams& params;
 
-  // The first one from `index` on.
-  __device__ void find(KeyBlock& block, uint32_t index) const {
+  // Fills in block `index`, or that there are no more. False: it has no keys.
+  __device__ bool find(KeyBlock& block, uint32_t index) const {
     const uint32_t num_blocks = (params.seqs.sk + Cfg::kBlockN - 1) / Cfg::kBlockN;
-    for (;;) {
-      block.is_last = index >= num_blocks * params.hk * params.seqs.b;
-      if (block.is_last) return;
-      const attn::TileIndex at(index, num_blocks, params.hk, params.seqs.b,
-                               params.heads_per_section);
-      index += gridDim.x;
-      block.index = index;
-      const int column = params.deterministic ? at.block_m : num_blocks - 1 - at.block_m;
-      const attn::Sequence seq(params.seqs, at.sequence);
-      if (column * Cfg::kBlockN < seq.sk) {
-        describe(block, seq, at.head, column * Cfg::kBlockN);
-        return;
-      }
+    block.is_last = index >= num_blocks * params.hk * params.seqs.b;
+    if (block.is_last) return true;
+    const attn::TileIndex at(index, num_blocks, params.hk, params.seqs.b, params.heads_per_section);
+    block.sequence = at.sequence;
+    block.head = at.head;
+    block.first = Cfg::kBlockN * (params.deterministic ? at.block_m : num_blocks - 1 - at.block_m);
+    ptx::forget();  // what is in the block by now: registers are few
+    place(block, attn::Sequence(params.seqs, block.sequence));
+    if (block.first >= block.sk) return false;
+    ptx::forget();
+    find_steps(block);
+    ptx::forget();
+#pragma unroll 1
+    for (int consumer = 0; consumer < Cfg::kConsumers; ++consumer) {
+      find_whole_steps(block, consumer);
     }
+    ptx::forget();
+    find_sums(block);
+    return true;
+  }
+  __device__ uint32_t next() const {
+    if (!Cfg::kByKeys || params.next_block == nullptr) return ~0u;
+    ptx::wait_for_kernel_in_front();  // which clears the counter
+    return ptx::opaque(static_cast<int>(gridDim.x)) +
+           static_cast<uint32_t>(ptx::atomic_add(params.next_block, 1));
   }
 
  private:
-  __device__ void describe(KeyBlock& block, const attn::Sequence& seq, int head, int first) const {
+  __device__ void place(KeyBlock& block, const attn::Sequence& seq) const {
     const Sequences& seqs = params.seqs;
-    block.sequence = seq.index;
-    block.head = head;
-    block.first = first;
     block.sq = seq.sq;
     block.sk = seq.sk;
     block.first_q = static_cast<int>(seq.first_q);
     block.batch_q = seqs.cu_seqlens_q ? 0 : seq.index;
     block.first_k = static_cast<int>(seq.first_k);
     block.batch_k = seqs.cu_seqlens_k ? 0 : seq.index;
-
-    const attn::Mask mask(params.scores, seq.sq, seq.sk);
-    block.begin = mask.first_query(first) / Cfg::kBlockM;
-    block.end = blocks_to(mask.end_query(min(first + Cfg::kBlockN, seq.sk) - 1));
     // Behind the last row of an operand there are zeros; behind a sequence there is anything.
     block.tail_q =
         tail(seq.sq, seqs.cu_seqlens_q ? seqs.total_q - block.first_q : seqs.sq, Cfg::kBlockM);
     block.tail_k =
         tail(seq.sk, seqs.cu_seqlens_k ? seqs.total_k - block.first_k : seqs.sk, Cfg::kBlockN);
-#pragma unroll
-    for (int consumer = 0; consumer < Cfg::kConsumers; ++consumer) {
-      const int own = Cfg::kByKeys ? first + 64 * consumer : first;
-      const int last = min(own + 64, seq.sk) - 1;
-      const int full_end = mask.end_query(own);
-      const bool ends_whole = full_end >= seq.sq && block.tail_q == 0;
-      // Rows that TMA has filled in have P 0, whatever they see.
-      block.full_begin[consumer] = blocks_to(mask.first_query(last));
-      block.full_end[consumer] = ends_whole ? block.end : min(full_end, seq.sq) / Cfg::kBlockM;
-      if (own + 64 > seq.sk) block.full_end[consumer] = 0;
-    }
-    block.first_sum =
-        static_cast<int>(attn::PaddedRows(params, seq.index, head * (params.hq / params.hk)).first);
+  }
+
+  __device__ void find_steps(KeyBlock& block) const {
+    const attn::Mask mask(params.scores, block.sq, block.sk);
+    block.begin = mask.first_query(block.first) / Cfg::kBlockM;
+    block.end = blocks_to(mask.end_query(min(block.first + Cfg::kBlockN, block.sk) - 1));
+  }
+
+  // Of which steps a consumer sees all.
+  __device__ void find_whole_steps(KeyBlock& block, int consumer) const {
+    const attn::Mask mask(params.scores, block.sq, block.sk);
+    const int own = Cfg::kByKeys ? block.first + 64 * consumer : block.first;
+    block.full_begin[consumer] = blocks_to(mask.first_query(min(own + 64, block.sk) - 1));
+    ptx::forget();
+    const int full_end = mask.end_query(own);
+    const bool ends_whole = full_end >= block.sq && block.tail_q == 0;
+    // Rows that TMA has filled in have P 0, whatever they see.
+    block.full_end[consumer] = own + 64 > block.sk ? 0
+                               : ends_whole        ? block.end
+                                                   : min(full_end, block.sq) / Cfg::kBlockM;
+  }
+
+  __device__ void find_sums(KeyBlock& block) const {
+    const int group = params.hq / params.hk;
+    const int first =
+        static_cast<int>(attn::PaddedRows(params, block.sequence, block.head * group).first);
+    block.first_sum = first;
+    block.end_sum =
+        first + (group - 1) * static_cast<int>(params.delta_head) + block.end * Cfg::kBlockM;
   }
 
   __device__ static int blocks_to(int query) { return (query + Cfg::kBlockM - 1) / Cfg::kBlockM; }
@@ -78,14 +99,22 @@ struct KeySchedule {
   }
 };
 
-// One thread's work: what the CTA does in round i.
+// One lane's work: what the CTA does in each round. No block is taken before the one in front is
+// about to end: another CTA may be free sooner.
 template <class Cfg>
-__device__ inline void plan_block(const BackwardParams& params, const BackwardPipeline<Cfg>& pipe,
-                                  uint32_t i) {
+__device__ inline void plan_blocks(const BackwardParams& params,
+                                   const BackwardPipeline<Cfg>& pipe) {
   const KeySchedule<Cfg> schedule{params};
-  pipe.blocks().wait_empty(i);
-  schedule.find(pipe.block(i), i == 0 ? blockIdx.x : pipe.block(i - 1).index);
-  pipe.blocks().arrive_full(i);
+  for (int i = 0;; ++i) {
+    const auto again = [&] { return ptx::opaque(i); };  // so that nothing made of it is kept
+    KeyBlock& block = pipe.block(i);
+    pipe.blocks().wait_empty(i);
+    block.index = i == 0 ? blockIdx.x : schedule.next();
+    while (!schedule.find(block, block.index)) block.index = schedule.next();
+    pipe.blocks().arrive_full(again());
+    if (block.is_last) return;
+    pipe.loads().wait_full(again());
+  }
 }
 
 // One lane's work for each consumer: turns. A counter of each 64 rows of dQ and consumer tells
@@ -97,6 +126,7 @@ __device__ inline void keep_turns(const BackwardParams& params, const BackwardPi
   constexpr int kCountersOfBlock = Cfg::kBlockM / kSumRows * 2;
   const auto ring = pipe.turns(consumer);
   uint32_t step = 0;
+  ptx::wait_for_kernel_in_front();
   for (uint32_t i = 0;; ++i) {
     pipe.blocks().wait_full(i);
     const KeyBlock& block = pipe.block(i);
@@ -129,19 +159,24 @@ __device__ inline void load_steps(const TmaBackwardParams& params,
   constexpr int kStatisticsBytes = Cfg::kBlockM * 2 * 4;
   const BackwardParams& call = params.call;
   uint32_t step = 0;
+  uint32_t keys = 0;  // blocks of them that were loaded
   for (uint32_t i = 0;; ++i) {
     pipe.blocks().wait_full(i);
     const KeyBlock& block = pipe.block(i);
     if (block.is_last) return;
-    const auto load_values = [&] {
-      load_tile<TileK>(pipe.v_buffer(), params.v, pipe.values().full(i), kPanels,
-                       block.first_k + block.first, block.head, block.batch_k);
+    const auto load_keys = [&](const TensorMap& map, const auto& ring, uint32_t smem) {
+      ring.wait_empty(keys);
+      load_tile<TileK>(smem, map, ring.full(keys), kPanels, block.first_k + block.first, block.head,
+                       block.batch_k);
     };
-    pipe.keys().wait_empty(i);
-    load_tile<TileK>(pipe.k_buffer(), params.k, pipe.keys().full(i), kPanels,
-                     block.first_k + block.first, block.head, block.batch_k);
-    if (block.begin >= block.end) load_values();
+    const bool needs_keys = pipe.needs_keys(block);
+    if (needs_keys) {
+      load_keys(params.k, pipe.keys(), pipe.k_buffer(keys));
+      load_keys(params.v, pipe.values(), pipe.v_buffer(keys));
+    }
+    if (i == 0) ptx::wait_for_kernel_in_front();
     const int group = call.hq / call.hk;
+    int left = (block.end - block.begin) * group;
     for (int head = block.head * group; head < (block.head + 1) * group; ++head) {
       const float* statistics =
           call.statistics +
@@ -149,16 +184,18 @@ __device__ inline void load_steps(const TmaBackwardParams& params,
       for (int m = block.begin; m < block.end; ++m, ++step) {
         const int row = block.first_q + m * Cfg::kBlockM;
         const uint32_t full = pipe.queries().full(step);
+        pipe.loads().arrive_full_if(--left == 0, i);
         pipe.queries().wait_empty(step);
         load_tile<TileQ>(pipe.q_buffer(step), params.q, full, kPanels, row, head, block.batch_q,
                          kStatisticsBytes);
         ptx::bulk_load(pipe.statistics(step), statistics + 2 * m * Cfg::kBlockM, kStatisticsBytes,
                        full);
-        if (head == block.head * group && m == block.begin) load_values();
         load_tile<TileQ>(pipe.dout_buffer(step), params.dout, pipe.douts().full(step), kPanels, row,
                          head, block.batch_q);
       }
     }
+    pipe.loads().arrive_full_if(block.begin >= block.end, i);
+    if (needs_keys) ++keys;
     pipe.blocks().arrive_empty(i);
   }
 }

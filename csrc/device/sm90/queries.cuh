@@ -314,6 +314,7 @@ __device__ inline void query_gradients(const TmaBackwardParams& params) {
   extern __shared__ __align__(1024) unsigned char storage[];
   const QueriesPipeline<Cfg> pipe(storage);
   pipe.init();
+  ptx::wait_for_kernel_in_front();
   if (ptx::uniform(threadIdx.x / 128) == 0) {
     ptx::give_registers<Cfg::kTile.registers_of_others()>();
     if (threadIdx.x == 0) load_key_steps<Cfg>(params, pipe);

@@ -87,6 +87,7 @@ inline uint64_t atomic_compare_exchange(uint64_t* gmem, uint64_t expected, uint6
 }
 
 inline void fence() {}
+inline void forget() {}
 inline void touch(uint32_t) {}
 inline void wait_for_kernel_in_front() {}
 inline void let_kernel_behind_begin() {}
