@@ -237,8 +237,11 @@ def flash_attn_with_kvcache(
     `cache_batch_idx` and `cache_leftpad`; q may be packed, (total_q, hq, d) with `cu_seqlens_q` and
     `max_seqlen_q`; new keys may be packed, (total_new, hk, d) with `cu_seqlens_k_new`;
     `rotary_seqlens` (b,) int32 is the rotary position of the first new key in place of
-    `cache_seqlens`; under `attention_chunk` each query has a position of its own, as under a mask;
-    the cache may be FP8.
+    `cache_seqlens`; under `attention_chunk` each query has a position of its own, as under a mask.
+    The cache may be FP8 (e4m3) under queries of any dtype, with `k_descale` and `v_descale`, and
+    `q_descale` for FP8 queries; new keys then have its dtype and are not rotated. On a GPU queries
+    times heads of a group are at most 64 over such a cache, but for FP8 queries over one without
+    pages.
 
     Returns out, or (out, softmax_lse, out_accum, softmax_lse_accum) with `return_softmax_lse`; the
     accumulators of split calls are empty where the call was not split.

@@ -17,7 +17,7 @@ def check_forward(name: str, call: Forward) -> None:
     """Every rule on shapes, dtypes, devices and options of a forward call."""
     q, k, v = call.q, call.k, call.v
     is_packed_k = call.sequences.cu_seqlens_k is not None and call.sequences.block_table is None
-    _check_dtypes(name, q, k, v)
+    _check_dtypes(name, q, k, v, takes_fp8_keys=True)
     check_devices(
         name,
         q=q,
@@ -43,7 +43,7 @@ def check_forward(name: str, call: Forward) -> None:
 
 
 def _check_out(name: str, out: Tensor, q: Tensor, v: Tensor) -> None:
-    dtype = torch.bfloat16 if q.dtype == torch.float8_e4m3fn else q.dtype
+    dtype = torch.bfloat16 if is_fp8(q) else q.dtype
     if out.dtype != dtype:
         fail(name, f"out must have dtype {dtype}", f"{out.dtype}")
     _check_shape(name, "out", out, (*q.shape[:-1], v.shape[-1]), "(like q, dim of v)")
@@ -56,7 +56,7 @@ def check_backward(name: str, call: Backward) -> None:
     like_q = {"dout": call.dout, "out": call.out}
     grads = {"dq": (call.dq, q), "dk": (call.dk, k), "dv": (call.dv, v)}
     _check_dtypes(name, q, k, v)
-    if str(q.dtype) == f"torch.{_support.FP8_DTYPE}":
+    if is_fp8(q):
         fail(name, "FP8 inputs have no backward", f"q of {q.dtype}")
     tensors = {"k": k, "v": v, **like_q, "softmax_lse": call.softmax_lse}
     check_devices(name, q=q, **tensors, **_side_tensors(sequences, call.scores))
@@ -83,7 +83,8 @@ def check_backward(name: str, call: Backward) -> None:
         fail(name, f"softmax_lse must have dtype {lse_dtype(q.dtype)}", f"{call.softmax_lse.dtype}")
 
 
-def _check_dtypes(name: str, q: Tensor, k: Tensor, v: Tensor) -> None:
+def _check_dtypes(name: str, q: Tensor, k: Tensor, v: Tensor, takes_fp8_keys: bool = False) -> None:
+    """`takes_fp8_keys`: FP8 keys and values go with queries of every dtype."""
     supported = _support.dtypes_of_device(q.device.type)
     dtype = str(q.dtype).replace("torch.", "")
     if dtype not in supported:
@@ -93,6 +94,10 @@ def _check_dtypes(name: str, q: Tensor, k: Tensor, v: Tensor) -> None:
             else "FlashAttention only support fp16 and bf16 data type"
         )
         fail(name, rule, f"q of {q.dtype} on {q.device}")
+    if takes_fp8_keys and is_fp8(k):
+        if v.dtype != k.dtype:
+            fail(name, "key and value must have the same dtype", f"k {k.dtype}, v {v.dtype}")
+        return
     for word, argument, x in (("key", "k", k), ("value", "v", v)):
         if x.dtype != q.dtype:
             fail(
@@ -100,6 +105,10 @@ def _check_dtypes(name: str, q: Tensor, k: Tensor, v: Tensor) -> None:
                 f"query and {word} must have the same dtype",
                 f"q {q.dtype}, {argument} {x.dtype}",
             )
+
+
+def is_fp8(x: Tensor) -> bool:
+    return str(x.dtype) == f"torch.{_support.FP8_DTYPE}"
 
 
 def _side_tensors(sequences: Sequences, scores: Scores) -> dict[str, Optional[Tensor]]:
@@ -290,11 +299,12 @@ def _check_append(name: str, call: Forward, append: Append) -> None:
             )
         lead = (append.k.shape[0],) if is_packed else (b, append.k.shape[1])
         _check_shape(name, argument, new, (*lead, *cache.shape[2:]), "(of the new rows)")
-        if new.dtype != call.q.dtype:
+        if new.dtype != cache.dtype:
+            other = "the cache" if is_fp8(cache) else "query"
             fail(
                 name,
-                f"{argument} must have the same dtype as query",
-                f"{new.dtype}, {call.q.dtype}",
+                f"{argument} must have the same dtype as {other}",
+                f"{new.dtype}, {cache.dtype}",
             )
     check_devices(
         name,
@@ -319,10 +329,10 @@ def _check_append(name: str, call: Forward, append: Append) -> None:
             "If key is supplied, it must have seqlen <= the seqlen of the KV cache",
             f"k with {append.k.shape[1]} rows, a cache of {capacity}",
         )
-    _check_rotary(name, call.q, append)
+    _check_rotary(name, call.q, call.k, append)
 
 
-def _check_rotary(name: str, q: Tensor, append: Append) -> None:
+def _check_rotary(name: str, q: Tensor, k: Tensor, append: Append) -> None:
     cos, sin = append.rotary_cos, append.rotary_sin
     if (cos is None) != (sin is None):
         fail(
@@ -333,6 +343,12 @@ def _check_rotary(name: str, q: Tensor, append: Append) -> None:
         )
     if cos is None or sin is None:
         return
+    if is_fp8(k):
+        fail(
+            name,
+            "FP8 keys are not rotated: rotate them, and the queries, before they are scaled",
+            f"rotary_cos and k of {k.dtype}",
+        )
     for argument, x in (("rotary_cos", cos), ("rotary_sin", sin)):
         if x.dtype != q.dtype:
             fail(name, f"{argument} must have the same dtype as query", f"{x.dtype}, q {q.dtype}")
@@ -358,19 +374,19 @@ def _check_fa3(name: str, call: Forward) -> None:
     b = q.shape[0] if seqs.cu_seqlens_q is None else seqs.cu_seqlens_q.shape[0] - 1
     if call.qv is not None:
         _check_shape(name, "qv", call.qv, (*q.shape[:-1], v.shape[-1]), "(like q, dim of v)")
-        if call.qv.dtype != q.dtype or q.dtype == torch.float8_e4m3fn:
+        if call.qv.dtype != q.dtype or is_fp8(q):
             fail(name, "qv must have the dtype of q, and not FP8", f"{call.qv.dtype}, q {q.dtype}")
     check_sm_margin(name, call.sm_margin)
     descale = call.descale
-    for argument, x in (
-        ("q_descale", descale.q),
-        ("k_descale", descale.k),
-        ("v_descale", descale.v),
+    for argument, x, of in (
+        ("q_descale", descale.q, q),
+        ("k_descale", descale.k, call.k),
+        ("v_descale", descale.v, v),
     ):
         if x is None:
             continue
-        if q.dtype != torch.float8_e4m3fn:
-            fail(name, f"{argument} goes with FP8 inputs only", f"q of {q.dtype}")
+        if not is_fp8(of):
+            fail(name, f"{argument} goes with FP8 inputs only", f"{argument[0]} of {of.dtype}")
         if x.dtype != torch.float32:
             fail(name, f"{argument} must have dtype float32", f"{x.dtype}")
         _check_shape(name, argument, x, (b, call.k.shape[-2]), "(batch_size, num_heads_k)")

@@ -87,6 +87,17 @@ FLASH_ATTN_LOG: Variable[bool] = Variable(
     doc="`1` writes one line per distinct problem to stderr, saying which backend ran it.",
 )
 
+FLASH_ATTN_DEBUG: Variable[bool] = Variable(
+    name="FLASH_ATTN_DEBUG",
+    default=False,
+    choices=MappingProxyType({"0": False, "1": True}),
+    doc="`1` has every call on a GPU check, before it runs, the lengths, offsets and page indices "
+    "in its tables: one that points outside is a ValueError which says where it stands, as it "
+    "always is on the CPU. Without it kernels clamp such values. Each call then waits for the "
+    "device. Set it before `flash_attn` is imported; calls under CUDA graph capture are not "
+    "checked.",
+)
+
 TRITON_INTERPRET: Variable[bool] = Variable(
     name="TRITON_INTERPRET",
     default=False,
@@ -102,6 +113,7 @@ VARIABLES: tuple[Variable[Any], ...] = (
     FLASH_ATTN_BACKEND,
     FLASH_ATTENTION_USE_FLAGGEMS,
     FLASH_ATTN_LOG,
+    FLASH_ATTN_DEBUG,
     TRITON_INTERPRET,
 )
 

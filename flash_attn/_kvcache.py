@@ -120,7 +120,7 @@ def _in_callers_words(message: str, table_name: str) -> str:
         return re.sub(r"\b([kv])\b", r"\1_cache", message)
     message = re.sub(r"(leftpad_k must .*; got )", r"\1cache_leftpad of ", message)
     for word, argument in (
-        ("leftpad_k is", "cache_leftpad is"),
+        ("leftpad_k[", "cache_leftpad["),
         ("seqused_k", "cache_seqlens"),
         ("block_table", table_name),
     ):

@@ -89,9 +89,9 @@ BACKENDS: tuple[BackendSupport, ...] = (
         ("cuda",),
         (*HALF_DTYPES, FP8_DTYPE),
         FEATURE_NAMES - {"qv"},
-        "compiled CUDA kernels for compute capability 8.0 and later, FP8 for 9.0 alone, head dims "
-        "up to 256, built from source",
-        frozenset({"kv_append", "rotary", "paged_kv", "dropout"}),
+        "compiled CUDA kernels for compute capability 8.0 and later, few queries over an FP8 cache "
+        "among them, other FP8 for 9.0 alone, head dims up to 256, built from source",
+        frozenset({"dropout"}),
     ),
     BackendSupport(
         "triton",
@@ -167,6 +167,8 @@ KERNEL_FAMILIES: tuple[KernelFamily, ...] = (
     ),
     KernelFamily("decode", ("decode",), (64, 96, 128, 192, 256), HALF_DTYPES, _SINCE_SM80),
     KernelFamily("decode_wide", ("decode",), (64, 96, 128, 192, 256), HALF_DTYPES, _SINCE_SM80),
+    KernelFamily("decode", ("decode",), (64, 128, 192, 256), (FP8_DTYPE,), _SINCE_SM80),
+    KernelFamily("decode_wide", ("decode",), (64, 128, 192, 256), (FP8_DTYPE,), _SINCE_SM80),
     KernelFamily(
         "common",
         ("combine", "append", "delta", "s_dmask", "fill"),

@@ -21,6 +21,7 @@ _TYPICAL: tuple[tuple[str, str, int, frozenset[str]], ...] = (
     ("training, head dim 256, softcap", "bfloat16", 256, frozenset({"softcap", "backward"})),
     ("decoding, KV cache, GQA", "bfloat16", 128, frozenset({"kv_append", "gqa", "causal"})),
     ("decoding, paged cache, window", "bfloat16", 128, frozenset({"paged_kv", "window"})),
+    ("decoding, FP8 cache", "bfloat16", 128, frozenset({"fp8", "paged_kv", "gqa"})),
     ("prefill, FP8", _support.FP8_DTYPE, 128, frozenset({"fp8", "causal"})),
 )
 

@@ -27,7 +27,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class CacheProblem:
-    """One decoding step. `page` > 0 makes the cache paged; `lens_q`/`lens_new` make q/k ragged."""
+    """One decoding step. `page` > 0 makes the cache paged; `lens_q`/`lens_new` make q/k ragged.
+
+    A cache has the dtype of the queries unless `cache_dtype` says another.
+    """
 
     b: int = 2
     sq: int = 1
@@ -38,6 +41,7 @@ class CacheProblem:
     d: int = 64
     dv: Optional[int] = None
     dtype: torch.dtype = FP32
+    cache_dtype: Optional[torch.dtype] = None
     causal: bool = False
     window: tuple[int, int] = (-1, -1)
     softcap: float = 0.0
@@ -81,6 +85,7 @@ class CacheProblem:
             f"h{self.hq}k{self.hk}",
             f"d{self.d}" + (f"v{self.dv}" if self.dv is not None else ""),
             DTYPE_NAMES[self.dtype],
+            f"cache_{DTYPE_NAMES[self.cache_dtype]}" if self.cache_dtype is not None else "",
             f"page{self.page}" if self.page else "",
             lengths("left", self.leftpad),
             lengths("idx", self.batch_idx),
@@ -163,10 +168,10 @@ class CacheProblem:
         self._poison_unused((k_cache, v_cache))
         if self.page:
             values.update(self._paged((k_cache, v_cache), generator))
-        values = {
-            name: x.to(device) if name == "block_table" else x.to(device, self.dtype)
-            for name, x in values.items()
-        }
+        of_cache = ("k_cache", "v_cache", "k", "v")
+        for name, x in values.items():
+            dtype = self.cache_dtype if name in of_cache and self.cache_dtype else self.dtype
+            values[name] = x.to(device) if name == "block_table" else x.to(device, dtype)
         for name in ("q", "k_cache", "v_cache"):
             values[name] = place(values[name], self.layout)
         optional = {
@@ -179,6 +184,8 @@ class CacheProblem:
         values.update({name: x for name, x in optional.items() if x is not None})
         if self.descale:
             values.update(descales(self.b, self.hk, generator, device))
+            if self.dtype != FP8:
+                del values["q_descale"]
         if self.lens_q is not None:
             values["cu_seqlens_q"] = cumulative(self.lens_q, device)
         if self.lens_new is not None:

@@ -306,6 +306,29 @@ FA3 = [
     varlen((40, 30), (50, 30), d=64, dtype=FP8, descale=True, hq=4, hk=2, causal=True),
 ]
 
+_OVER_FP8 = CacheProblem(dtype=BF16, cache_dtype=FP8, d=128, descale=True, sq=3, causal=True)
+FP8_KVCACHE = [
+    CacheProblem(dtype=FP8, sq=3, causal=True),
+    CacheProblem(dtype=FP8, sq=3, page=16, descale=True),
+    CacheProblem(dtype=FP8, sq=2, s_new=2, causal=True, descale=True, d=128),
+    _OVER_FP8,
+    replace(_OVER_FP8, dtype=FP16),
+    replace(_OVER_FP8, seqlens=None, sq=1),
+    replace(_OVER_FP8, s_new=3),
+    replace(_OVER_FP8, s_new=3, page=16, dtype=FP16),
+    replace(_OVER_FP8, s_new=5, page=7, d=64, descale=False),
+    replace(_OVER_FP8, page=1, leftpad=(17, 33)),
+    replace(_OVER_FP8, b=3, seqlens=(3, 40, 97), batch_idx=(4, 0, 2), s_new=1),
+    replace(_OVER_FP8, window=(30, 0), softcap=15.0),
+    replace(_OVER_FP8, d=256, softmax_scale=-0.1, attention_chunk=30),
+    replace(_OVER_FP8, d=192, dv=128, num_splits=3),
+    replace(_OVER_FP8, hq=32, hk=2, d=96),
+    replace(_OVER_FP8, d=72, dv=40, s_new=2),
+    replace(_OVER_FP8, d=59, dtype=FP16),
+    replace(_OVER_FP8, lens_q=(4, 9), lens_new=(6, 2)),
+    replace(_OVER_FP8, layout="headsfirst", s_new=1),
+]
+
 _ONE_STEP = CacheProblem(dtype=BF16, sq=4, s_new=4, causal=True)
 FA3_KVCACHE = [
     CacheProblem(dtype=BF16),
@@ -327,6 +350,5 @@ FA3_KVCACHE = [
     replace(_ONE_STEP, window=(12, 0), softcap=11.0, num_splits=3),
     replace(_ONE_STEP, qv=True, dv=256, hq=8, hk=1, dtype=FP32),
     CacheProblem(dtype=FP32, seqlens=(50, 50), scalar_seqlen=True, page=16),
-    CacheProblem(dtype=FP8, sq=3, causal=True),
-    CacheProblem(dtype=FP8, sq=3, page=16, descale=True),
+    *FP8_KVCACHE,
 ]

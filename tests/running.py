@@ -168,7 +168,7 @@ def assert_follows_rule(
 def oracle_cache_results(problem: CacheProblem, dtype: torch.dtype) -> Results:
     """out, lse and both caches after the append, by the oracle in `dtype`."""
     tensors = {
-        name: x.to(dtype) if x.dtype == problem.dtype else x
+        name: x.to(dtype) if x.dtype in (problem.dtype, problem.cache_dtype) else x
         for name, x in problem.tensors("cpu").items()
     }
     out, lse, k_cache, v_cache = kvcache_attention(

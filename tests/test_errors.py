@@ -95,6 +95,12 @@ def test_fa3_options_without_backward_say_so(option: dict[str, Any]) -> None:
         out.sum().backward()
 
 
+def test_fp8_keys_have_no_backward() -> None:
+    out = flash_attn.flash_attn_func(Q.clone().requires_grad_(), K.to(FP8), V.to(FP8))
+    with pytest.raises(RuntimeError, match="query and key must have the same dtype"):
+        out.sum().backward()
+
+
 def test_fp8_has_no_backward() -> None:
     q = Q.to(FP8).requires_grad_()
     out = fa3.flash_attn_func(q, EIGHTS["k"], EIGHTS["v"])

@@ -152,15 +152,31 @@ def test_a_cache_in_place_of_keys() -> None:
 
 
 @gpu
+def test_many_new_keys_and_queries_over_a_cache() -> None:
+    q, k, v = PLAIN.tensors("cuda").leaves
+    used = torch.tensor([30, 120], dtype=torch.int32, device="cuda")
+    new = [x[:, :100].contiguous() for x in (v, k)]
+    caches = [k.clone(), v.clone()]
+    out = fa3.flash_attn_with_kvcache(q, *caches, *new, cache_seqlens=used, causal=True)
+    for i, length in enumerate(used.tolist()):
+        for before, after, rows in zip((k, v), caches, new):
+            expected = before[i].clone()
+            expected[length : length + 100] = rows[i]
+            assert torch.equal(after[i].view(torch.uint8), expected.view(torch.uint8))
+    grown = fa3.flash_attn_with_kvcache(q, *caches, cache_seqlens=used + 100, causal=True)
+    assert torch.equal(out, grown)
+
+
+@gpu
 def test_what_its_kernels_lack_is_told() -> None:
     q, k, v = PLAIN.tensors("cuda").leaves
-    new = [torch.zeros(2, 1, 2, 128, device="cuda").to(FP8) for _ in range(2)]
     lens = torch.tensor([3, 4], dtype=torch.int32, device="cuda")
-    with pytest.raises(RuntimeError, match="new keys"):
-        fa3.flash_attn_with_kvcache(q, k, v, *new, cache_seqlens=lens)
     table = torch.zeros(2, 1, dtype=torch.int32, device="cuda")
-    with pytest.raises(RuntimeError, match="block_table"):
+    rows = "at most 64 rows of queries, here 200 queries times 2 heads"
+    with pytest.raises(RuntimeError, match=f"a block_table go with {rows}"):
         fa3.flash_attn_with_kvcache(q, k, v, cache_seqlens=lens, page_table=table)
+    with pytest.raises(RuntimeError, match=f"queries of 16 bits go with {rows}"):
+        fa3.flash_attn_with_kvcache(q.bfloat16(), k, v, cache_seqlens=lens)
     out = flash_attn.flash_attn_func(q.requires_grad_(), k, v)
     with pytest.raises(RuntimeError, match="FP8 inputs have no backward"):
         out.backward(torch.ones_like(out))
@@ -171,6 +187,6 @@ def asked(*features: str, capability: tuple[int, int] = (9, 0)) -> Asked:
 
 
 def test_dispatch_tells_what_fp8_lacks_on_a_gpu() -> None:
-    told = dict(backends.explain(asked("paged_kv", "causal")))
-    assert "lacks paged_kv with FP8 inputs" in told["cuda"]
+    told = dict(backends.explain(asked("dropout", "causal")))
+    assert "lacks dropout with FP8 inputs" in told["cuda"]
     assert "lacks fp8" in told["triton"]

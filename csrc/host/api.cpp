@@ -3,6 +3,7 @@
 #include <atomic>
 
 #include "host/driver.h"
+#include "host/fp8.h"
 #include "host/launch.h"
 #include "host/plan.h"
 #include "host/registry.h"
@@ -165,14 +166,14 @@ bool forward(const Call& call, const ForwardParams& params) {
 }
 
 bool decode(const Call& call, const DecodeParams& given) {
-  DecodeParams params = given;
+  DecodeParams params = call.dtype == FLASH_E4M3 ? in_pairs(given) : given;
   params.call_number = next_call_number();
   params.group = static_cast<uint32_t>(params.call.hq / params.call.hk);
   params.group_inverse = 65536 / params.group + 1;
   Ready ready;
   return call.prepare(FLASH_DECODE, &ready, &params.call) &&
          call.run(ready, num_shares(params.call, ready.shape, call.on), &params) &&
-         (!has_unused_q(params.call.seqs) || fill(call, unused_rows_of(params.call)));
+         (!has_unused_q(params.call.seqs) || fill(for_output(call), unused_rows_of(params.call)));
 }
 
 // The kernel of dK and dV, and the one that leaves dQ.
@@ -208,7 +209,8 @@ bool backward(const Call& call, const BackwardParams& params) {
          (!has_unused_k(params.seqs) || fill(call, unused_keys_of(params)));
 }
 
-bool append(const Call& call, const AppendParams& params) {
+bool append(const Call& call, const AppendParams& given) {
+  const AppendParams params = call.dtype == FLASH_E4M3 ? in_pairs(given) : given;
   // New keys and values of each key-value head, then queries of each query head.
   const Sequences& seqs = params.seqs;
   const int64_t rows_k = params.added.cu_seqlens == nullptr ? int64_t{seqs.b} * params.added.count
@@ -217,7 +219,7 @@ bool append(const Call& call, const AppendParams& params) {
   if (params.q_rotated.ptr != nullptr) {
     rows_q = seqs.cu_seqlens_q == nullptr ? int64_t{seqs.b} * seqs.sq : seqs.total_q;
   }
-  return run_rows(call, FLASH_APPEND, rows_k * params.hk + rows_q * params.hq, &params);
+  return run_rows(for_output(call), FLASH_APPEND, rows_k * params.hk + rows_q * params.hq, &params);
 }
 
 void plan_decode(const Shape& shape, const Device& on, ForwardParams* params,
@@ -308,11 +310,18 @@ int flash_plan_forward(int ordinal, int dtype, int num_splits, ForwardParams* pa
   params->num_splits = num_splits;
   *workspace = {};
   const int head_dim = wider(params->d, params->dv);
-  if (has_few_queries(*params) &&
+  const char* missed = dtype == FLASH_E4M3 ? misses_fp8_forward(*params) : nullptr;
+  if ((prefers_decode(*params) || (missed != nullptr && fits_decode(*params))) &&
       prepare({FLASH_DECODE, head_dim, dtype, on->cc, params}, *on, &ready)) {
     plan_decode(ready.shape, *on, params, workspace);
     return 1;
   }
+  if (missed != nullptr && !fits_decode(*params)) {
+    return fail(
+        "FP8 keys with %s go with at most %d rows of queries, here %d queries times %d heads",
+        missed, most_decode_rows(), params->seqs.sq, params->hq / params->hk);
+  }
+  if (dtype == FLASH_E4M3) params->num_splits = num_splits = 1;  // they take all keys at once
   // Not every family splits: who would take the call whole decides how it is split.
   if (!prepare({FLASH_FORWARD, head_dim, dtype, on->cc, params}, *on, &ready)) return 0;
   if (num_splits != 0) {

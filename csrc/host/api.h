@@ -30,9 +30,6 @@ enum FlashKind {
   FLASH_NUM_KINDS
 };
 
-// e4m3 is for forward calls alone, whose o is bf16.
-enum FlashDtype { FLASH_FP16, FLASH_BF16, FLASH_E4M3, FLASH_NUM_DTYPES };
-
 // Floats of scratch memory that a call needs; the caller allocates it, on the call's stream.
 struct FlashWorkspace {
   int64_t o_partial;

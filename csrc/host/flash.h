@@ -17,6 +17,9 @@ using uint16_t = unsigned short;
 #include <stdint.h>
 #endif
 
+// e4m3 is for forward calls alone. Their o is bf16 where q is e4m3, else like q.
+enum FlashDtype { FLASH_FP16, FLASH_BF16, FLASH_E4M3, FLASH_NUM_DTYPES };
+
 namespace flash {
 
 // Rows of one operand: element (i, r, h, x) stands at ptr + i * batch + r * row + h * head + x.
@@ -104,6 +107,7 @@ struct ForwardParams {
   // CTAs take tile after tile by this counter (attn/counter.cuh); null: each tile has its CTA.
   uint64_t* next_tile;
   int32_t sm_margin;                        // multiprocessors that such CTAs leave to other kernels
+  int32_t q_dtype;                          // a FlashDtype; k and v of a decode call may be e4m3
   Factors q_descale, k_descale, v_descale;  // of 8-bit operands
 };
 
@@ -217,6 +221,8 @@ struct AppendParams {
 // what it has of them goes to o_partial [2 shares, rows, dv] and lse_partial [2 shares, rows, 2]
 // (largest score in base 2, and sum), float, where rows is hq / hk * sq, and whoever comes last
 // merges. With num_splits > 0 each sequence is cut into so many, and a share is one of them.
+//
+// Operands of 8 bits are rows of pairs: their strides count 16 bits, head dims elements as always.
 struct DecodeParams {
   ForwardParams call;  // next_tile: a counter for each share (attn/counter.cuh)
   NewRows added;

@@ -209,13 +209,18 @@ int64_t num_ctas_of_dq(const BackwardParams& params, const Shape& shape, const D
   return are_dealt && blocks > device.num_sms ? device.num_sms : blocks;
 }
 
-bool has_few_queries(const ForwardParams& params) {
+int most_decode_rows() { return rows_of(kDecodeWide); }
+
+bool fits_decode(const ForwardParams& params) {
+  return params.scores.rng_state == nullptr && decode_rows(params) <= most_decode_rows();
+}
+
+bool prefers_decode(const ForwardParams& params) {
   constexpr int kManyKeys = 1024;
   const Sequences& seqs = params.seqs;
   const bool has_cache = seqs.seqused_k != nullptr || seqs.block_table != nullptr ||
                          seqs.kv_batch_idx != nullptr || seqs.leftpad_k != nullptr;
-  return seqs.b > 0 && seqs.sq > 0 && params.scores.rng_state == nullptr &&
-         decode_rows(params) <= rows_of(kDecodeWide) && (has_cache || seqs.sk >= kManyKeys);
+  return seqs.b > 0 && seqs.sq > 0 && fits_decode(params) && (has_cache || seqs.sk >= kManyKeys);
 }
 
 int choose_splits(const ForwardParams& params, const Shape& shape, const Device& device) {

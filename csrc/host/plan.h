@@ -43,9 +43,14 @@ bool takes(int family, const BackwardParams& params);
 
 inline int64_t ceil_div(int64_t x, int64_t y) { return (x + y - 1) / y; }
 
-// Whether a call is one for the decode kernels: rows of queries and heads of a group that a tile
-// holds, and keys of a cache, or many.
-bool has_few_queries(const ForwardParams& params);
+// Whether decode kernels can run a call: rows of queries and heads of a group that a tile holds.
+bool fits_decode(const ForwardParams& params);
+
+// Whether they are the ones for it: there are keys of a cache, or many.
+bool prefers_decode(const ForwardParams& params);
+
+// What such a tile holds.
+int most_decode_rows();
 
 // Parts into which the keys are cut so that a call with few rows still fills the device.
 int choose_splits(const ForwardParams& params, const Shape& shape, const Device& device);

@@ -65,7 +65,7 @@ struct Forward {
   int64_t num_splits = 0;
   int64_t sm_margin = 0;
 
-  bool is_fp8() const { return q.dtype() == Dtype::kE4m3; }
+  bool is_fp8() const { return k.dtype() == Dtype::kE4m3; }  // q may have 16 bits
   bool is_packed_q() const { return static_cast<bool>(lengths.cu_seqlens_q); }
   bool is_packed_k() const { return lengths.cu_seqlens_k && !lengths.block_table; }
   int64_t batch_size() const {

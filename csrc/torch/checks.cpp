@@ -20,9 +20,16 @@ void check_like_q(const char* name, const char* argument, const Tensor& x, const
   }
 }
 
-void check_dtypes(const char* name, const Tensor& q, const Tensor& k, const Tensor& v) {
+// FP8 keys and values go with queries of every dtype in calls that have no gradients.
+void check_dtypes(const char* name, const Tensor& q, const Tensor& k, const Tensor& v,
+                  bool takes_fp8_keys) {
   if (q.dtype() != Dtype::kHalf && q.dtype() != Dtype::kBfloat16 && q.dtype() != Dtype::kE4m3) {
     fail(name, "FlashAttention only support fp16 and bf16 data type", "q of " + dtype_text(q));
+  }
+  if (takes_fp8_keys && k.dtype() == Dtype::kE4m3) {
+    if (v.dtype() == k.dtype()) return;
+    fail(name, "key and value must have the same dtype",
+         "k " + dtype_text(k) + ", v " + dtype_text(v));
   }
   if (k.dtype() != q.dtype()) {
     fail(name, "query and key must have the same dtype",
@@ -223,9 +230,10 @@ void check_new_rows(const Forward& call, const char* argument, const Tensor& row
   } else {
     check_shape(name, argument, rows, {call.batch_size(), k.size(1), h, last}, "(of the new rows)");
   }
-  if (rows.dtype() != call.q.dtype()) {
-    fail(name, std::string(argument) + " must have the same dtype as query",
-         dtype_text(rows) + ", " + dtype_text(call.q));
+  if (rows.dtype() != cache.dtype()) {
+    const std::string other = call.is_fp8() ? "the cache" : "query";
+    fail(name, std::string(argument) + " must have the same dtype as " + other,
+         dtype_text(rows) + ", " + dtype_text(cache));
   }
 }
 
@@ -239,6 +247,10 @@ void check_rotary(const Forward& call) {
              (sin ? "given" : "None"));
   }
   if (!cos) return;
+  if (call.is_fp8()) {
+    fail(name, "FP8 keys are not rotated: rotate them, and the queries, before they are scaled",
+         "rotary_cos and k of " + dtype_text(call.k));
+  }
   for (const Named& table : {Named{"rotary_cos", cos}, Named{"rotary_sin", sin}}) {
     if (table.x.dtype() != call.q.dtype()) {
       fail(name, std::string(table.argument) + " must have the same dtype as query",
@@ -323,7 +335,7 @@ std::string shape_text(const Tensor& x) {
 
 void check(const Forward& call) {
   const char* name = call.name;
-  check_dtypes(name, call.q, call.k, call.v);
+  check_dtypes(name, call.q, call.k, call.v, true);
   check_devices(name, call.q,
                 {{"k", call.k},
                  {"v", call.v},
@@ -346,7 +358,7 @@ void check(const Forward& call) {
 void check(const Backward& call) {
   const char* name = call.name;
   const Tensor& q = call.q;
-  check_dtypes(name, q, call.k, call.v);
+  check_dtypes(name, q, call.k, call.v, false);
   if (q.dtype() == Dtype::kE4m3) {
     fail(name, "FP8 inputs have no backward", "q of " + dtype_text(q));
   }

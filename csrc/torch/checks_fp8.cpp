@@ -5,11 +5,13 @@ namespace flash::shim {
 
 namespace {
 
-void check_factor(const Forward& call, const char* argument, const Tensor& factor) {
+void check_factor(const Forward& call, const char* argument, const Tensor& factor,
+                  const Tensor& of) {
   if (!factor) return;
   const std::string name = argument;
-  if (!call.is_fp8()) {
-    fail(call.name, name + " goes with FP8 inputs only", "q of " + dtype_text(call.q));
+  if (of.dtype() != Dtype::kE4m3) {
+    fail(call.name, name + " goes with FP8 inputs only",
+         name.substr(0, 1) + " of " + dtype_text(of));
   }
   if (factor.dtype() != Dtype::kFloat) {
     fail(call.name, name + " must have dtype float32", dtype_text(factor));
@@ -21,16 +23,12 @@ void check_factor(const Forward& call, const char* argument, const Tensor& facto
 }  // namespace
 
 void check_fp8(const Forward& call) {
-  check_factor(call, "q_descale", call.descale.q);
-  check_factor(call, "k_descale", call.descale.k);
-  check_factor(call, "v_descale", call.descale.v);
-  if (!call.is_fp8()) return;
-  const char* given = call.append.k                 ? "new keys"
-                      : call.lengths.block_table    ? "a block_table"
-                      : call.scores.dropout_p > 0.0 ? "dropout"
-                                                    : nullptr;
-  if (given != nullptr) {
-    fail(call.name, "FP8 inputs on a GPU go with neither new keys, block_table nor dropout", given);
+  check_factor(call, "q_descale", call.descale.q, call.q);
+  check_factor(call, "k_descale", call.descale.k, call.k);
+  check_factor(call, "v_descale", call.descale.v, call.v);
+  if (call.is_fp8() && call.scores.dropout_p > 0.0) {
+    fail(call.name, "FP8 inputs on a GPU do not go with dropout",
+         "dropout_p " + number_text(call.scores.dropout_p));
   }
 }
 

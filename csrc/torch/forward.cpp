@@ -94,8 +94,9 @@ ForwardParams sizes_of(const Forward& call) {
   params.hq = static_cast<int32_t>(call.q.size(-2));
   params.hk = static_cast<int32_t>(call.k.size(-2));
   params.d = static_cast<int32_t>(round_up(call.q.size(-1), chunk_of(call.q)));
-  params.dv = static_cast<int32_t>(round_up(call.v.size(-1), chunk_of(call.v)));
+  params.dv = static_cast<int32_t>(round_up(call.v.size(-1), chunk_of(call.q)));
   params.sm_margin = static_cast<int32_t>(call.sm_margin);
+  params.q_dtype = dtype_of(call.q);
   return params;
 }
 
@@ -103,10 +104,9 @@ ForwardParams sizes_of(const Forward& call) {
 
 ForwardResult run(Forward& call) {
   check(call);
-  if (call.is_fp8()) call.num_splits = 1;  // its kernels take all keys at once
   tidy(&call.lengths, &call.scores);
   const int device = device_of(call.q);
-  const int dtype = dtype_of(call.q);
+  const int dtype = dtype_of(call.k);
   void* stream = current_stream(device);
   ForwardParams params = sizes_of(call);
   FlashWorkspace workspace = {};

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from flash_attn._cpu.pieces import batch_size, cache_rows, cut, offsets, pages_of
+from flash_attn._cpu.pieces import cut
+from flash_attn._cpu.tables import batch_size, cache_rows, check_each, offsets, pages_of
 from flash_attn._problem import Append, Forward
 from flash_attn._rotary import batch_positions, rotate, varlen_positions
 
@@ -18,6 +19,31 @@ def append_to_cache(call: Forward, name: str) -> Forward:
     The cache length before the append is `seqused_k`. Every length, index and position of both
     steps is checked before the first write, so that a ValueError leaves the cache as it was.
     """
+    plan, append = plan_append(call, name), call.append
+    assert append is not None
+    new_k, new_v = (x.flatten(0, 1) if x.dim() == 4 else x for x in (append.k, append.v))
+    for slot, start, stop, first in zip(plan.slots, plan.starts, plan.starts[1:], plan.first):
+        positions = batch_positions(stop - start, first, first.device)
+        call.k[slot] = _rotated(append, new_k[start:stop], positions)
+        call.v[slot] = new_v[start:stop]
+    return replace(plan.grown, q=_rotated(append, call.q, plan.positions_q))
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """Where new keys go: of sequence i those from `starts[i]` on, to `slots[i]` of the cache, at
+    rotary positions from `first[i]` on. `grown` is the call over the cache with them.
+    """
+
+    starts: list[int]
+    slots: list[tuple[Tensor | int, Tensor]]
+    first: Tensor
+    positions_q: Tensor
+    grown: Forward
+
+
+def plan_append(call: Forward, name: str) -> Plan:
+    """The plan of a call whose lengths, indices and positions are in range; else ValueError."""
     append, seqs = call.append, call.sequences
     assert append is not None
     assert seqs.seqused_k is not None
@@ -35,14 +61,7 @@ def append_to_cache(call: Forward, name: str) -> Forward:
     grown = replace(call, append=None, sequences=replace(seqs, seqused_k=after))
     for _ in cut(grown, name):
         pass
-
-    new_k, new_v = (x.flatten(0, 1) if x.dim() == 4 else x for x in (append.k, append.v))
-    for i, slot in enumerate(slots):
-        new = slice(starts[i], starts[i + 1])
-        positions = batch_positions(starts[i + 1] - starts[i], first[i], first.device)
-        call.k[slot] = _rotated(append, new_k[new], positions)
-        call.v[slot] = new_v[new]
-    return replace(grown, q=_rotated(append, call.q, positions_q))
+    return Plan(starts, slots, first, positions_q, grown)
 
 
 def _slots(
@@ -52,18 +71,16 @@ def _slots(
     seqs = call.sequences
     table, page_size = seqs.block_table, call.k.shape[1]
     capacity = page_size if table is None else table.shape[1] * page_size
-    if any(start < 0 or stop > capacity for start, stop in zip(before, after)):
-        raise ValueError(
-            f"{name}: cache_seqlens is {before} and would grow to {after} by the keys appended; "
-            f"the cache holds {capacity} keys a sequence"
-        )
+    room = [capacity - (stop - start) for start, stop in zip(before, after)]
+    why = f"the {capacity} keys that a sequence of the cache holds, less those appended"
+    check_each(name, "cache_seqlens", before, room, why)
     slots: list[tuple[Tensor | int, Tensor]] = []
     for row, start, stop in zip(cache_rows(name, seqs, call.k, len(before)), before, after):
         positions = torch.arange(start, stop)
         if table is None:
             slots.append((row, positions))
         else:
-            pages = pages_of(name, table[row], stop, call.k)
+            pages = pages_of(name, table, row, stop, call.k)
             slots.append((pages[positions // page_size], positions % page_size))
     return slots
 
@@ -74,10 +91,11 @@ def _check_rotary_positions(
     """New keys of a sequence stand at positions `first` to `stop`, (b,) each."""
     if append.rotary_cos is None:
         return
-    if bool((first < 0).any()):
-        raise ValueError(
-            f"{name}: rotary_seqlens is {first.tolist()}; a position must not be negative"
-        )
+    for i, position in enumerate(first.tolist()):
+        if position < 0:
+            raise ValueError(
+                f"{name}: rotary_seqlens[{i}] is {position}; a position must not be negative"
+            )
     needed = max(int(x.max()) for x in (stop, positions_q + 1) if x.numel())
     if needed > append.rotary_cos.shape[0]:
         raise ValueError(

@@ -11,7 +11,8 @@ from flash_attn import _support
 from flash_attn._cpu import blockwise
 from flash_attn._cpu.append import append_to_cache
 from flash_attn._cpu.blockwise import Operands
-from flash_attn._cpu.pieces import Piece, batch_size, cut
+from flash_attn._cpu.pieces import Piece, cut
+from flash_attn._cpu.tables import batch_size
 from flash_attn._problem import Backward, Descale, Forward
 
 

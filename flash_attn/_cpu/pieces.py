@@ -10,10 +10,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Optional
 
-import torch
 from torch import Tensor
 
-from flash_attn._problem import Backward, Forward, Sequences
+from flash_attn._cpu.tables import (
+    batch_size,
+    cache_rows,
+    check_each,
+    ints,
+    paged_lengths,
+    pages_of,
+    spans,
+)
+from flash_attn._problem import Backward, Forward
 
 
 @dataclass(frozen=True)
@@ -73,26 +81,22 @@ def cut(call: Forward | Backward, name: str) -> Iterator[Piece]:
         yield Piece(0, b, slice(0, sq), slice(0, sk), False, False)
         return
     b = batch_size(call.q, seqs)
-    starts_q, lengths_q = _spans(
+    starts_q, lengths_q = spans(
         name, "q", seqs.cu_seqlens_q, seqs.seqused_q, call.q, b, seqs.max_seqlen_q
     )
     if seqs.block_table is None:
-        starts_k, lengths_k = _spans(
+        starts_k, lengths_k = spans(
             name, "k", seqs.cu_seqlens_k, seqs.seqused_k, call.k, b, seqs.max_seqlen_k
         )
     else:
-        starts_k, lengths_k = [0] * b, _paged_lengths(name, seqs, call.k, b)
-    skipped = _ints(seqs.leftpad_k, b)
-    _require(
-        all(0 <= pad <= length for pad, length in zip(skipped, lengths_k)),
-        f"{name}: leftpad_k is {skipped}; each must lie between 0 and its sequence's key length, "
-        f"{lengths_k}",
-    )
+        starts_k, lengths_k = [0] * b, paged_lengths(name, seqs, call.k, b)
+    skipped = ints(seqs.leftpad_k, b)
+    check_each(name, "leftpad_k", skipped, lengths_k, "the key length of its sequence")
     rows = cache_rows(name, seqs, call.k, b)
     for i in range(b):
         pages = None
         if seqs.block_table is not None:
-            pages = pages_of(name, seqs.block_table[rows[i]], lengths_k[i], call.k)
+            pages = pages_of(name, seqs.block_table, rows[i], lengths_k[i], call.k)
         yield Piece(
             start=i,
             stop=i + 1,
@@ -103,128 +107,3 @@ def cut(call: Forward | Backward, name: str) -> Iterator[Piece]:
             cache_row=rows[i],
             pages=pages,
         )
-
-
-def batch_size(q: Tensor, seqs: Sequences) -> int:
-    """Number of sequences."""
-    return q.shape[0] if seqs.cu_seqlens_q is None else seqs.cu_seqlens_q.numel() - 1
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
-
-
-def _ints(x: Optional[Tensor], b: int) -> list[int]:
-    return [0] * b if x is None else [int(value) for value in x.tolist()]
-
-
-def offsets(name: str, argument: str, cu_seqlens: Tensor, total: int) -> list[int]:
-    """`cu_seqlens` as ints; ValueError unless it never falls and stays in [0, total]."""
-    bounds = [int(value) for value in cu_seqlens.tolist()]
-    is_rising = all(a <= b for a, b in zip(bounds, bounds[1:]))
-    _require(
-        bounds[0] >= 0 and is_rising and bounds[-1] <= total,
-        f"{name}: {argument} is {bounds}; it must not be negative, never fall, and end at no more "
-        f"than the {total} rows there are",
-    )
-    return bounds
-
-
-def _starts(
-    name: str, argument: str, cu_seqlens: Tensor, total: int
-) -> tuple[list[int], list[int]]:
-    """First row and room of each sequence where lengths are given apart (`seqused`).
-
-    `cu_seqlens` then only marks where sequences start, in any order (xformers' masks over blocks
-    of keys). A sequence has room up to the next mark, or to the end if that lies before.
-    """
-    bounds = [int(value) for value in cu_seqlens.tolist()]
-    _require(
-        all(0 <= bound <= total for bound in bounds),
-        f"{name}: {argument} is {bounds}; each must lie in the {total} rows there are",
-    )
-    ends = [stop if stop >= start else total for start, stop in zip(bounds, bounds[1:])]
-    return bounds[:-1], [end - start for start, end in zip(bounds, ends)]
-
-
-def _spans(
-    name: str,
-    side: str,
-    cu_seqlens: Optional[Tensor],
-    seqused: Optional[Tensor],
-    x: Tensor,
-    b: int,
-    max_seqlen: Optional[int],
-) -> tuple[list[int], list[int]]:
-    """First row and number of rows of each sequence of q or k."""
-    if cu_seqlens is None:
-        starts, lengths = [0] * b, [x.shape[1]] * b
-    elif seqused is not None:
-        starts, lengths = _starts(name, f"cu_seqlens_{side}", cu_seqlens, x.shape[0])
-    else:
-        bounds = offsets(name, f"cu_seqlens_{side}", cu_seqlens, x.shape[0])
-        starts, lengths = bounds[:-1], [stop - start for start, stop in zip(bounds, bounds[1:])]
-    if seqused is not None:
-        used = _ints(seqused, b)
-        _require(
-            all(0 <= n <= length for n, length in zip(used, lengths)),
-            f"{name}: seqused_{side} is {used}; each must lie between 0 and the rows that its "
-            f"sequence has, {lengths}",
-        )
-        lengths = used
-    if cu_seqlens is not None:
-        _check_longest(name, side, lengths, max_seqlen)
-    return starts, lengths
-
-
-def _check_longest(name: str, side: str, lengths: list[int], max_seqlen: Optional[int]) -> None:
-    longest = max(lengths, default=0)
-    _require(
-        max_seqlen is None or longest <= max_seqlen,
-        f"{name}: max_seqlen_{side} is {max_seqlen}, but the longest sequence has {longest} rows; "
-        "it must be at least that",
-    )
-
-
-def _paged_lengths(name: str, seqs: Sequences, k: Tensor, b: int) -> list[int]:
-    """Key lengths of paged sequences: `seqused_k`, else what `cu_seqlens_k` counts, else all."""
-    assert seqs.block_table is not None
-    capacity = seqs.block_table.shape[1] * k.shape[1]
-    if seqs.seqused_k is not None:
-        lengths = _ints(seqs.seqused_k, b)
-    elif seqs.cu_seqlens_k is not None:
-        lengths = [int(n) for n in seqs.cu_seqlens_k.diff().tolist()]
-    else:
-        lengths = [capacity] * b
-    _require(
-        all(0 <= n <= capacity for n in lengths),
-        f"{name}: block_table addresses {capacity} keys a sequence ({seqs.block_table.shape[1]} "
-        f"pages of {k.shape[1]}); the key lengths are {lengths}",
-    )
-    _check_longest(name, "k", lengths, seqs.max_seqlen_k)
-    return lengths
-
-
-def cache_rows(name: str, seqs: Sequences, k: Tensor, b: int) -> list[int]:
-    """Row of the cache, or of the block table, that each sequence reads."""
-    if seqs.kv_batch_idx is None:
-        return list(range(b))
-    rows = _ints(seqs.kv_batch_idx, b)
-    limit = k.shape[0] if seqs.block_table is None else seqs.block_table.shape[0]
-    _require(
-        all(0 <= row < limit for row in rows),
-        f"{name}: cache_batch_idx is {rows}; each must lie between 0 and {limit - 1}",
-    )
-    return rows
-
-
-def pages_of(name: str, table_row: Tensor, length: int, k: Tensor) -> Tensor:
-    """Indices of the pages that hold a sequence's first `length` keys."""
-    pages = table_row[: -(-length // k.shape[1])].to(torch.int64)
-    _require(
-        bool(((pages >= 0) & (pages < k.shape[0])).all()),
-        f"{name}: block_table holds {pages.tolist()}; each must lie between 0 and "
-        f"{k.shape[0] - 1}, the last page",
-    )
-    return pages

@@ -15,6 +15,7 @@ from typing import Optional
 from torch import Tensor
 
 from flash_attn import _env, _support
+from flash_attn._cpu.debug import check_tables
 from flash_attn._problem import Backward, Forward, Problem
 from flash_attn.backends import cpu, cuda, triton
 
@@ -71,14 +72,24 @@ def _hint(device_type: str) -> str:
 
 def forward(call: Forward, name: str) -> tuple[Tensor, Tensor, Tensor]:
     """(out, softmax_lse, s_dmask) by the backend that fits; `name` is the op in messages."""
-    result: tuple[Tensor, Tensor, Tensor] = _backend_for(call.problem(), name).forward(call, name)
+    backend = _backend_for(call.problem(), name)
+    _debug(backend, call, name)
+    result: tuple[Tensor, Tensor, Tensor] = backend.forward(call, name)
     return result
 
 
 def backward(call: Backward, name: str) -> Tensor:
     """softmax_d by the backend that fits; the call's dq, dk and dv are written in place."""
-    result: Tensor = _backend_for(call.problem(), name).backward(call, name)
+    backend = _backend_for(call.problem(), name)
+    _debug(backend, call, name)
+    result: Tensor = backend.backward(call, name)
     return result
+
+
+def _debug(backend: ModuleType, call: Forward | Backward, name: str) -> None:
+    """With FLASH_ATTN_DEBUG, what the CPU backend always checks."""
+    if backend is not cpu and _env.FLASH_ATTN_DEBUG.get():
+        check_tables(call, name)
 
 
 def combine(out_partial: Tensor, lse_partial: Tensor, name: str) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,7 @@
 
 Once loaded, the shim serves the published operators for CUDA tensors without passing through
 Python. What comes here is the rest: FlashAttention-3's operators, and every call while
-`FLASH_ATTN_LOG` or another backend is asked for by the environment at import.
+`FLASH_ATTN_LOG`, `FLASH_ATTN_DEBUG` or another backend is asked for by the environment at import.
 """
 
 from __future__ import annotations
@@ -49,6 +49,9 @@ _FEATURE_BITS = (
     (4, {"dropout"}),
     (8, {"paged_kv"}),
 )
+# Calls with one of these have a cache: few queries over it have kernels of their own, and for FP8
+# keys they are there on devices that have no others.
+_OF_A_CACHE = {"kv_append", "paged_kv", "seqused", "leftpad", "cache_batch_idx"}
 # What a feature needs beyond the kernels of every forward or backward call.
 _KINDS_OF_FEATURES = (("kv_append", "append"), ("varlen", "fill"), ("seqused", "fill"))
 
@@ -113,6 +116,7 @@ def _serves_directly() -> bool:
             wants_cuda
             and _env.FLASH_ATTENTION_USE_FLAGGEMS.get() is not True
             and not _env.FLASH_ATTN_LOG.get()
+            and not _env.FLASH_ATTN_DEBUG.get()
         )
     except ValueError:
         return False  # the first call through Python tells what is wrong
@@ -155,9 +159,9 @@ def why_not(problem: Problem) -> list[str]:
     kinds = ["delta", "backward", "convert"] if "backward" in problem.features else ["forward"]
     kinds += [kind for feature, kind in _KINDS_OF_FEATURES if feature in problem.features]
     reasons = []
-    dtype = _DTYPES.index(problem.dtype)
-    if problem.dtype == _support.FP8_DTYPE:
-        kinds = ["forward"]  # results are bf16, so other kinds are those of bf16
+    if "fp8" in problem.features:  # results have 16 bits, so other kinds are those of 16 bits
+        kinds = ["decode" if _may_decode(problem) else "forward"]
+    dtype = _dtype_of_keys(problem)
     head_dim = max(problem.head_dim, problem.head_dim_v)
     major, minor = problem.capability
     for kind in dict.fromkeys(kinds):
@@ -167,18 +171,29 @@ def why_not(problem: Problem) -> list[str]:
     return reasons
 
 
+def _dtype_of_keys(problem: Problem) -> int:
+    """Its number; queries of 16 bits go with FP8 keys too."""
+    return _DTYPES.index(_support.FP8_DTYPE if "fp8" in problem.features else problem.dtype)
+
+
+def _may_decode(problem: Problem) -> bool:
+    """Whether the kernels for few queries over a cache may run an FP8 problem."""
+    return problem.dtype != _support.FP8_DTYPE or bool(problem.features & _OF_A_CACHE)
+
+
 def kernels(problem: Problem) -> list[str]:
     """The kernels that run a problem of usual sizes on a CUDA device: forward, or one query over a
     cache; and backward, if it is asked for.
     """
     if _HOST is None or problem.capability is None:
         return []
-    kinds = ["decode" if problem.features & {"kv_append", "paged_kv"} else "forward"]
+    has_cache = problem.features & {"kv_append", "paged_kv"}
+    kinds = ["decode" if has_cache else "forward"]
     kinds += ["backward"] * ("backward" in problem.features)
     asked = sum(bit for bit, names in _FEATURE_BITS if names & problem.features)
     head_dim = max(problem.head_dim, problem.head_dim_v)
     major, minor = problem.capability
-    dtype = _DTYPES.index(problem.dtype)
+    dtype = _dtype_of_keys(problem)
     cc = 10 * major + minor
     names: list[Optional[bytes]] = [
         _HOST.flash_kernel_of(_KINDS.index(kind), head_dim, dtype, cc, asked) for kind in kinds

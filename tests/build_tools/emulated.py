@@ -23,6 +23,8 @@ FAMILIES = (
 HEAD_DIMS = (64, 128, 256)
 # Panels of 32 columns; of 64; chunks of Q that threads have no equal shares of; Q in shared memory.
 DECODE_HEAD_DIMS = (96, 128, 192, 256)
+# Panels of 32 columns, once and thrice; of 64; Q in shared memory.
+FP8_DECODE_HEAD_DIMS = (64, 128, 192, 256)
 
 # What programs of cases begin and end with.
 HEAD = """
@@ -122,6 +124,7 @@ def build_driver(folder: Path, head_dims: tuple[int, ...], dtype: str = "bf16") 
             unit.family in FAMILIES and unit.head_dim in head_dims and unit.dtype in (dtype, "e4m3")
         )
         or (unit.kind == "decode" and unit.head_dim in DECODE_HEAD_DIMS and unit.dtype == dtype)
+        or (unit.kind == "decode" and unit.dtype == "e4m3")
         or (unit.kind in ("fill", "delta") and unit.dtype == dtype)
     ]
     source = folder / "kernels.cpp"

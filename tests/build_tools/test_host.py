@@ -106,8 +106,8 @@ def plan_and_run(
     call = Call()
     sizes = dict(b=b, sq=sq, sk=sk, hq=4, hk=2, d=d, dv=d, cache_rows=b)
     for name, value in dict(
-        sizes, window_left=-1, window_right=right, sm_margin=margin, num_pages=pages[0],
-        page_size=pages[1],
+        sizes, window_left=-1, window_right=right, sm_margin=margin, q_dtype=dtype,
+        num_pages=pages[0], page_size=pages[1],
     ).items():
         ctypes.c_int32.from_buffer(call, OFFSETS[name]).value = value
     ctypes.c_float.from_buffer(call, OFFSETS["softmax_scale"]).value = 0.125
@@ -137,7 +137,8 @@ def offsets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
     fields["window_left"] = "scores.window_left"
     fields["window_right"] = "scores.window_right"
     fields["softmax_scale"] = "scores.softmax_scale"
-    fields.update({name: name for name in ("hq", "hk", "d", "dv", "next_tile", "sm_margin")})
+    of_call = ("hq", "hk", "d", "dv", "next_tile", "sm_margin", "q_dtype")
+    fields.update({name: name for name in of_call})
     rows = "".join(
         f'printf("{name} %d\\n", int(offsetof(flash::ForwardParams, {field})));'
         for name, field in fields.items()

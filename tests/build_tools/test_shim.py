@@ -241,6 +241,67 @@ print(json.dumps([[list(out.shape), list(lse.shape)], [q.data_ptr(), cache.data_
     assert [params.q.ptr, params.k.ptr] == pointers
 
 
+FP8_CACHE = """
+E4M3, ones = torch.float8_e4m3fn, torch.ones(2, 2)
+def step(run, q, k_cache, v_cache, k=None, v=None, cos=None, table=None, descale=(None,) * 3):
+    return run(q, k_cache, v_cache, k, v, None, cos, cos, torch.tensor([0, 9]).int(), None, None,
+               table, None, None, None, None, *descale, 0.5, True, -1, -1, 0, 0.0, True, None, 0)
+def served(*arguments):
+    return direct("_flash_attn_with_kvcache", *arguments)
+q, cache = make(2, 3, 4, 64), make(2, 40, 2, 64).to(E4M3)
+new = make(2, 5, 2, 64).to(E4M3)
+"""
+
+
+def test_few_queries_of_every_dtype_run_over_an_fp8_cache(installed: Stub, tmp_path: Path) -> None:
+    text = (
+        FP8_CACHE
+        + """
+factors = (None, ones, ones)
+outs = [step(served, q.to(t), cache, cache, new, new, descale=factors)[0]
+        for t in (torch.bfloat16, torch.float16, E4M3)]
+long = make(2, 33, 4, 64)
+refused = told(lambda: step(served, long, cache, cache))
+table = torch.zeros(2, 1).int()
+paged = told(lambda: step(served, long.to(E4M3), cache, cache, table=table))
+print(json.dumps([[str(x.dtype) for x in outs], refused, paged]))
+"""
+    )
+    dtypes, refused, paged = run(installed, tmp_path / "log", text)
+    assert dtypes == ["torch.bfloat16", "torch.float16", "torch.bfloat16"]
+    assert {x.kernel for x in launches(tmp_path / "log")} == {"flash_fwd_decode_d64_e4m3"}
+    rule = "go with at most 64 rows of queries, here 33 queries times 2 heads"
+    op = "flash_attn::_flash_attn_with_kvcache: FP8 keys with"
+    assert refused == ["RuntimeError", f"{op} queries of 16 bits {rule}"]
+    assert paged == ["RuntimeError", f"{op} a block_table {rule}"]
+
+
+BAD_FP8_CACHES = {
+    "values": "q, cache, cache.bfloat16()",
+    "new rows": "q, cache, cache, new.bfloat16(), new.bfloat16()",
+    "rotation": "q, cache, cache, new, new, make(50, 16)",
+    "factor of q": "q, cache, cache, descale=(ones, None, None)",
+    "factor of k": "q, cache.bfloat16(), cache.bfloat16(), descale=(None, ones, None)",
+    "factor's shape": "q, cache, cache, descale=(None, None, ones[:1])",
+    "factor's dtype": "q, cache, cache, descale=(None, None, ones.bfloat16())",
+}
+
+
+def test_every_rule_of_fp8_caches_is_told_as_python_tells_it(
+    installed: Stub, tmp_path: Path
+) -> None:
+    text = f"""
+{FP8_CACHE}
+calls = {{name: eval(f"lambda run: step(run, {{words}})")
+         for name, words in {BAD_FP8_CACHES!r}.items()}}
+print(json.dumps({{name: [told(lambda: call(run)) for run in (served, ops._flash_attn_with_kvcache)]
+                   for name, call in calls.items()}}))
+"""
+    for name, (here, python) in run(installed, tmp_path / "log", text).items():
+        assert here is not None, name
+        assert here == python, name
+
+
 def test_packed_new_rows_are_counted_once(installed: Stub, tmp_path: Path) -> None:
     text = (
         CACHE

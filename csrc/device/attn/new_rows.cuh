@@ -36,6 +36,15 @@ __device__ inline void turn(float& first, float& second, float cos, float sin) {
   first = turned;
 }
 
+// Columns [first, width) of a row, by a warp, as they are.
+template <class Put>
+__device__ inline void move_columns(const Put& put, const uint16_t* from, int first, int width,
+                                    int lane) {
+  for (int col = first + 8 * lane; col < width; col += 8 * 32) {
+    put(col, *reinterpret_cast<const uint4*>(from + col));
+  }
+}
+
 // One row of a head, by a warp: put(col, eight elements) gets it, its first rotary_dim elements
 // rotated by row `position` of the tables; `position` below zero: as it is.
 template <class T, class Put>
@@ -67,9 +76,7 @@ __device__ inline void move_row(const Put& put, const uint16_t* from, int width,
     put(left, a.rounded());
     put(right, b.rounded());
   }
-  for (int col = rotary_dim + 8 * lane; col < width; col += 8 * 32) {
-    put(col, *reinterpret_cast<const uint4*>(from + col));
-  }
+  move_columns(put, from, rotary_dim, width, lane);
 }
 
 // Rotary position of new row `row` of a sequence, -1 where nothing is rotated.

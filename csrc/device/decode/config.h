@@ -11,8 +11,9 @@ struct Tile {
   int head_dim;
   int warps;
   int block_n;
-  int stages;  // blocks of K and V in shared memory
-  int ctas;    // an SM
+  int stages;             // blocks of K and V in shared memory
+  int ctas;               // an SM
+  int element_bytes = 2;  // of K and V
 
   constexpr int threads() const { return warps * 32; }
   // Q; behind it, eight rows of O of every warp.
@@ -23,7 +24,8 @@ struct Tile {
   }
   // The ring, scratch, two statistics of each warp's rows, and a flag.
   constexpr int smem_bytes() const {
-    return 2 * stages * block_n * head_dim * 2 + scratch_bytes() + warps * 16 * 8 + 16;
+    const int ring = 2 * stages * block_n * head_dim * element_bytes;
+    return ring + scratch_bytes() + warps * 16 * 8 + 16;
   }
 };
 
@@ -61,11 +63,14 @@ constexpr Tile kTiles[] = {
     {64, 256, 4, 32, 2, 1},  //
 };
 
-constexpr Tile tile(int rows, int head_dim, int cc) {
-  for (const Tile& tile : kTiles) {
+// Of elements of 8 bits a ring holds a third more blocks, in fewer bytes: more do not pay.
+constexpr Tile tile(int rows, int head_dim, int cc, int element_bytes = 2) {
+  for (Tile tile : kTiles) {
     const int smem = tile.ctas * (tile.smem_bytes() + 1024);
-    if (tile.rows == rows && tile.head_dim == head_dim && smem <= common::smem_of_sm(cc))
-      return tile;
+    if (tile.rows != rows || tile.head_dim != head_dim || smem > common::smem_of_sm(cc)) continue;
+    if (element_bytes == 1) tile.stages = tile.stages * 4 / 3;
+    tile.element_bytes = element_bytes;
+    return tile;
   }
   return {};
 }

@@ -19,16 +19,16 @@
 
 #include "attn/scores.cuh"
 #include "decode/config.h"
+#include "decode/fp8.cuh"
 #include "decode/keys.cuh"
-#include "decode/merge.cuh"
-#include "tile/products.cuh"
 
 namespace flash::decode {
 
 template <class T_, int kHeadDim_, int kRows_>
 struct Config {
-  using T = T_;
-  static constexpr Tile kTile = tile(kRows_, kHeadDim_, common::kArch);
+  using T = T_;  // of K and V
+  static constexpr bool kIsFp8 = tile::kIsFp8<T>;
+  static constexpr Tile kTile = tile(kRows_, kHeadDim_, common::kArch, kIsFp8 ? 1 : 2);
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kRows = kRows_;
   static constexpr int kWarps = kTile.warps;
@@ -44,71 +44,11 @@ struct Config {
   static constexpr bool kLoadsEarly = kHeld > 0;  // Q of the next pair
   static_assert(kRowWarps == 1 || kKeyGroups == 1, "warps share either rows or keys");
   using TileQ = tile::SmemTile<kRows, kHeadDim>;
-  using TileK = tile::SmemTile<kGroupKeys, kHeadDim>;
+  using TileK = tile::SmemTile<kGroupKeys, kHeadDim * kTile.element_bytes / 2>;
   using HeldQ = tile::HeldA<1, kHeld>;
   using AccS = tile::Accumulators<1, kGroupKeys / 8>;
   using AccO = tile::Accumulators<1, kHeadDim / 8>;
   using Softmax = attn::Softmax<1>;
-};
-
-// Q of one pair on its way to shared memory. Rows and columns that are not there become zeros.
-template <class Cfg>
-struct Queries {
-  using TileQ = typename Cfg::TileQ;
-  static constexpr int kChunks = TileQ::kCols / tile::kChunk;
-  static constexpr int kAll = TileQ::kRows * kChunks;
-  static constexpr int kMine = (kAll + Cfg::kThreads - 1) / Cfg::kThreads;  // chunks of a thread
-  static constexpr int kAtOnce = Cfg::kHeadDim > 128 ? 2 : kMine < 4 ? kMine : 4;
-  uint4 x[kAtOnce];
-
-  __device__ static const uint16_t* row(const DecodeParams& params, const attn::Sequence& seq,
-                                        const Row& row) {
-    const ForwardParams& call = params.call;
-    return attn::rows_of_q(call.q, call.seqs, seq, row.head) + row.position * call.q.row;
-  }
-
-  // The first ones, or those from `first` on.
-  __device__ void load(const DecodeParams& params, const attn::Sequence& seq, int head_k,
-                       int thread, int first = 0) {
-    const int rows = num_rows(params, seq);
-#pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) {
-      const int at = thread + (first + i) * Cfg::kThreads;
-      const int r = at / kChunks;
-      const int col = at % kChunks * tile::kChunk;
-      x[i] = make_uint4(0, 0, 0, 0);
-      if (r < rows && col < params.call.d) {
-        const uint16_t* from = row(params, seq, Row(params, head_k, r));
-        x[i] = *reinterpret_cast<const uint4*>(from + col);
-      }
-    }
-  }
-
-  // All of them, behind load().
-  __device__ void store(const DecodeParams& params, const attn::Sequence& seq, int head_k,
-                        uint32_t smem, int thread) {
-#pragma unroll 1
-    for (int first = 0; first < kMine; first += kAtOnce) {
-      if (first > 0) load(params, seq, head_k, thread, first);
-#pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
-        const int at = thread + (first + i) * Cfg::kThreads;
-        if (at < kAll) ptx::st_shared_128(smem + TileQ::offset(at / kChunks, at % kChunks), x[i]);
-      }
-    }
-    if (!params.added.rotary_cos) return;
-    __syncthreads();
-    for (int r = thread / 32; r < num_rows(params, seq); r += Cfg::kWarps) {
-      const Row it(params, head_k, r);
-      const auto put = [&](int col, uint4 x) {
-        ptx::st_shared_128(smem + TileQ::offset(r, col / tile::kChunk), x);
-      };
-      const int position =
-          attn::position_of_query(params.added, params.call.seqs, seq.index, it.position);
-      attn::move_row<typename Cfg::T>(put, row(params, seq, it), params.call.d, position,
-                                      params.added, thread % 32);
-    }
-  }
 };
 
 // What becomes of the scores of a lane's two rows. Keys are named by their slots.
@@ -166,6 +106,31 @@ struct RowRules {
   }
 };
 
+// S += Q K^T, of a warp's 16 rows and its keys.
+template <class Cfg>
+__device__ inline void multiply_qk(typename Cfg::AccS& s, uint32_t q, uint32_t k, int row, int lane,
+                                   const typename Cfg::HeldQ& held) {
+  using TileQ = typename Cfg::TileQ;
+  using TileK = typename Cfg::TileK;
+  if constexpr (Cfg::kIsFp8) {
+    tile::multiply_abt_fp8<TileQ, TileK>(s, q, k, row, lane, held);
+  } else {
+    tile::multiply_abt<typename Cfg::T, TileQ, TileK>(s, q, k, row, 0, lane, held);
+  }
+}
+
+// O += P V.
+template <class Cfg>
+__device__ inline void multiply_pv(typename Cfg::AccO& o, const typename Cfg::AccS& p, uint32_t v,
+                                   int lane) {
+  using TileV = typename Cfg::TileK;
+  if constexpr (Cfg::kIsFp8) {
+    tile::multiply_pb_fp8<TileV>(o, p, v, lane);
+  } else {
+    tile::multiply_pb<typename Cfg::T, TileV>(o, p, v, lane);
+  }
+}
+
 // Brings all parameters to this multiprocessor at once. Each line of them that is met on the way
 // would cost a trip to L2.
 __device__ inline void fetch(const DecodeParams& params, int lane) {
@@ -178,13 +143,12 @@ __device__ inline void fetch(const DecodeParams& params, int lane) {
 
 template <class Cfg>
 __device__ inline void decode(const DecodeParams& params) {
-  using T = typename Cfg::T;
   using TileQ = typename Cfg::TileQ;
-  using TileK = typename Cfg::TileK;
   extern __shared__ __align__(128) unsigned char storage[];
   unsigned char* scratch = storage + Cfg::kStages * KeyRing<Cfg>::kStageBytes;
   auto* statistics = reinterpret_cast<float2*>(scratch + Cfg::kScratchBytes);
   const WarpRows<Cfg> warp_rows{statistics, reinterpret_cast<float*>(scratch)};
+  auto* of_rows = reinterpret_cast<float*>(statistics);  // until the warps have statistics
   int* flag = reinterpret_cast<int*>(statistics + Cfg::kWarps * 16);
   const uint32_t q = ptx::smem_address(scratch);
   const ForwardParams& call = params.call;
@@ -209,7 +173,7 @@ __device__ inline void decode(const DecodeParams& params) {
   const bool is_plain = attn::is_plain(call.scores);
   const float scale_log2 = is_plain ? call.scores.softmax_scale * attn::kLog2e : attn::kLog2e;
   for (;;) {
-    queries.store(params, walk.seq, walk.head, q, thread);
+    queries.store(params, walk.seq, walk.head, q, of_rows, thread);
     const bool is_whole = walk.is_whole();
     const Parts parts = is_whole ? Parts{0, 1, 0} : walk.parts();
     __syncthreads();
@@ -219,6 +183,7 @@ __device__ inline void decode(const DecodeParams& params) {
     }
     typename Cfg::HeldQ held;
     held.template load<TileQ>(q, warp_row, lane);
+    const typename Queries<Cfg>::Rescale rescale(of_rows, warp_row + lane / 4);
     const RowRules rules(params, walk.seq, walk.head, warp_row + lane / 4);
     typename Cfg::AccO o;
     typename Cfg::Softmax softmax;
@@ -231,15 +196,17 @@ __device__ inline void decode(const DecodeParams& params) {
       ring.start();
       typename Cfg::AccS s;
       s.clear();
-      tile::multiply_abt<T, TileQ, TileK>(s, q, ring.k(), warp_row, 0, lane, held);
+      multiply_qk<Cfg>(s, q, ring.k(), warp_row, lane, held);
+      rescale.scores(s);
       const int col = first + lane % 4 * 2;
       if (!is_plain) rules.transform(s, call.scores, col);
       if (first < rules.all_low || first + Cfg::kGroupKeys > rules.all_high) rules.hide(s, col);
       softmax.follow(o, s, scale_log2);
       softmax.exponentiate(s, scale_log2);
-      tile::multiply_pb<T, TileK>(o, s, ring.v(), lane);
+      multiply_pv<Cfg>(o, s, ring.v(), lane);
       ring.pass();
     }
+    rescale.results(o);
     __syncthreads();  // everyone is done with Q
     const attn::Sequence seq = walk.seq;
     const int head = walk.head;

@@ -1,9 +1,10 @@
 // Keys and values on their way to shared memory: a ring of blocks, each warp loads its own rows.
 //
-// Rows stand anywhere: every lane finds one row of K or of V in front of the copies, in the cache
-// directly or by the page that the block table names, and the others get its address by a shuffle.
-// A block's pages are looked up when the block in front of it is loaded. New rows never pass
-// through the cache: their warp rotates them, stores them to the cache and to the ring.
+// A warp's rows of a block mostly stand one behind the other, in the cache or in a page: then lanes
+// go on from where they are. Else rows stand anywhere: every lane finds one row of K or of V in
+// front of the copies, and the others get its address by a shuffle. A block's pages are looked up
+// when the block in front of it is loaded. New rows never pass through the cache: their warp
+// rotates them, stores them to the cache and to the ring.
 #pragma once
 
 #include "attn/new_rows.cuh"
@@ -15,7 +16,6 @@ namespace flash::decode {
 template <class Cfg>
 struct KeyRing {
   using TileK = typename Cfg::TileK;
-  using T = typename Cfg::T;
   static constexpr int kLoadRows = Cfg::kBlockN / Cfg::kWarps;  // of a warp, of K and of V
   static constexpr int kRowsPerPass = 32 / TileK::kPanelChunks;
   static constexpr int kPanels = TileK::kCols / TileK::kPanel;
@@ -30,6 +30,9 @@ struct KeyRing {
   const uint32_t smem;   // of this warp's keys in the first stage
   uint32_t read, write;  // stages, as offsets
   int page, in_page;     // of this lane's row of the next block, as the block table has it
+  bool has_runs;     // rows of a block can stand one behind the other, and are as wide as the ring
+  int end_of_cache;  // of the pair: from here on slots are filled by new rows, or not at all
+  const uint16_t* of_pair[2];  // this lane's first chunk of K and of V in slot 0 of the pair
 
   __device__ KeyRing(const DecodeParams& params, const Walk<Cfg::kBlockN>& walk, uint32_t smem,
                      int thread)
@@ -42,14 +45,23 @@ struct KeyRing {
         write(0),
         page(0),
         in_page(0) {
+    const Sequences& seqs = params.call.seqs;
+    has_runs = num_cols(params.call.d) == TileK::kCols &&
+               num_cols(params.call.dv) == TileK::kCols &&
+               (!seqs.block_table || seqs.page_size % kLoadRows == 0);
+    enter();
     look_up();
   }
 
   // Starts the copies of the next block of the share, if there is one.
   __device__ void start() {
     if (walk.left > 0) {
-      load();
-      walk.advance(1);
+      if (is_run()) {
+        copy_run();
+      } else {
+        load();
+      }
+      if (walk.advance(1)) enter();
       look_up();
     }
     ptx::cp_async_commit();
@@ -76,6 +88,11 @@ struct KeyRing {
     return stage == (Cfg::kStages - 1) * kStageBytes ? 0 : stage + kStageBytes;
   }
 
+  // Columns of the ring, of 16 bits, that a row of so many elements has.
+  __device__ static int num_cols(int head_dim) {
+    return Cfg::kIsFp8 ? (head_dim + 15) / 16 * 8 : head_dim;
+  }
+
   __device__ int first_row() const { return warp % Cfg::kRowWarps * kLoadRows; }  // of the tile
   __device__ int first_slot() const { return walk.block * Cfg::kBlockN + warp * kLoadRows; }
   __device__ int slot() const { return first_slot() + lane % 16; }
@@ -84,6 +101,62 @@ struct KeyRing {
   // From here on slots are filled by new rows.
   __device__ int first_new() const {
     return appends(params) ? params.call.seqs.seqused_k[walk.seq.index] : end_slot();
+  }
+
+  // Begins with a pair.
+  __device__ void enter() {
+    if (walk.left == 0) return;
+    const ForwardParams& call = params.call;
+    end_of_cache = min(first_new(), end_slot());
+    const int64_t row = call.seqs.block_table ? 0 : walk.seq.first_k - walk.seq.skip;
+    const bool has_batch = !call.seqs.block_table && !call.seqs.cu_seqlens_k;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const Rows& x = i == 0 ? call.k : call.v;
+      const int64_t at = walk.head * x.head + (row + lane / TileK::kPanelChunks) * x.row +
+                         (has_batch ? walk.seq.cache_row * x.batch : 0);
+      of_pair[i] =
+          static_cast<const uint16_t*>(x.ptr) + at + lane % TileK::kPanelChunks * tile::kChunk;
+    }
+  }
+
+  // Whether all of this warp's rows of the next block are there, one behind the other.
+  __device__ bool is_run() const {
+    return has_runs && first_slot() >= walk.seq.skip && first_slot() + kLoadRows <= end_of_cache;
+  }
+
+  __device__ void copy_run() const {
+    const Sequences& seqs = params.call.seqs;
+    const int first_page = __shfl_sync(kAllLanes, page, 0);
+    const int first_in_page = __shfl_sync(kAllLanes, in_page, 0);
+    const uint32_t chunk =
+        TileK::offset(first_row() + lane / TileK::kPanelChunks, lane % TileK::kPanelChunks);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const Rows& x = i == 0 ? params.call.k : params.call.v;
+      const uint16_t* from = of_pair[i];
+      if (seqs.block_table) {
+        from += clamped(first_page) * x.batch + first_in_page * x.row;
+      } else {
+        from += first_slot() * x.row;
+      }
+      const uint32_t to = smem + write + i * TileK::kBytes + chunk;
+#pragma unroll
+      for (int at = 0; at < kLoadRows; at += kRowsPerPass) {
+        // A pass of four rows turns chunks by as many as the one in front, or by four more.
+        const uint32_t row = (to ^ at % 8 * 16) + at * (TileK::kPanel * 2);
+#pragma unroll
+        for (int panel = 0; panel < kPanels; ++panel) {
+          ptx::cp_async_16(row + panel * TileK::kPanelBytes, from + panel * TileK::kPanel, true);
+        }
+        from += kRowsPerPass * x.row;
+      }
+    }
+  }
+
+  // An index outside the cache is clamped: nothing outside it is ever read.
+  __device__ int64_t clamped(int found) const {
+    return min(max(found, 0), params.call.seqs.num_pages - 1);
   }
 
   // Whether this lane's row is one of the sequence, or new.
@@ -106,8 +179,7 @@ struct KeyRing {
     const Rows& x = lane < 16 ? params.call.k : params.call.v;
     int64_t at = walk.head * x.head;
     if (seqs.block_table) {
-      // An index outside the cache is clamped: nothing outside it is ever read.
-      at += min(max(page, 0), seqs.num_pages - 1) * x.batch + in_page * x.row;
+      at += clamped(page) * x.batch + in_page * x.row;
     } else {
       at += (seqs.cu_seqlens_k ? 0 : walk.seq.cache_row * x.batch) +
             (walk.seq.first_k - walk.seq.skip + slot()) * x.row;
@@ -118,15 +190,17 @@ struct KeyRing {
   __device__ void load() const {
     const uint64_t mine = find_row();
     const bool is_there = mine > kNewRow || lane % 16 >= kLoadRows;
-    const bool is_full = params.call.d == TileK::kCols && params.call.dv == TileK::kCols &&
-                         __all_sync(kAllLanes, is_there);
+    const int cols_k = num_cols(params.call.d);
+    const int cols_v = num_cols(params.call.dv);
+    const bool is_full =
+        cols_k == TileK::kCols && cols_v == TileK::kCols && __all_sync(kAllLanes, is_there);
     if (is_full) {
       copy<true>(smem + write, mine, 0, TileK::kCols);
       copy<true>(smem + write + TileK::kBytes, mine, 16, TileK::kCols);
       return;
     }
-    copy<false>(smem + write, mine, 0, params.call.d);
-    copy<false>(smem + write + TileK::kBytes, mine, 16, params.call.dv);
+    copy<false>(smem + write, mine, 0, cols_k);
+    copy<false>(smem + write + TileK::kBytes, mine, 16, cols_v);
     if (!__any_sync(kAllLanes, mine == kNewRow)) return;
     const int end = min(kLoadRows, end_slot() - first_slot());
     for (int r = max(first_new() - first_slot(), 0); r < end; ++r) add(r);
@@ -161,7 +235,7 @@ struct KeyRing {
 #pragma unroll 1
     for (int i = 0; i < 2; ++i) {
       const bool is_k = i == 0;
-      const int width = is_k ? params.call.d : params.call.dv;
+      const int width = num_cols(is_k ? params.call.d : params.call.dv);
       const uint32_t tile = smem + write + (is_k ? 0 : TileK::kBytes);
       uint16_t* to = attn::cache_slot(is_k ? params.call.k : params.call.v, params.call.seqs,
                                       sequence, slot, walk.head);
@@ -171,9 +245,13 @@ struct KeyRing {
       };
       const uint16_t* from =
           attn::row_of(is_k ? added.k : added.v, added.cu_seqlens, sequence, row, walk.head);
-      const int position =
-          is_k ? attn::position_of_key(added, params.call.seqs, sequence, row) : -1;
-      attn::move_row<T>(put, from, width, position, added, lane);
+      if constexpr (Cfg::kIsFp8) {
+        attn::move_columns(put, from, 0, width, lane);
+      } else {
+        const int position =
+            is_k ? attn::position_of_key(added, params.call.seqs, sequence, row) : -1;
+        attn::move_row<typename Cfg::T>(put, from, width, position, added, lane);
+      }
       // Columns behind the head dim.
       const int unused = width / tile::kChunk + lane;
       if (unused < TileK::kCols / tile::kChunk) {

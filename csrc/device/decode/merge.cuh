@@ -4,6 +4,7 @@
 #include "attn/counter.cuh"
 #include "attn/softmax.cuh"
 #include "decode/work.cuh"
+#include "tile/fp8_products.cuh"
 
 namespace flash::decode {
 
@@ -22,12 +23,23 @@ __device__ inline int num_rows(const DecodeParams& params, const attn::Sequence&
   return params.group * seq.sq;
 }
 
+// Two results, of a kernel whose keys are of T. Over keys of 8 bits the caller says what they are.
+template <class T>
+__device__ inline uint32_t pack_results(const ForwardParams& call, float x, float y) {
+  if constexpr (!tile::kIsFp8<T>) {
+    return ptx::pack<T>(x, y);
+  } else {
+    return call.q_dtype == FLASH_FP16 ? ptx::pack<ptx::Half>(x, y) : ptx::pack<ptx::Bfloat16>(x, y);
+  }
+}
+
 // Four columns of a row that is complete.
 template <class T>
 __device__ inline void store(const ForwardParams& call, const attn::Sequence& seq, const Row& row,
                              int col, float4 x) {
   uint16_t* to = attn::rows_of_q(call.o, call.seqs, seq, row.head) + row.position * call.o.row;
-  *reinterpret_cast<uint2*>(to + col) = make_uint2(ptx::pack<T>(x.x, x.y), ptx::pack<T>(x.z, x.w));
+  *reinterpret_cast<uint2*>(to + col) =
+      make_uint2(pack_results<T>(call, x.x, x.y), pack_results<T>(call, x.z, x.w));
 }
 
 __device__ inline void store_lse(const ForwardParams& call, const attn::Sequence& seq,
@@ -152,9 +164,19 @@ struct WarpRows {
                       int lane) const {
     const int row = lane / 4;
 #pragma unroll
-    for (int n = 0; n < Cfg::kHeadDim / 8; ++n) {
-      *reinterpret_cast<float2*>(entry(warp, row, 8 * n + lane % 4 * 2)) =
-          make_float2(acc.c[0][n][2 * half], acc.c[0][n][2 * half + 1]);
+    for (int n = 0; n < Cfg::kHeadDim / 8; n += 2) {
+      const float* a = acc.c[0][n] + 2 * half;
+      const float* b = acc.c[0][n + 1] + 2 * half;
+      if constexpr (Cfg::kIsFp8) {
+        // Even columns, and odd ones.
+        *reinterpret_cast<float4*>(entry(warp, row, 8 * n + lane % 4 * 4)) =
+            make_float4(a[0], b[0], a[1], b[1]);
+      } else {
+        *reinterpret_cast<float2*>(entry(warp, row, 8 * n + lane % 4 * 2)) =
+            make_float2(a[0], a[1]);
+        *reinterpret_cast<float2*>(entry(warp, row, 8 * n + 8 + lane % 4 * 2)) =
+            make_float2(b[0], b[1]);
+      }
     }
     if (lane % 4 == 0) {
       statistics[warp * 16 + 8 * half + row] =

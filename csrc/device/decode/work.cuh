@@ -112,11 +112,12 @@ struct Walk {
     return {first, last - first + 1, static_cast<int>(share) - first};
   }
 
-  // Behind `count` blocks of the pair, which are all of them or the last of the share.
-  __device__ void advance(int count) {
+  // Behind `count` blocks of the pair, which are all of them or the last of the share. Returns
+  // whether another pair follows.
+  __device__ bool advance(int count) {
     block += count;
     left -= count;
-    if (left == 0 || block < span.end) return;
+    if (left == 0 || block < span.end) return false;
     index += span.size();
     if (++head == params.call.hk) {
       head = 0;
@@ -125,6 +126,7 @@ struct Walk {
       } while (span.size() == 0);
     }
     block = span.begin;
+    return true;
   }
 
  private:

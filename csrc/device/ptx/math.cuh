@@ -58,6 +58,30 @@ __device__ inline uint32_t pack_e4m3(float x0, float x1, float x2, float x3) {
   return four;
 }
 
+// Four e4m3, the first lowest, as two pairs of f16, which hold them exactly.
+__device__ inline void unpack_e4m3(uint32_t& low, uint32_t& high, uint32_t four) {
+#if __CUDA_ARCH__ >= 890
+  asm("{.reg .b16 x, y; mov.b32 {x, y}, %2;"
+      " cvt.rn.f16x2.e4m3x2 %0, x; cvt.rn.f16x2.e4m3x2 %1, y;}"
+      : "=r"(low), "=r"(high)
+      : "r"(four));
+#else
+  const auto pair = [](uint32_t bytes) {  // in the high halves of 16 bits
+    const uint32_t size = (bytes >> 1) & 0x3F803F80u;
+    const uint32_t nan = (size + 0x00800080u) & 0x40004000u;
+    uint32_t x;
+    asm("mul.rn.f16x2 %0, %1, %2;"  // by 256: exponents count from 7, those of f16 from 15
+        : "=r"(x)
+        : "r"((bytes & 0x80008000u) | size | nan), "r"(0x5C005C00u));
+    return x;
+  };
+  asm("prmt.b32 %0, %1, 0, 0x1404;" : "=r"(low) : "r"(four));
+  asm("prmt.b32 %0, %1, 0, 0x3424;" : "=r"(high) : "r"(four));
+  low = pair(low);
+  high = pair(high);
+#endif
+}
+
 // Four of the eight bytes of x and y, x having the first: a digit of `bytes` chooses one, the
 // lowest digit the first.
 template <uint32_t kBytes>

@@ -325,7 +325,9 @@ class Consumer {
     if constexpr (Cfg::kHasOBuffer) {
       const uint32_t smem = pipe_.o_buffer(consumer_);
       tile::store_matrix<Out, TileO>(smem, o, factor, warp_row(), lane());
-      if (!is_stored_whole(params_, t, consumer_)) store_rows<TileO>(t, smem, 0);
+      if (!is_stored_whole(params_, t, consumer_)) {
+        store_rows<TileO>(params_, t, smem, consumer_, warp_row(), 0, lane());
+      }
       ptx::fence_async_proxy();
     } else {
       store_panels(t, o, factor);
@@ -344,25 +346,15 @@ class Consumer {
       ptx::tma_store_wait_read<1>();
       ptx::named_barrier_sync(1 + consumer_, 128);
       tile::store_matrix<Out, Panel>(smem, o, factor, warp_row(), lane(), 8 * panel);
-      if (!is_whole) store_rows<Panel>(t, smem, panel * 64);
+      if (!is_whole) {
+        store_rows<Panel>(params_, t, smem, consumer_, warp_row(), panel * 64, lane());
+      }
       ptx::fence_async_proxy();
       ptx::named_barrier_sync(1 + consumer_, 128);
       ptx::tma_store_if(is_whole && thread() == 0 && panel * 64 < params_.dv, o_map_, smem,
                         panel * 64, t.first_q + t.row0 + 64 * consumer_, t.head, t.batch_q);
       ptx::tma_store_commit();
     }
-  }
-
-  // This warp's rows of O from shared memory, its columns from `col` on: those that are the
-  // sequence's own.
-  template <class SmemTile>
-  __device__ void store_rows(const Tile& t, uint32_t smem, int col) const {
-    const int row = t.row0 + 64 * consumer_ + warp_row();
-    uint16_t* to = static_cast<uint16_t*>(params_.o.ptr) + t.batch_q * params_.o.batch +
-                   t.head * params_.o.head + (int64_t{t.first_q} + row) * params_.o.row + col;
-    __syncwarp();
-    tile::copy_out_rows<SmemTile, 16>(to, params_.o.row, smem, warp_row(), t.sq - row,
-                                      params_.dv - col, lane());
   }
 
   // `is_last`: this warp has read the tile's Q for the last time.

@@ -7,6 +7,7 @@
 #include "attn/schedule.cuh"
 #include "attn/sequence.cuh"
 #include "sm90/key_blocks.cuh"
+#include "tile/store.cuh"
 
 namespace flash::sm90 {
 
@@ -207,6 +208,19 @@ __device__ inline void load_tiles(const TmaForwardParams& params, const Pipeline
 __device__ inline bool is_stored_whole(const ForwardParams& params, const Tile& tile,
                                        int consumer) {
   return !params.seqs.cu_seqlens_q || tile.row0 + 64 * (consumer + 1) <= tile.sq;
+}
+
+// A warp's work: 16 rows of a consumer's O, its columns from `col` on, from shared memory: those
+// that are the sequence's own.
+template <class SmemTile>
+__device__ inline void store_rows(const ForwardParams& params, const Tile& tile, uint32_t smem,
+                                  int consumer, int warp_row, int col, int lane) {
+  const int row = tile.row0 + 64 * consumer + warp_row;
+  uint16_t* to = static_cast<uint16_t*>(params.o.ptr) + tile.batch_q * params.o.batch +
+                 tile.head * params.o.head + (int64_t{tile.first_q} + row) * params.o.row + col;
+  __syncwarp();
+  tile::copy_out_rows<SmemTile, 16>(to, params.o.row, smem, warp_row, tile.sq - row,
+                                    params.dv - col, lane);
 }
 
 // One lane's work: a consumer's rows of O.

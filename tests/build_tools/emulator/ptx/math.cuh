@@ -34,6 +34,15 @@ inline uint32_t pack_e4m3(float x0, float x1, float x2, float x3) {
   return four;
 }
 
+inline void unpack_e4m3(uint32_t& low, uint32_t& high, uint32_t four) {
+  const auto half = [four](int i) {
+    const float x = emulator::element_of(four, i, emulator::kE4m3);
+    return static_cast<uint32_t>(emulator::round_to(x, emulator::kHalf));
+  };
+  low = half(0) | half(1) << 16;
+  high = half(2) | half(3) << 16;
+}
+
 template <uint32_t kBytes>
 uint32_t choose_bytes(uint32_t x, uint32_t y) {
   const uint64_t all = x | uint64_t{y} << 32;
