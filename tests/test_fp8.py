@@ -173,7 +173,7 @@ def test_what_its_kernels_lack_is_told() -> None:
     lens = torch.tensor([3, 4], dtype=torch.int32, device="cuda")
     table = torch.zeros(2, 1, dtype=torch.int32, device="cuda")
     rows = "at most 64 rows of queries, here 200 queries times 2 heads"
-    with pytest.raises(RuntimeError, match=f"a block_table go with {rows}"):
+    with pytest.raises(RuntimeError, match=f"a page_table go with {rows}"):
         fa3.flash_attn_with_kvcache(q, k, v, cache_seqlens=lens, page_table=table)
     with pytest.raises(RuntimeError, match=f"queries of 16 bits go with {rows}"):
         fa3.flash_attn_with_kvcache(q.bfloat16(), k, v, cache_seqlens=lens)
