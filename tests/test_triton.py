@@ -54,12 +54,17 @@ def is_quick(problem: AnyProblem) -> bool:
     return DEVICE == "cuda" or problem.b * problem.hq * problem.sq * sk <= _MOST_SCORES
 
 
+def is_fp8(problem: AnyProblem) -> bool:
+    cache_dtype = problem.cache_dtype if isinstance(problem, CacheProblem) else None
+    return FP8 in (problem.dtype, cache_dtype)
+
+
 def served(rows: Sequence[AnyProblem]) -> list[AnyProblem]:
     """The rows that Triton's row of the truth table serves, in a dtype of its own, each once."""
     fitted = [
         replace(row, dtype=_ON_TRITON.get(row.dtype, row.dtype))
         for row in rows
-        if row.dtype != FP8 and not row.qv and row.value_dim <= _support.MAX_HEAD_DIM
+        if not is_fp8(row) and not row.qv and row.value_dim <= _support.MAX_HEAD_DIM
         if is_quick(row)
     ]
     return list({str(row): row for row in fitted}.values())

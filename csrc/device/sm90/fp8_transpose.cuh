@@ -26,7 +26,7 @@ __device__ inline void transpose_block(uint32_t from, uint32_t to, int warp) {
   using TileK = typename Cfg::TileK;
   using TileVt = typename Cfg::TileVt;
   constexpr int kSteps = Cfg::kBlockN / 32;
-  constexpr int kAtOnce = kSteps % 4 == 0 ? 4 : 3;
+  constexpr int kAtOnce = kSteps % 4 == 0 ? 4 : kSteps == 3 ? 3 : 2;
   static_assert(kSteps % kAtOnce == 0, "shares of a block");
   constexpr int kStrips = Cfg::kTile.v_columns() / 16 / Pipeline<Cfg>::kTransposers;
   // Opaque, so that what is made of it is not kept from block to block.
