@@ -10,7 +10,15 @@ from torch import Tensor
 
 from flash_attn import _support
 from flash_attn._arguments import check_sm_margin, fail
-from flash_attn._problem import Append, Backward, Forward, Scores, Sequences, lse_dtype
+from flash_attn._problem import (
+    Append,
+    Backward,
+    Forward,
+    Scores,
+    Sequences,
+    lse_dtype,
+    out_dtype,
+)
 
 
 def check_forward(name: str, call: Forward) -> None:
@@ -43,9 +51,8 @@ def check_forward(name: str, call: Forward) -> None:
 
 
 def _check_out(name: str, out: Tensor, q: Tensor, v: Tensor) -> None:
-    dtype = torch.bfloat16 if is_fp8(q) else q.dtype
-    if out.dtype != dtype:
-        fail(name, f"out must have dtype {dtype}", f"{out.dtype}")
+    if out.dtype != out_dtype(q.dtype):
+        fail(name, f"out must have dtype {out_dtype(q.dtype)}", f"{out.dtype}")
     _check_shape(name, "out", out, (*q.shape[:-1], v.shape[-1]), "(like q, dim of v)")
     check_devices(name, q=q, out=out)
 

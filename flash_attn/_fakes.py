@@ -8,13 +8,12 @@ import torch
 from torch import Tensor
 
 from flash_attn import _support
-from flash_attn._problem import lse_dtype
+from flash_attn._problem import lse_dtype, out_dtype
 
 
 def out_and_lse(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Shapes of out and softmax_lse; q is (b, sq, hq, d), or (total_q, hq, d) if packed."""
-    out_dtype = torch.bfloat16 if q.dtype == torch.float8_e4m3fn else q.dtype
-    out = q.new_empty((*q.shape[:-1], v.shape[-1]), dtype=out_dtype)
+    out = q.new_empty((*q.shape[:-1], v.shape[-1]), dtype=out_dtype(q.dtype))
     is_packed = q.dim() == 3
     shape = (q.shape[1], q.shape[0]) if is_packed else (q.shape[0], q.shape[2], q.shape[1])
     return out, q.new_empty(shape, dtype=lse_dtype(q.dtype))

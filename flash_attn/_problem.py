@@ -14,6 +14,11 @@ from torch import Tensor
 from flash_attn import _support
 
 
+def out_dtype(dtype: torch.dtype) -> torch.dtype:
+    """out is bfloat16 for queries of FP8, else of their dtype."""
+    return torch.bfloat16 if dtype == torch.float8_e4m3fn else dtype
+
+
 def lse_dtype(dtype: torch.dtype) -> torch.dtype:
     """softmax_lse and softmax_d are float32, and float64 for float64 inputs."""
     return torch.float64 if dtype == torch.float64 else torch.float32

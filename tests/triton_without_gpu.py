@@ -7,20 +7,19 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
+from flash_attn._triton.numbers import VERSION
 from flash_attn.backends import triton as backend
 
-_VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
 LAUNCHED: list[tuple[Any, ...]] = []
 
 
 class _Utils:
     def load_binary(self, *_: Any) -> tuple[int, ...]:
         loaded = (1, 1, 32, 0, 1024)  # module, function, registers, spills; since 3.4 threads
-        return loaded if _VERSION >= (3, 4) else loaded[:4]
+        return loaded if VERSION >= (3, 4) else loaded[:4]
 
     def get_device_properties(self, _: int) -> dict[str, int]:
         return {"max_shared_mem": 227 << 10, "multiprocessor_count": 132}

@@ -13,7 +13,7 @@ from flash_attn._cpu.append import append_to_cache
 from flash_attn._cpu.blockwise import Operands
 from flash_attn._cpu.pieces import Piece, cut
 from flash_attn._cpu.tables import batch_size
-from flash_attn._problem import Backward, Descale, Forward
+from flash_attn._problem import Backward, Descale, Forward, out_dtype
 
 
 @torch.no_grad()
@@ -27,8 +27,7 @@ def forward(call: Forward, name: str) -> tuple[Tensor, Tensor, Tensor]:
         call = append_to_cache(call, name)
     q = call.q
     shape = (*q.shape[:-1], call.v.shape[-1])
-    out_dtype = torch.bfloat16 if q.dtype == torch.float8_e4m3fn else q.dtype
-    out = q.new_empty(shape, dtype=out_dtype) if call.out is None else call.out
+    out = q.new_empty(shape, dtype=out_dtype(q.dtype)) if call.out is None else call.out
     lse_shape = (q.shape[-2], q.shape[0]) if q.dim() == 3 else (q.shape[0], q.shape[2], q.shape[1])
     lse = q.new_full(lse_shape, torch.inf, dtype=blockwise.accumulation_dtype(q.dtype))
     s_dmask = _empty_s_dmask(call)

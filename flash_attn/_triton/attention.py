@@ -146,7 +146,7 @@ def backward(call: Backward) -> Tensor:
     is_packed = q.dim() == 3
     padding = _support.ROUND_TO * b
     shape = (hq, q.shape[0] + padding) if is_packed else (b, hq, _round_up(q.shape[1]))
-    is_filled = not is_packed and seqs.is_dense and shape[-1] == q.shape[1]
+    is_filled = seqs.is_dense and shape[-1] == q.shape[1]
     delta = (q.new_empty if is_filled else q.new_zeros)(shape, dtype=torch.float32)
     if not seqs.is_dense:  # rows that belong to no sequence
         for grad in (call.dq, call.dk, call.dv):

@@ -12,7 +12,7 @@ import triton
 from torch import Tensor
 from triton.runtime import OutOfResources
 
-from flash_attn._triton.numbers import IS_INTERPRETED
+from flash_attn._triton.numbers import IS_INTERPRETED, VERSION
 
 
 class Config(NamedTuple):
@@ -71,7 +71,7 @@ _FITTING: dict[tuple[Any, ...], Config] = {}
 _COMPILED: dict[tuple[Any, ...], tuple[Config, Any]] = {}
 _MOST_COMPILED = 4096
 # Until Triton 3.3 a compiled kernel did not take the constants that it was compiled for.
-_TAKES_CONSTANTS = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 3)
+_TAKES_CONSTANTS = VERSION >= (3, 3)
 
 
 def launch(

@@ -22,6 +22,7 @@ def kernel(function: Callable[..., None]) -> Any:
     return triton.jit(function, do_not_specialize=_CHANGING)
 
 
+VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
 
