@@ -102,6 +102,7 @@ struct ForwardParams {
   float* o_partial;
   float* lse_partial;
   int32_t num_splits;
+  int32_t cluster;  // CTAs of a decode call that merge in shared memory; 0: none do
   // Order of tiles: heads that share K and V in L2 run together, long rows first.
   int32_t heads_per_section;
   // CTAs take tile after tile by this counter (attn/counter.cuh); null: each tile has its CTA.
