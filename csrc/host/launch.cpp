@@ -64,9 +64,9 @@ bool count_clusters(const Kernel& kernel, CUkernel loaded, const Shape& shape, c
                     Clusters* found) {
   const Driver& api = *driver();
   const ContextScope scope(device);
-  if (!scope.ok() || !check(api.cuKernelSetAttribute(kNonPortableClusterSizeAllowed, 1, loaded,
-                                                     device.handle),
-                            kernel.symbol)) {
+  if (!scope.ok() ||
+      !check(api.cuKernelSetAttribute(kNonPortableClusterSizeAllowed, 1, loaded, device.handle),
+             kernel.symbol)) {
     return false;
   }
   int size = decode::kMostInCluster;

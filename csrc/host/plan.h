@@ -28,11 +28,11 @@ struct Shape {
   int threads;
   int smem_bytes;
   int box_m;  // rows in one copy of Q, forward, or of dK, by TMA; 0: there are no tensor maps
-  bool makes_sums = false;  // backward: dQ is added up in memory; else it has a kernel of its own
-  int ctas = 0;             // an SM, of kernels whose CTAs have shares of the work
+  bool makes_sums = false;    // backward: dQ is added up in memory; else it has a kernel of its own
+  int ctas = 0;               // an SM, of kernels whose CTAs have shares of the work
   bool has_clusters = false;  // may run in clusters, on devices that have them
-  bool waits = false;       // by itself for the kernel in front, and begins beside its end
-  int element_bytes = 2;    // of Q, K and V
+  bool waits = false;         // by itself for the kernel in front, and begins beside its end
+  int element_bytes = 2;      // of Q, K and V
 };
 
 // How many clusters of 16, 8, 4 and 2 CTAs of a kernel a device holds at once.

@@ -28,9 +28,7 @@ struct Tile {
   }
   constexpr int ring_bytes() const { return 2 * stages * block_n * head_dim * element_bytes; }
   // The ring, scratch, two statistics of each warp's rows, a flag and a barrier.
-  constexpr int smem_bytes() const {
-    return ring_bytes() + scratch_bytes() + warps * 16 * 8 + 16;
-  }
+  constexpr int smem_bytes() const { return ring_bytes() + scratch_bytes() + warps * 16 * 8 + 16; }
   // Four columns of a row, with the row's statistics, that a CTA of a cluster gets from others.
   constexpr int quads() const { return rows * head_dim / 4 + kMostInCluster; }
   // They come to where the ring was.

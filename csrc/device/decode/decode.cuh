@@ -151,7 +151,7 @@ __device__ inline void decode(const DecodeParams& params) {
   const WarpRows<Cfg> warp_rows{statistics, reinterpret_cast<float*>(scratch)};
   auto* of_rows = reinterpret_cast<float*>(statistics);  // until the warps have statistics
   int* flag = reinterpret_cast<int*>(statistics + Cfg::kWarps * 16);
-  const uint32_t barrier = ptx::smem_address(flag + 2);  // of the cluster's parts
+  const Exchange<Cfg> exchange(storage, flag + 2);
   const uint32_t q = ptx::smem_address(scratch);
   const ForwardParams& call = params.call;
   const int thread = threadIdx.x;
@@ -164,10 +164,7 @@ __device__ inline void decode(const DecodeParams& params) {
   ptx::wait_for_kernel_in_front();
   Walk<Cfg::kBlockN> walk(params);
   if (walk.left == 0) return;
-  if (Cfg::kHasClusters && call.cluster > 0 && thread == 0) {
-    ptx::mbarrier_init(barrier, 1);
-    ptx::mbarrier_init_fence();
-  }
+  if (Cfg::kHasClusters && call.cluster > 0 && thread == 0) exchange.prepare();
   KeyRing<Cfg> ring(params, walk, ptx::smem_address(storage), thread);
   Queries<Cfg> queries;
 #pragma unroll 1
@@ -222,7 +219,7 @@ __device__ inline void decode(const DecodeParams& params) {
     walk.advance(count);
     const bool is_last = walk.left == 0;
     if (Cfg::kLoadsEarly && !is_last) queries.load(params, walk.seq, walk.head, thread);
-    finish<Cfg>(params, seq, head, o, softmax, warp_rows, reinterpret_cast<float*>(storage), barrier, is_whole, parts, flag, thread);
+    finish<Cfg>(params, seq, head, o, softmax, warp_rows, exchange, is_whole, parts, flag, thread);
     if (is_last) return;
     if (!Cfg::kLoadsEarly) queries.load(params, walk.seq, walk.head, thread);
     __syncthreads();  // everyone is done with scratch

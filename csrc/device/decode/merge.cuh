@@ -58,7 +58,7 @@ struct PartRows {
   float2* statistics;
   uint32_t rooms;  // of a share
   uint32_t stride;
-  uint32_t rows;   // of a room
+  uint32_t rows;  // of a room
   uint32_t width;
 
   __device__ PartRows(const DecodeParams& params, const Parts& parts)
@@ -126,33 +126,36 @@ struct Quads {
 template <class Cfg>
 struct Exchange {
   static constexpr int kQuads = Cfg::kHeadDim / 4;  // of a row
-  const float* room;                                // where the ring was
-  uint32_t barrier;
-  int rank, count;  // this CTA, of those with keys
-  int all;          // quads
-  int each;         // of a piece
+  const unsigned char* room;                        // where the ring was
+  uint32_t barrier;                                 // counts what comes
+  int rank = 0, count = 1;                          // this CTA, of those with keys
+  int each = 0;                                     // quads of a piece
 
-  __device__ Exchange(float* room, uint32_t barrier, const Parts& parts, int cluster, int rows)
-      : room(room),
-        barrier(barrier),
-        rank(parts.index % cluster),
-        count(min(parts.count, cluster)),
-        all(rows * kQuads),
-        each((all + count - 1) / count) {}
+  __device__ Exchange(const unsigned char* room, const void* barrier)
+      : room(room), barrier(ptx::smem_address(barrier)) {}
 
-  __device__ Quads piece() const { return {min(rank * each, all), min((rank + 1) * each, all)}; }
+  // By one thread, in front of everything.
+  __device__ void prepare() const {
+    ptx::mbarrier_init(barrier, 1);
+    ptx::mbarrier_init_fence();
+  }
 
-  // Everyone in this CTA is done with the ring.
-  __device__ void open(int thread) const {
-    const Quads mine = piece();
+  // Everyone in this CTA is done with the ring. Returns the CTA's piece.
+  __device__ Quads open(const Parts& parts, int cluster, int rows, int thread) {
+    const int all = rows * kQuads;
+    rank = parts.index & (cluster - 1);
+    count = min(parts.count, cluster);
+    each = static_cast<uint32_t>(all + count - 1) / static_cast<uint32_t>(count);
+    const Quads mine = {min(rank * each, all), min((rank + 1) * each, all)};
     if (thread == 0) ptx::mbarrier_arrive_expect(barrier, (mine.end - mine.begin) * count * kBytes);
     ptx::cluster_arrive();
+    return mine;
   }
 
   // To whom it belongs, who has opened.
   __device__ void put(int row, int col, const Sum& total) const {
     const int at = row * kQuads + col / 4;
-    const int to = at / each;
+    const int to = static_cast<uint32_t>(at) / static_cast<uint32_t>(each);
     const int slot = rank * each + at - to * each;
     const uint32_t there = ptx::of_cta(barrier, to);
     ptx::send(ptx::of_cta(ptx::smem_address(quads() + slot), to), total.o, there);
@@ -262,13 +265,13 @@ struct WarpRows {
 
 // Eight rows of every warp leave.
 template <class Cfg, int half, class Put>
-__device__ inline void finish_rows(const WarpRows<Cfg>& from, int rows, int thread,
+__device__ inline void finish_rows(const WarpRows<Cfg>& from, int rows, int cols, int thread,
                                    const Put& put) {
   constexpr int kQuads = Cfg::kHeadDim / 4;
   for (int at = thread; at < Cfg::kRowWarps * 8 * kQuads; at += Cfg::kThreads) {
     const int col = at % kQuads * 4;
     const int row = at / kQuads / 8 * 16 + 8 * half + at / kQuads % 8;
-    if (row < rows) put(row, col, from.sum(row, col));
+    if (row < rows && col < cols) put(row, col, from.sum(row, col));
   }
 }
 
@@ -278,24 +281,24 @@ __device__ inline void finish_rows(const WarpRows<Cfg>& from, int rows, int thre
 template <class Cfg>
 __device__ inline void finish(const DecodeParams& params, const attn::Sequence& seq, int head_k,
                               const typename Cfg::AccO& o, typename Cfg::Softmax& softmax,
-                              const WarpRows<Cfg>& scratch, float* ring, uint32_t barrier,
-                              bool is_whole, const Parts& parts, int* flag, int thread) {
+                              const WarpRows<Cfg>& scratch, Exchange<Cfg> exchange, bool is_whole,
+                              const Parts& parts, int* flag, int thread) {
   const ForwardParams& call = params.call;
   const int rows = num_rows(params, seq);
   const int cluster = Cfg::kHasClusters ? call.cluster : 0;
   const bool exchanges = cluster > 0 && !is_whole;
-  const Exchange<Cfg> exchange(ring, barrier, parts, max(cluster, 1), rows);
-  if (exchanges) exchange.open(thread);
-  const Parts in_memory = cluster > 0 ? parts.of_clusters(cluster) : parts;
-  const Quads quads = exchanges ? exchange.piece() : Quads{0, exchange.all};
+  Parts in_memory = parts;
+  Quads quads = {0, rows * exchange.kQuads};
+  if (exchanges) {
+    quads = exchange.open(parts, cluster, rows, thread);
+    in_memory = parts.of_clusters(cluster);
+  }
   const auto put_result = [&](int r, int col, const Sum& total) {
-    if (col >= call.dv) return;
     const Row row(params, head_k, r);
     store<typename Cfg::T>(call, seq, row, col, total.normalised());
     if (col == 0) store_lse(call, seq, row, total.shift, total.sum);
   };
   const auto put_part = [&](int row, int col, const Sum& total) {
-    if (col >= call.dv) return;
     const PartRows to(params, in_memory);
     to.quad(in_memory.index, row, col) = total.o;
     if (col == 0 || row * exchange.kQuads + col / 4 == quads.begin) {
@@ -316,20 +319,21 @@ __device__ inline void finish(const DecodeParams& params, const attn::Sequence& 
     softmax.sum[0][h] += __shfl_xor_sync(kAllLanes, softmax.sum[0][h], 1);
     softmax.sum[0][h] += __shfl_xor_sync(kAllLanes, softmax.sum[0][h], 2);
   }
+  const int cols = exchanges ? Cfg::kHeadDim : call.dv;
   scratch.template put<0>(o, softmax, thread / 32, thread % 32);
   __syncthreads();
   if (exchanges) ptx::cluster_wait();
-  finish_rows<Cfg, 0>(scratch, rows, thread, put);
+  finish_rows<Cfg, 0>(scratch, rows, cols, thread, put);
   if (rows > 8) {
     __syncthreads();
     scratch.template put<1>(o, softmax, thread / 32, thread % 32);
     __syncthreads();
-    finish_rows<Cfg, 1>(scratch, rows, thread, put);
+    finish_rows<Cfg, 1>(scratch, rows, cols, thread, put);
   }
   if (is_whole) return;
   if (exchanges) {
     const bool is_all = in_memory.count == 1;
-    ptx::wait_for_sent(barrier);
+    ptx::wait_for_sent(exchange.barrier);
     merge_parts<Cfg>(exchange, exchange.count, quads, call.dv, thread,
                      [&](int row, int col, const Sum& total) {
                        if (is_all) {
@@ -343,10 +347,7 @@ __device__ inline void finish(const DecodeParams& params, const attn::Sequence& 
   const attn::Counter counter{call.next_tile + in_memory.first};
   __syncthreads();
   if (thread == 0) {
-    ptx::fence();
-    const bool is_last = static_cast<int>(counter.count()) + 1 == in_memory.count;
-    if (is_last) ptx::fence();
-    *flag = is_last;
+    *flag = static_cast<int>(counter.count_in_order()) + 1 == in_memory.count;
   }
   __syncthreads();
   if (*flag == 0) return;

@@ -45,29 +45,28 @@ struct Span {
 
 // Equal shares: the first `extra` have one block more than the others, and the last may have less.
 struct Deal {
-  uint32_t num, each, extra, all;
+  uint32_t num, each, extra;
 
   __device__ Deal() {}
 
-  __device__ Deal(uint32_t num_ctas, uint32_t all)
-      : num(min(num_ctas, all)), each(1), extra(0), all(all) {
+  __device__ Deal(uint32_t num_ctas, uint32_t all) : num(min(num_ctas, all)), each(1), extra(0) {
     if (all <= num_ctas) return;
     each = all / num;
     extra = all - each * num;
   }
 
-  // The same for blocks of pairs of about one length: a part costs time of its own, to merge it and
-  // to leave. So shares are longer where many rows are merged, and of a length that cuts no pair in
-  // vain, if that is no longer than the longest, or not by much.
+  // The same for blocks of pairs of about one length. A part takes time of its own, to leave and to
+  // be merged: so shares are longer where many rows are merged, and of a length that cuts no pair
+  // in vain, if that is no longer than the longest, or by little.
   __device__ Deal(uint32_t num_ctas, uint32_t all, uint32_t num_pairs, uint32_t rows)
       : Deal(num_ctas, all) {
-    if (all == 0) return;
-    // Blocks take as long as some merged rows: this many make the sum of both least.
-    constexpr float kRowsOfBlock = 64.0f;
+    constexpr uint32_t kManyRows = 8;
+    constexpr float kRowsOfBlock = 64.0f;  // that are merged while a block is read
+    if (all == 0 || (all <= num_ctas && rows < kManyRows)) return;
     const uint32_t of_pair = max(all / num_pairs, 1u);
     const uint32_t least = static_cast<uint32_t>(sqrtf(of_pair * rows / kRowsOfBlock));
     const uint32_t longest = max(each + (extra > 0), least);
-    const uint32_t even = longest < of_pair ? ceil_div(of_pair, ceil_div(of_pair, longest))
+    const uint32_t even = longest < of_pair ? ceil_div(of_pair, of_pair / longest)
                                             : ceil_div(longest, of_pair) * of_pair;
     const bool is_even = even <= longest + min(longest / 32, 1u);
     if (!is_even && least <= each) return;
@@ -76,15 +75,19 @@ struct Deal {
     num = ceil_div(all, each);
   }
 
-  __device__ uint32_t first_of(uint32_t share) const {
-    return min(share * each + min(share, extra), all);
+  __device__ uint32_t first_of(uint32_t share) const { return share * each + min(share, extra); }
+
+  // Blocks of a share, of all of them.
+  __device__ uint32_t size_of(uint32_t share, uint32_t all) const {
+    return min(each + (share < extra), all - first_of(share));
   }
 
   // Who has a block.
   __device__ uint32_t owner_of(uint32_t block) const {
     if (each == 1 && extra == 0) return block;
-    const uint32_t in_front = extra * (each + 1);
-    return block < in_front ? block / (each + 1) : extra + (block - in_front) / each;
+    const uint32_t longer = extra * (each + 1);  // blocks of longer shares
+    const bool is_longer = block < longer;
+    return (is_longer ? block : block - longer) / (each + is_longer) + (is_longer ? 0 : extra);
   }
 
  private:
@@ -98,11 +101,12 @@ struct Parts {
   int index;  // of this share's part
   int stride = 1;
 
-  // What clusters make of them. Its CTAs have each a piece of the rows, and meet the CTAs with that
-  // piece of other clusters.
+  // What clusters of a power of two make of them. Its CTAs have each a piece of the rows, and meet
+  // the CTAs with that piece of other clusters.
   __device__ Parts of_clusters(int size) const {
-    const int rank = index % size;
-    return {first + rank, (count + size - 1) / size, index / size, size};
+    const int shift = __ffs(size) - 1;
+    const int rank = index & (size - 1);
+    return {first + rank, (count + size - 1) >> shift, index >> shift, size};
   }
 };
 
@@ -137,7 +141,7 @@ struct Walk {
     const int share = blockIdx.x;
     if (params.call.num_splits > 0) {
       const int part = index;
-      return {share - part, static_cast<int>(deal.num), part};
+      return {share - part, static_cast<int>(min(num_parts(), span.size())), part};
     }
     const int first = deal.owner_of(index);
     const int last = deal.owner_of(index + span.size() - 1);
@@ -175,12 +179,11 @@ struct Walk {
     const uint32_t sequence = pair / params.call.hk;
     head = pair - sequence * params.call.hk;
     find(sequence);
-    deal = Deal(num_parts(), span.size());
+    const Deal parts(num_parts(), span.size());
     index = share - pair * splits;
-    if (index >= deal.num) return;
-    const uint32_t first = deal.first_of(index);
-    block = span.begin + first;
-    left = deal.first_of(index + 1) - first;
+    if (index >= parts.num) return;
+    block = span.begin + parts.first_of(index);
+    left = parts.size_of(index, span.size());
   }
 
   __device__ uint32_t num_parts() const {
@@ -212,10 +215,11 @@ struct Walk {
       if (lane >= step) up_to_here += other;
     }
     const uint32_t rows = params.group * params.call.seqs.sq;
-    deal = Deal(gridDim.x, __shfl_sync(kAllLanes, up_to_here, 31), b * params.call.hk, rows);
+    const uint32_t all = __shfl_sync(kAllLanes, up_to_here, 31);
+    deal = Deal(gridDim.x, all, b * params.call.hk, rows);
     if (share >= deal.num) return;
     const uint32_t first = deal.first_of(share);
-    left = deal.first_of(share + 1) - first;
+    left = deal.size_of(share, all);
     const int source = __ffs(__ballot_sync(kAllLanes, up_to_here > first)) - 1;
     uint32_t in_front = __shfl_sync(kAllLanes, up_to_here - mine, source);
     if (each == 1) {
