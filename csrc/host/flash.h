@@ -221,7 +221,8 @@ struct AppendParams {
 // CTAs have equal shares of all blocks of keys. A share's first and last sequence may be cut: then
 // what it has of them goes to o_partial [2 shares, rows, dv] and lse_partial [2 shares, rows, 2]
 // (largest score in base 2, and sum), float, where rows is hq / hk * sq, and whoever comes last
-// merges. With num_splits > 0 each sequence is cut into so many, and a share is one of them.
+// merges. With num_splits > 0 each sequence is cut into so many, and a share is one of them; in
+// clusters, which are then of CTAs with parts of one sequence, they are merged there first.
 //
 // Operands of 8 bits are rows of pairs: their strides count 16 bits, head dims elements as always.
 struct DecodeParams {

@@ -7,7 +7,7 @@
 namespace flash::decode {
 
 constexpr int kMostInCluster = 16;  // CTAs
-// So many blocks more of a CTA cost no more than merging parts in memory does.
+// So many blocks of a CTA take no longer than fewer of them and merging in memory do.
 constexpr int kFewBlocks = 4;
 
 struct Tile {

@@ -184,7 +184,6 @@ struct Exchange {
 template <class Cfg, class From, class Put>
 __device__ inline void merge_parts(const From& from, int count, const Quads& quads, int dv,
                                    int thread, const Put& put) {
-  constexpr int kAtOnce = 16;
   constexpr int kQuads = Cfg::kHeadDim / 4;
   for (int at = quads.begin + thread; at < quads.end; at += Cfg::kThreads) {
     const int row = at / kQuads;
@@ -192,11 +191,11 @@ __device__ inline void merge_parts(const From& from, int count, const Quads& qua
     if (col >= dv) continue;
     Sum total;
 #pragma unroll 1
-    for (int first = 0; first < count; first += kAtOnce) {
-      float2 statistics[kAtOnce];
-      float4 x[kAtOnce];
+    for (int first = 0; first < count; first += kPartsAtOnce) {
+      float2 statistics[kPartsAtOnce];
+      float4 x[kPartsAtOnce];
 #pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
+      for (int i = 0; i < kPartsAtOnce; ++i) {
         // Behind the last one it counts as a part without keys.
         const int part = min(first + i, count - 1);
         statistics[i] = make_float2(attn::kLowestShift, 0.0f);

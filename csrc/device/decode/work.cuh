@@ -13,6 +13,7 @@
 namespace flash::decode {
 
 constexpr uint32_t kAllLanes = 0xffffffffu;
+constexpr int kPartsAtOnce = 16;  // that are merged
 
 __device__ inline bool appends(const DecodeParams& params) { return params.added.k.ptr != nullptr; }
 
@@ -61,16 +62,16 @@ struct Deal {
   __device__ Deal(uint32_t num_ctas, uint32_t all, uint32_t num_pairs, uint32_t rows)
       : Deal(num_ctas, all) {
     constexpr uint32_t kManyRows = 8;
-    constexpr float kRowsOfBlock = 64.0f;  // that are merged while a block is read
+    constexpr float kRowsOfBlock = 32.0f;  // that are merged while a block is read
     if (all == 0 || (all <= num_ctas && rows < kManyRows)) return;
     const uint32_t of_pair = max(all / num_pairs, 1u);
-    const uint32_t least = static_cast<uint32_t>(sqrtf(of_pair * rows / kRowsOfBlock));
+    const uint32_t least = min(static_cast<uint32_t>(sqrtf(of_pair * rows / kRowsOfBlock)),
+                               ceil_div(of_pair, kPartsAtOnce));
     const uint32_t longest = max(each + (extra > 0), least);
     const uint32_t even = longest < of_pair ? ceil_div(of_pair, of_pair / longest)
                                             : ceil_div(longest, of_pair) * of_pair;
-    const bool is_even = even <= longest + min(longest / 32, 1u);
-    if (!is_even && least <= each) return;
-    each = is_even ? even : longest;
+    if (least <= each && even > longest + min(longest / 32, 1u)) return;
+    each = even;
     extra = 0;
     num = ceil_div(all, each);
   }

@@ -1,4 +1,5 @@
-// A CTA on a CPU, or a cluster of them: enough of CUDA's words and of a multiprocessor to run device code as it stands.
+// A CTA on a CPU, or a cluster of them: enough of CUDA's words and of a multiprocessor to run device
+// code as it stands.
 //
 // Every thread of a CTA is a fiber; they take turns in an order drawn anew each time. What the GPU
 // does asynchronously is done late and at random here: copies by TMA some turns after they were asked
