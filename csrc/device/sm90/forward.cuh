@@ -16,6 +16,7 @@
 
 #include "ptx/warpgroup.cuh"
 #include "sm90/consumer.cuh"
+#include "sm90/fp8_transpose.cuh"
 
 namespace flash::sm90 {
 

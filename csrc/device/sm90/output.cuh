@@ -1,0 +1,119 @@
+// How a consumer's O leaves: normalised, rounded, by way of shared memory.
+#pragma once
+
+#include "ptx/tma.cuh"
+#include "sm90/fp8_transpose.cuh"
+#include "sm90/producer.cuh"
+#include "sm90/softmax.cuh"
+#include "tile/store.cuh"
+#include "tile/warpgroup.cuh"
+
+namespace flash::sm90 {
+
+// This thread's place among those of its consumer. Opaque, so that nothing that is seldom needed is
+// computed ahead and kept.
+struct Own {
+  __device__ static int thread() { return ptx::opaque(static_cast<int>(threadIdx.x)) % 128; }
+  __device__ static int lane() { return thread() % 32; }
+  __device__ static int warp_row() { return thread() / 32 * 16; }
+};
+
+template <class Cfg>
+class Output {
+  using Out = typename Cfg::Out;
+  using TileO = typename Cfg::TileO;
+  using AccO = typename Cfg::AccO;
+  static constexpr int kHalf = Cfg::kHeadDim / 32 * 16;  // columns of O
+
+ public:
+  __device__ __forceinline__ Output(const TmaForwardParams& params, const Pipeline<Cfg>& pipe,
+                                    int consumer)
+      : params_(params.call), map_(params.o), pipe_(pipe), consumer_(consumer) {}
+
+  // Writes the log-sum-exp of a tile for those who store it, and keeps what normalises its O. A row
+  // without keys gets O 0.
+  __device__ __forceinline__ void finish_sums(const Softmax& softmax, uint32_t tile) const {
+    const uint32_t row = (Own::warp_row() + Own::lane() / 4) * 4;
+    pipe_.o(consumer_).wait_empty(tile);
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const float sum = softmax.row_sum(h);
+      const bool is_empty = sum == 0.0f;
+      float factor = is_empty ? 0.0f : ptx::rcp(sum);
+      if constexpr (Cfg::kIsFp8) factor *= pipe_.descale(tile).v;
+      const float lse_of_row = (softmax.shift[h] + ptx::lg2(sum)) * attn::kLn2;
+      // The same from all four lanes of a row.
+      ptx::st_shared_32(pipe_.factor_buffer(consumer_) + row + 32 * h, __float_as_uint(factor));
+      ptx::st_shared_32(pipe_.lse_buffer(consumer_) + row + 32 * h,
+                        __float_as_uint(is_empty ? attn::infinity() : lse_of_row));
+    }
+  }
+
+  // Normalises and stores O, or half of it.
+  __device__ __forceinline__ void store(const AccO& o, uint32_t tile) {
+    if constexpr (Cfg::kIsFp8) {
+      store_ordered(in_order_of_columns(o), tile);
+    } else {
+      store_ordered(o, tile);
+    }
+  }
+
+  // The second half of O's columns, for which there was no room beside the first.
+  __device__ __forceinline__ void store_rest(uint32_t tile) {
+    store_half(pipe_.tile(tile), rest_, kHalf);
+    pipe_.o(consumer_).arrive_full(tile);
+  }
+
+ private:
+  __device__ __forceinline__ void store_ordered(const AccO& o, uint32_t tile) {
+    const Tile& t = pipe_.tile(tile);
+    const uint32_t factors =
+        pipe_.factor_buffer(consumer_) + (Own::warp_row() + Own::lane() / 4) * 4;
+    __syncwarp();
+    const float factor[2] = {ptx::ld_shared_f32(factors), ptx::ld_shared_f32(factors + 32)};
+    if constexpr (Cfg::kHasOBuffer) {
+      const uint32_t smem = pipe_.o_buffer(consumer_);
+      tile::store_matrix<Out, TileO>(smem, o, factor, Own::warp_row(), Own::lane());
+      if (!is_stored_whole(params_, t, consumer_)) {
+        store_rows<TileO>(params_, t, smem, consumer_, Own::warp_row(), 0, Own::lane());
+      }
+      ptx::fence_async_proxy();
+      pipe_.o(consumer_).arrive_full(tile);
+    } else {
+      uint32_t half[kHalf / 16][4];
+      tile::pack<Out>(rest_, o, factor, kHalf / 8);
+      tile::pack<Out>(half, o, factor, 0);
+      store_half(t, half, 0);
+    }
+  }
+
+  // Half of O, from column `col` on: it leaves while the consumer goes on.
+  __device__ __forceinline__ void store_half(const Tile& t, const uint32_t (&half)[kHalf / 16][4],
+                                             int col) const {
+    const uint32_t smem = pipe_.o_buffer(consumer_);
+    const bool is_whole = is_stored_whole(params_, t, consumer_);
+    ptx::tma_store_wait_read<0>();
+    ptx::named_barrier_sync(1 + consumer_, 128);
+    tile::store_a<TileO>(smem, half, Own::warp_row(), Own::lane());
+    if (!is_whole)
+      store_rows<TileO>(params_, t, smem, consumer_, Own::warp_row(), col, Own::lane());
+    ptx::fence_async_proxy();
+    ptx::named_barrier_sync(1 + consumer_, 128);
+#pragma unroll
+    for (int panel = 0; panel < kHalf / 64; ++panel) {
+      const int at = col + 64 * panel;
+      ptx::tma_store_if(is_whole && Own::thread() == 0 && at < params_.dv, map_,
+                        smem + panel * TileO::kPanelBytes, at, t.first_q + t.row0 + 64 * consumer_,
+                        t.head, t.batch_q);
+    }
+    ptx::tma_store_commit();
+  }
+
+  const ForwardParams& params_;
+  const TensorMap& map_;
+  const Pipeline<Cfg>& pipe_;
+  const int consumer_;
+  uint32_t rest_[kHalf / 16][4];  // of O, where it leaves in two halves
+};
+
+}  // namespace flash::sm90
