@@ -46,6 +46,14 @@ __device__ inline void tma_store_if(bool is_due, const TensorMap& map, uint32_t 
       : "memory");
 }
 
+// Adds floats in shared memory to floats in memory, a multiple of 16 bytes at multiples of 16.
+__device__ inline void bulk_add(float* gmem, uint32_t smem, int bytes) {
+  asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(
+                   gmem),
+               "r"(smem), "r"(bytes)
+               : "memory");
+}
+
 __device__ inline void tma_store_commit() {
   asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 }

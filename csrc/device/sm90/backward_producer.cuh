@@ -83,12 +83,8 @@ struct KeySchedule {
   }
 
   __device__ void find_sums(KeyBlock& block) const {
-    const int group = params.hq / params.hk;
-    const int first =
-        static_cast<int>(attn::PaddedRows(params, block.sequence, block.head * group).first);
-    block.first_sum = first;
-    block.end_sum =
-        first + (group - 1) * static_cast<int>(params.delta_head) + block.end * Cfg::kBlockM;
+    const int head = block.head * (params.hq / params.hk);
+    block.first_sum = static_cast<int>(attn::PaddedRows(params, block.sequence, head).first);
   }
 
   __device__ static int blocks_to(int query) { return (query + Cfg::kBlockM - 1) / Cfg::kBlockM; }
@@ -99,12 +95,23 @@ struct KeySchedule {
   }
 };
 
-// One lane's work: what the CTA does in each round. No block is taken before the one in front is
-// about to end: another CTA may be free sooner.
+// K or V of a block of keys: number `keys` of those that were loaded.
+template <class Cfg, class KeyRing>
+__device__ inline void load_keys(const TensorMap& map, const KeyBlock& block, const KeyRing& ring,
+                                 uint32_t smem, uint32_t keys) {
+  using TileK = typename Cfg::TileK;
+  ring.wait_empty(keys);
+  load_tile<TileK>(smem, map, ring.full(keys), TileK::kCols / 64, block.first_k + block.first,
+                   block.head, block.batch_k);
+}
+
+// One lane's work: what the CTA does in each round, and the loads of K and V. No block is taken
+// before the one in front is about to end: another CTA may be free sooner.
 template <class Cfg>
-__device__ inline void plan_blocks(const BackwardParams& params,
+__device__ inline void plan_blocks(const TmaBackwardParams& params,
                                    const BackwardPipeline<Cfg>& pipe) {
-  const KeySchedule<Cfg> schedule{params};
+  const KeySchedule<Cfg> schedule{params.call};
+  uint32_t keys = 0;  // blocks of them that were loaded
   for (int i = 0;; ++i) {
     const auto again = [&] { return ptx::opaque(i); };  // so that nothing made of it is kept
     KeyBlock& block = pipe.block(i);
@@ -113,67 +120,28 @@ __device__ inline void plan_blocks(const BackwardParams& params,
     while (!schedule.find(block, block.index)) block.index = schedule.next();
     pipe.blocks().arrive_full(again());
     if (block.is_last) return;
+    if (pipe.needs_keys(block)) {
+      load_keys<Cfg>(params.k, block, pipe.keys(), pipe.k_buffer(keys), keys);
+      load_keys<Cfg>(params.v, block, pipe.values(), pipe.v_buffer(), keys);
+      ++keys;
+    }
     pipe.loads().wait_full(again());
   }
 }
 
-// One lane's work for each consumer: turns. A counter of each 64 rows of dQ and consumer tells
-// which block of keys is next to add to them, from the last that their queries see down to the
-// first.
-template <class Cfg>
-__device__ inline void keep_turns(const BackwardParams& params, const BackwardPipeline<Cfg>& pipe,
-                                  int consumer) {
-  constexpr int kCountersOfBlock = Cfg::kBlockM / kSumRows * 2;
-  const auto ring = pipe.turns(consumer);
-  uint32_t step = 0;
-  ptx::wait_for_kernel_in_front();
-  for (uint32_t i = 0;; ++i) {
-    pipe.blocks().wait_full(i);
-    const KeyBlock& block = pipe.block(i);
-    if (block.is_last) return;
-    const int turn = block.first / Cfg::kBlockN;
-    const int group = params.hq / params.hk;
-    for (int head = 0; head < group; ++head) {
-      // With two tiles of rows a step, each consumer adds to one.
-      int32_t* counter = params.turns +
-                         (block.first_sum + head * params.delta_head) / kSumRows * 2 +
-                         consumer * (kCountersOfBlock - 1) + block.begin * kCountersOfBlock;
-      for (int m = block.begin; m < block.end; ++m, ++step, counter += kCountersOfBlock) {
-        ptx::wait_until_equal(counter, turn);
-        ring.arrive_full(step);
-        ring.wait_empty(step + 1);
-        ptx::red_release_add(counter, -1);
-      }
-    }
-    pipe.blocks().arrive_empty(i);
-  }
-}
-
-// One lane's work: for each block of keys K, V, and Q, dO, lse and delta of its steps.
+// One lane's work: for each block of keys Q, dO, lse and delta of its steps.
 template <class Cfg>
 __device__ inline void load_steps(const TmaBackwardParams& params,
                                   const BackwardPipeline<Cfg>& pipe) {
   using TileQ = typename Cfg::TileQ;
-  using TileK = typename Cfg::TileK;
   constexpr int kPanels = TileQ::kCols / 64;
   constexpr int kStatisticsBytes = Cfg::kBlockM * 2 * 4;
   const BackwardParams& call = params.call;
   uint32_t step = 0;
-  uint32_t keys = 0;  // blocks of them that were loaded
   for (uint32_t i = 0;; ++i) {
     pipe.blocks().wait_full(i);
     const KeyBlock& block = pipe.block(i);
     if (block.is_last) return;
-    const auto load_keys = [&](const TensorMap& map, const auto& ring, uint32_t smem) {
-      ring.wait_empty(keys);
-      load_tile<TileK>(smem, map, ring.full(keys), kPanels, block.first_k + block.first, block.head,
-                       block.batch_k);
-    };
-    const bool needs_keys = pipe.needs_keys(block);
-    if (needs_keys) {
-      load_keys(params.k, pipe.keys(), pipe.k_buffer(keys));
-      load_keys(params.v, pipe.values(), pipe.v_buffer(keys));
-    }
     if (i == 0) ptx::wait_for_kernel_in_front();
     const int group = call.hq / call.hk;
     int left = (block.end - block.begin) * group;
@@ -195,7 +163,6 @@ __device__ inline void load_steps(const TmaBackwardParams& params,
       }
     }
     pipe.loads().arrive_full_if(block.begin >= block.end, i);
-    if (needs_keys) ++keys;
     pipe.blocks().arrive_empty(i);
   }
 }

@@ -123,6 +123,22 @@ struct WarpgroupOrder {
     }
   }
 
+  // To shared memory, from where they are added at once.
+  template <int kN>
+  __device__ static void store(uint32_t to, const Accumulators<1, kN>& acc, int num_columns,
+                               int thread) {
+    to += 16 * static_cast<uint32_t>(thread);
+#pragma unroll
+    for (int n = 0; n < kN; ++n) {
+      const float(&x)[4] = acc.c[0][n];
+      if (8 * n < num_columns) {
+        ptx::st_shared_128(to + n * kEightColumns * 4,
+                           make_uint4(__float_as_uint(x[0]), __float_as_uint(x[1]),
+                                      __float_as_uint(x[2]), __float_as_uint(x[3])));
+      }
+    }
+  }
+
   // acc += the sums.
   template <int kN>
   __device__ static void load_add(Accumulators<1, kN>& acc, const float* from, int thread) {

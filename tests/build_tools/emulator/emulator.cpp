@@ -372,6 +372,19 @@ void tma_store(uint32_t smem, const flash::TensorMap& map, const int (&place)[4]
   });
 }
 
+void bulk_add(float* gmem, uint32_t smem, int bytes) {
+  const unsigned thread = threadIdx.x;
+  ++g_stores[thread];
+  g_copies.push_back([=] {
+    for (int i = 0; i < bytes / 4; ++i) {
+      float x;
+      memcpy(&x, at(smem + 4 * i, 4), 4);
+      gmem[i] += x;
+    }
+    --g_stores[thread];
+  });
+}
+
 void tma_store_wait() {
   const unsigned thread = threadIdx.x;
   wait_until([thread] { return g_stores[thread] == 0; }, "its stores");
