@@ -39,12 +39,21 @@ class SharingConsumer : public GradientConsumer<Cfg> {
     }
   }
 
+  // Goes to the block's first step. False: it has none, and no keys.
+  __device__ __forceinline__ bool open_keys() {
+    const bool has_steps = this->has_steps();
+    if (has_steps) this->pipe_.keys().wait_full(this->keys_);
+    return has_steps;
+  }
+
   // The buffers of K and V are free when dK and dV have left them.
-  __device__ __forceinline__ void close_keys() {
+  __device__ __forceinline__ void close_keys(bool had_steps) {
     if (this->thread() == 0) ptx::tma_store_wait_read();
-    this->release_keys(this->keys_);
-    this->release_values();
-    ++this->keys_;
+    if (had_steps) {
+      this->release_keys(this->keys_);
+      this->release_values();
+      ++this->keys_;
+    }
     this->close_block();
   }
 
@@ -79,8 +88,8 @@ class ValuesConsumer : SharingConsumer<Cfg> {
   __device__ __forceinline__ void run() {
     while (this->has_block()) {
       dv_.clear();
-      this->wait_for_keys();
-      if (this->has_steps()) {
+      const bool has_steps = this->open_keys();
+      if (has_steps) {
         this->clean_keys(0, Cfg::kBlockN);
         this->find_bounds(0);
         if (attn::is_plain(this->params_.scores)) {
@@ -91,7 +100,7 @@ class ValuesConsumer : SharingConsumer<Cfg> {
       }
       this->barrier_of_both();  // nobody needs V any more: dV leaves through it
       this->store(dv_, 1.0f, this->maps_.dv, this->params_.dv_grad, this->params_.dv);
-      this->close_keys();
+      this->close_keys(has_steps);
     }
   }
 
@@ -155,8 +164,8 @@ class KeyGradientsConsumer : SharingConsumer<Cfg> {
   __device__ __forceinline__ void run() {
     while (this->has_block()) {
       dk_.clear();
-      this->wait_for_keys();
-      if (this->has_steps()) {
+      const bool has_steps = this->open_keys();
+      if (has_steps) {
         this->clean_keys(0, Cfg::kBlockN);
         do {
           this->open_step();
@@ -165,7 +174,7 @@ class KeyGradientsConsumer : SharingConsumer<Cfg> {
       }
       this->barrier_of_both();  // nobody needs K any more: dK leaves through it
       this->store(dk_, this->params_.scores.softmax_scale, this->maps_.dk, this->params_.dk, this->params_.d);
-      this->close_keys();
+      this->close_keys(has_steps);
     }
   }
 

@@ -40,7 +40,7 @@ class KeysConsumer : GradientConsumer<Cfg> {
       dv_.clear();
       const bool has_steps = this->has_steps();
       if (has_steps) {
-        this->wait_for_keys();
+        this->pipe_.keys().wait_full(this->keys_);
         if (attn::is_plain(this->params_.scores)) {
           run_steps<true>();
         } else {
@@ -103,11 +103,11 @@ class KeysConsumer : GradientConsumer<Cfg> {
     absorb<kPlain>(s, p, 0);
     if (!kPlain) start_dp(dp, 0);
     start_dv(p, 0);
+    send_late_dq();
     ptx::wgmma_wait<1>();
     ptx::pin(dp.c[0]);
     add_to(dp, this->statistic(kMinusDelta, 0));
     to_gradients(ds, s, dp, 0);
-    send_late_dq();
     announce_ds(this->step_ + 1);
     start_dk(ds, 0);
     ptx::wgmma_wait<0>();
@@ -234,10 +234,12 @@ class KeysConsumer : GradientConsumer<Cfg> {
     wait_for_out();
     tile::WarpgroupOrder::store(this->out(), dq, num_columns, this->thread());
   }
-  // Behind a fence: one that waits for nothing but this is dear beside products that keep shared
-  // memory busy.
+  // Some time behind put_late_dq(): its fence waits until all of that has got into shared memory,
+  // which products keep busy.
   __device__ __forceinline__ void send_late_dq() const {
-    if (this->step_ > 0) send_out();
+    if (this->step_ == 0) return;
+    ptx::fence_async_proxy();
+    send_out();
   }
 
   __device__ __forceinline__ void send_dv() const {
@@ -271,7 +273,6 @@ class KeysConsumer : GradientConsumer<Cfg> {
     start_late_dq(dq);
     ptx::wgmma_wait<0>();
     put_late_dq(dq);
-    ptx::fence_async_proxy();
     send_late_dq();
   }
 

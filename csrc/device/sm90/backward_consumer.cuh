@@ -51,10 +51,6 @@ class GradientConsumer {
     head_ = ptx::uniform(b.head) * (params_.hq / params_.hk);
     return true;
   }
-  __device__ __forceinline__ void wait_for_keys() const {
-    pipe_.keys().wait_full(keys_);
-    pipe_.values().wait_full(keys_);
-  }
   // By each warp, behind its last product with K.
   __device__ __forceinline__ void release_keys(uint32_t keys) const {
     __syncwarp();
@@ -87,6 +83,7 @@ class GradientConsumer {
   __device__ __forceinline__ void clean_keys(int row, int num_rows) const {
     const int tail = ptx::uniform(block().tail_k);
     if (tail == 0 || ptx::uniform(block().first) + Cfg::kBlockN <= ptx::uniform(block().sk)) return;
+    pipe_.douts().wait_full(step_);  // with the first, V comes
     clear_rows<TileK>(pipe_.k_buffer(keys_), max(tail, row), row + num_rows);
     clear_rows<TileK>(pipe_.v_buffer(), max(tail, row), row + num_rows);
     finish_clearing();

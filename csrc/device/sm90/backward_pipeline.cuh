@@ -132,11 +132,6 @@ struct BackwardPipeline {
   __device__ KeyBlock& block(uint32_t i) const {
     return reinterpret_cast<KeyBlock*>(storage + kRecords)[i % kBlocks];
   }
-  // Whether K and V of a block are loaded: without steps they are not, unless gradients leave
-  // through their buffers.
-  __device__ bool needs_keys(const KeyBlock& block) const {
-    return !Cfg::kByKeys || block.begin < block.end;
-  }
 
   // By all threads.
   __device__ void init() const {

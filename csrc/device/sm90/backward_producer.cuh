@@ -95,21 +95,12 @@ struct KeySchedule {
   }
 };
 
-// K or V of a block of keys: number `keys` of those that were loaded.
-template <class Cfg, class KeyRing>
-__device__ inline void load_keys(const TensorMap& map, const KeyBlock& block, const KeyRing& ring,
-                                 uint32_t smem, uint32_t keys) {
-  using TileK = typename Cfg::TileK;
-  ring.wait_empty(keys);
-  load_tile<TileK>(smem, map, ring.full(keys), TileK::kCols / 64, block.first_k + block.first,
-                   block.head, block.batch_k);
-}
-
-// One lane's work: what the CTA does in each round, and the loads of K and V. No block is taken
-// before the one in front is about to end: another CTA may be free sooner.
+// One lane's work: what the CTA does in each round, and the loads of K. No block is taken before the
+// one in front is about to end: another CTA may be free sooner.
 template <class Cfg>
 __device__ inline void plan_blocks(const TmaBackwardParams& params,
                                    const BackwardPipeline<Cfg>& pipe) {
+  using TileK = typename Cfg::TileK;
   const KeySchedule<Cfg> schedule{params.call};
   uint32_t keys = 0;  // blocks of them that were loaded
   for (int i = 0;; ++i) {
@@ -120,24 +111,28 @@ __device__ inline void plan_blocks(const TmaBackwardParams& params,
     while (!schedule.find(block, block.index)) block.index = schedule.next();
     pipe.blocks().arrive_full(again());
     if (block.is_last) return;
-    if (pipe.needs_keys(block)) {
-      load_keys<Cfg>(params.k, block, pipe.keys(), pipe.k_buffer(keys), keys);
-      load_keys<Cfg>(params.v, block, pipe.values(), pipe.v_buffer(), keys);
+    if (block.begin < block.end) {
+      pipe.keys().wait_empty(keys);
+      load_tile<TileK>(pipe.k_buffer(keys), params.k, pipe.keys().full(keys), TileK::kCols / 64,
+                       block.first_k + block.first, block.head, block.batch_k);
       ++keys;
     }
     pipe.loads().wait_full(again());
   }
 }
 
-// One lane's work: for each block of keys Q, dO, lse and delta of its steps.
+// One lane's work: for each block of keys Q, dO, lse and delta of its steps, and V with the first
+// dO.
 template <class Cfg>
 __device__ inline void load_steps(const TmaBackwardParams& params,
                                   const BackwardPipeline<Cfg>& pipe) {
   using TileQ = typename Cfg::TileQ;
+  using TileK = typename Cfg::TileK;
   constexpr int kPanels = TileQ::kCols / 64;
   constexpr int kStatisticsBytes = Cfg::kBlockM * 2 * 4;
   const BackwardParams& call = params.call;
   uint32_t step = 0;
+  uint32_t values = 0;  // blocks of them that were loaded
   for (uint32_t i = 0;; ++i) {
     pipe.blocks().wait_full(i);
     const KeyBlock& block = pipe.block(i);
@@ -158,8 +153,14 @@ __device__ inline void load_steps(const TmaBackwardParams& params,
                          kStatisticsBytes);
         ptx::bulk_load(pipe.statistics(step), statistics + 2 * m * Cfg::kBlockM, kStatisticsBytes,
                        full);
+        const bool is_first = m == block.begin && head == block.head * group;
         load_tile<TileQ>(pipe.dout_buffer(step), params.dout, pipe.douts().full(step), kPanels, row,
-                         head, block.batch_q);
+                         head, block.batch_q, is_first ? TileK::kBytes : 0);
+        if (is_first) {
+          pipe.values().wait_empty(values++);
+          copy_tile<TileK>(pipe.v_buffer(), params.v, pipe.douts().full(step), kPanels,
+                           block.first_k + block.first, block.head, block.batch_k);
+        }
       }
     }
     pipe.loads().arrive_full_if(block.begin >= block.end, i);
