@@ -5,6 +5,11 @@
 
 namespace flash::attn {
 
+// Keys [begin, end).
+struct Keys {
+  int begin, end;
+};
+
 // For one sequence: key j is visible to query i iff lowest(i) <= j < highest(i).
 struct Mask {
   int sk;
@@ -18,9 +23,10 @@ struct Mask {
         right(scores.window_right),
         chunk(scores.attention_chunk) {}
 
+  // In front of the first key there are no chunks that anybody sees: one stands for all.
   __device__ int chunk_start(int at) const {
-    const int index = at >= 0 ? at / chunk : -((chunk - 1 - at) / chunk);
-    return index * chunk;
+    if (at < 0) return -chunk;
+    return static_cast<uint32_t>(at) / static_cast<uint32_t>(chunk) * chunk;
   }
 
   __device__ int lowest(int i) const {

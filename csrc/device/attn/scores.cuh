@@ -98,47 +98,37 @@ __device__ inline void transform(tile::Accumulators<kM, kN>& s, tile::Accumulato
   }
 }
 
-// Sets entries from the end of what their row sees on to -inf.
-template <int kM, int kN>
-__device__ inline void hide_right(tile::Accumulators<kM, kN>& s, const Mask& mask, int row,
-                                  int col) {
-#pragma unroll
-  for (int m = 0; m < kM; ++m) {
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const int end = mask.highest(ptx::opaque(row) + 16 * m + 8 * h) - col;
-#pragma unroll
-      for (int n = 0; n < kN; ++n) {
-        if (8 * n >= end) s.c[m][n][2 * h] = -infinity();
-        if (8 * n + 1 >= end) s.c[m][n][2 * h + 1] = -infinity();
-      }
-    }
-  }
+// Of a lane's row in 128 columns, a bit for each entry, in the order of the accumulators: whether its
+// column, counted from the lane's first, is below `end`.
+__device__ inline uint32_t entries_below(int end) {
+  end = min(max(end, 0), 128);
+  const int count = end / 8 * 2 + min(end % 8, 2);
+  return count < 32 ? (1u << count) - 1 : 0xffffffffu;
 }
 
-// Sets entries in front of what their row sees to -inf.
-template <int kM, int kN>
-__device__ inline void hide_left(tile::Accumulators<kM, kN>& s, const Mask& mask, int row,
-                                 int col) {
-#pragma unroll
-  for (int m = 0; m < kM; ++m) {
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const int begin = mask.lowest(ptx::opaque(row) + 16 * m + 8 * h) - col;
-#pragma unroll
-      for (int n = 0; n < kN; ++n) {
-        if (8 * n < begin) s.c[m][n][2 * h] = -infinity();
-        if (8 * n + 1 < begin) s.c[m][n][2 * h + 1] = -infinity();
-      }
-    }
-  }
-}
-
-// Sets entries that are not visible to -inf.
+// Sets entries that are not visible to -inf. Bits become predicates seven at a time, which takes a
+// third of the instructions of two comparisons for each entry.
 template <int kM, int kN>
 __device__ inline void hide(tile::Accumulators<kM, kN>& s, const Mask& mask, int row, int col) {
-  hide_right(s, mask, row, col);
-  hide_left(s, mask, row, col);
+  constexpr int kStep = 16;
+#pragma unroll
+  for (int m = 0; m < kM; ++m) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int i = ptx::opaque(row) + 16 * m + 8 * h;
+      const int begin = mask.lowest(i) - col;
+      const int end = mask.highest(i) - col;
+#pragma unroll
+      for (int first = 0; first < kN; first += kStep) {
+        const uint32_t seen = entries_below(end - 8 * first) & ~entries_below(begin - 8 * first);
+#pragma unroll
+        for (int bit = 0; bit < 2 * min(kStep, kN - first); ++bit) {
+          float& x = s.c[m][first + bit / 2][2 * h + bit % 2];
+          if (!(seen & 1u << bit)) x = -infinity();
+        }
+      }
+    }
+  }
 }
 
 }  // namespace flash::attn

@@ -301,8 +301,7 @@ __device__ inline void forward(const ForwardParams& params) {
       const int row = row0 + Cfg::warp_row(thread) + thread % 32 / 4;
       const int col = first + thread % 4 * 2;
       if (full_end < 0) attn::transform(s, rule, mask, row, col);
-      if (block >= full_end) attn::hide_right(s, mask, row, col);
-      if (is_cut_left) attn::hide_left(s, mask, row, col);
+      attn::hide(s, mask, row, col);
     }
     softmax.follow(o, s, rule.softmax_scale_log2);
     if (params.scores.rng_state) {

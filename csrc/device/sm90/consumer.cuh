@@ -103,10 +103,12 @@ class Consumer {
     }
   }
 
-  // How many blocks, from this one down, may have a lazy maximum; below 1 there is none.
+  // How many blocks, from the one in front of this down, may have a lazy maximum; below 1 there is
+  // none. All rows see them to the full, and have seen a key behind them.
   __device__ int lazy_run(const Tile& t, int key_block) const {
-    if (is_careful_ || key_block >= t.lazy_end[consumer_]) return 0;
-    return key_block + 1 - t.lazy_begin[consumer_];
+    const attn::Keys seen = t.seen_by_all[consumer_];
+    if (is_careful_ || seen.end <= key_block * kBlockN) return 0;
+    return key_block - (seen.begin + kBlockN - 1) / kBlockN;
   }
 
   // Scores go to softmax as they are.
@@ -237,14 +239,14 @@ class Consumer {
   // The ordinary way: for blocks of which some row does not see all, or whose scores must be
   // transformed first. 8-bit elements have no other; what all rows see needs no look-ups.
   __device__ __forceinline__ void absorb(AccS& s) {
-    const bool is_whole = Cfg::kIsFp8 && lazy_left_ > 0;
     const Tile& t = pipe_.tile(tile_);
     const attn::Mask mask(params_.scores, t.sq, t.sk);
-    const int row0 = t.row0 + 64 * consumer_;
     const int key_block = t.begin + left_ - 1;
-    const int col0 = key_block * kBlockN;
-    const int row = row0 + warp_row() + lane() / 4;
-    const int col = col0 + lane() % 4 * 2;
+    const int first = key_block * kBlockN;
+    const attn::Keys seen = t.seen_by_all[consumer_];
+    const bool is_whole = seen.begin <= first && seen.end >= first + kBlockN;
+    const int row = t.row0 + 64 * consumer_ + warp_row() + lane() / 4;
+    const int col = first + lane() % 4 * 2;
     float scale = scale_log2_;
     if (!is_plain()) {
       attn::ScoreRule rule(params_.scores, t.sequence, t.head);
@@ -252,18 +254,16 @@ class Consumer {
       transform(s, rule, row + mask.diagonal - col);
       scale = attn::kLog2e;
     }
-    if (!is_whole && (mask.lowest(row0 + 63) > col0 || mask.highest(row0) < col0 + kBlockN)) {
-      attn::hide(s, mask, row, col);
-    }
+    if (!(Cfg::kIsFp8 && lazy_left_ > 0) && !is_whole) attn::hide(s, mask, row, col);
     if constexpr (Cfg::kIsFp8) {
       // Scores become p where there is room for it, behind the product that reads the last one.
-      if (!is_whole) lazy_left_ = lazy_run(t, key_block - 1) + 1;
+      if (lazy_left_ <= 0) lazy_left_ = lazy_run(t, key_block) + 1;
       block_scale_ = scale;
       softmax_.move(s, scale);
     } else {
       if (softmax_.absorb(s, scale)) is_careful_ = true;
       // One more: this block will be counted too.
-      lazy_left_ = lazy_run(t, key_block - 1) + 1;
+      lazy_left_ = lazy_run(t, key_block) + 1;
       is_cut_ = key_block == t.end - 1 && t.tail < kBlockN;
     }
   }

@@ -1,6 +1,7 @@
 // Shared memory of a CTA: buffers, the barriers that guard them, and the tiles it works on.
 #pragma once
 
+#include "attn/mask.cuh"
 #include "ptx/mbarrier.cuh"
 #include "sm90/config.h"
 #include "tile/accumulators.cuh"
@@ -53,8 +54,7 @@ constexpr int kMaxConsumers = 3;
 // else reads it.
 struct Tile {
   int begin, end;  // blocks of keys, at least one; end 0: there are no more tiles
-  // Blocks that all rows of a consumer see to the full, behind one in which each has seen a key.
-  int lazy_begin[kMaxConsumers], lazy_end[kMaxConsumers];
+  attn::Keys seen_by_all[kMaxConsumers];  // by all rows of a consumer
   // Of the last blocks: none of the consumer's rows sees them. Where tiles are done one by one.
   int skipped[kMaxConsumers];
   int sequence, head;

@@ -81,9 +81,7 @@ struct Schedule {
 #pragma unroll 1
     for (int consumer = 0; consumer < Cfg::kConsumers; ++consumer) {
       const int first = row0 + 64 * consumer;
-      tile.lazy_begin[consumer] = (mask.lowest(first + 63) + Cfg::kBlockN - 1) / Cfg::kBlockN;
-      const int lazy_end = (max(mask.highest(first), 1) - 1) / Cfg::kBlockN;
-      tile.lazy_end[consumer] = min(lazy_end, tile.end - 1);
+      tile.seen_by_all[consumer] = {mask.lowest(first + 63), mask.highest(first)};
       if (!Cfg::kHasOBuffer) {
         const int seen = mask.highest(min(first + 63, last_row));
         const int end_of_seen = max((seen + Cfg::kBlockN - 1) / Cfg::kBlockN, tile.begin + 1);
