@@ -173,7 +173,8 @@ class KeyGradientsConsumer : SharingConsumer<Cfg> {
         } while (this->close_step());
       }
       this->barrier_of_both();  // nobody needs K any more: dK leaves through it
-      this->store(dk_, this->params_.scores.softmax_scale, this->maps_.dk, this->params_.dk, this->params_.d);
+      this->store(dk_, this->params_.scores.softmax_scale, this->maps_.dk, this->params_.dk,
+                  this->params_.d);
       this->close_keys(has_steps);
     }
   }

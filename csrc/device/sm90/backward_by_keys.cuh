@@ -247,8 +247,8 @@ class KeysConsumer : GradientConsumer<Cfg> {
     this->put_out(dv_, 1.0f, this->params_.dv_grad, 64 * this->consumer_, this->params_.dv);
     send_out();
   }
-  // Before a step and behind a block's last one, as many have left: dQ of all steps but the last, dV
-  // of all blocks.
+  // Before a step and behind a block's last one, as many have left: dQ of all steps but the last,
+  // dV of all blocks.
   __device__ uint32_t num_sent() const { return this->step_ - 1 + this->keys_; }
   __device__ __forceinline__ void wait_for_out() const {
     this->pipe_.outs(this->consumer_).wait_empty(num_sent());
@@ -282,7 +282,7 @@ class KeysConsumer : GradientConsumer<Cfg> {
   }
 
   typename Cfg::AccKV dk_, dv_;
-  uint32_t late_keys_ = 0;  // the block of keys of the step before
+  uint32_t late_keys_ = 0;             // the block of keys of the step before
   uint32_t k_[Cfg::kHeadDim / 16][4];  // where it is held
 };
 

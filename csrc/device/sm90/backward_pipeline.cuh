@@ -22,7 +22,7 @@ struct BackwardConfig {
   using TileK = tile::SmemTile<kBlockN, kTile.columns()>;
   using TileDs = tile::SmemTile<kBlockM, kBlockN>;
   using TileOut = tile::SmemTile<64, kTile.columns()>;  // 64 rows of dK or dV
-  using AccS = tile::Accumulators<1, 8>;  // of 64 keys and 64 queries
+  using AccS = tile::Accumulators<1, 8>;                // of 64 keys and 64 queries
   using AccKV = tile::Accumulators<1, kHeadDim / 8>;
 };
 

@@ -95,8 +95,8 @@ struct KeySchedule {
   }
 };
 
-// One lane's work: what the CTA does in each round, and the loads of K. No block is taken before the
-// one in front is about to end: another CTA may be free sooner.
+// One lane's work: what the CTA does in each round, and the loads of K. No block is taken before
+// the one in front is about to end: another CTA may be free sooner.
 template <class Cfg>
 __device__ inline void plan_blocks(const TmaBackwardParams& params,
                                    const BackwardPipeline<Cfg>& pipe) {

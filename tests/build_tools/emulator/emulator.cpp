@@ -373,6 +373,9 @@ void tma_store(uint32_t smem, const flash::TensorMap& map, const int (&place)[4]
 }
 
 void bulk_add(float* gmem, uint32_t smem, int bytes) {
+  if ((reinterpret_cast<uintptr_t>(gmem) | smem | bytes) % 16 != 0) {
+    stop("floats that are added at once are not aligned");
+  }
   const unsigned thread = threadIdx.x;
   ++g_stores[thread];
   g_copies.push_back([=] {
