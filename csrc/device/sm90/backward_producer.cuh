@@ -7,7 +7,8 @@
 namespace flash::sm90 {
 
 // Blocks of keys that this CTA works on: the first is its own, each later one the next that no CTA
-// has; or only its own.
+// has; or only its own. Where blocks wait for one another, the first is taken like the others: then
+// those in front of it are in hand, even if not all CTAs run at once.
 //
 // Heads come in sections, of which all CTAs that run together have the queries in common. Under a
 // causal mask the first keys are seen by most queries: their blocks start first. Where sums of dQ
@@ -39,14 +40,19 @@ struct KeySchedule {
     find_sums(block);
     return true;
   }
+  __device__ uint32_t first() const {
+    return is_shared() && params.deterministic ? next() : blockIdx.x;
+  }
   __device__ uint32_t next() const {
-    if (!Cfg::kByKeys || params.next_block == nullptr) return ~0u;
+    if (!is_shared()) return ~0u;
     ptx::wait_for_kernel_in_front();  // which clears the counter
-    return ptx::opaque(static_cast<int>(gridDim.x)) +
-           static_cast<uint32_t>(ptx::atomic_add(params.next_block, 1));
+    const uint32_t own = params.deterministic ? 0 : ptx::opaque(static_cast<int>(gridDim.x));
+    return own + static_cast<uint32_t>(ptx::atomic_add(params.next_block, 1));
   }
 
  private:
+  __device__ bool is_shared() const { return Cfg::kByKeys && params.next_block != nullptr; }
+
   __device__ void place(KeyBlock& block, const attn::Sequence& seq) const {
     const Sequences& seqs = params.seqs;
     block.sq = seq.sq;
@@ -107,7 +113,7 @@ __device__ inline void plan_blocks(const TmaBackwardParams& params,
     const auto again = [&] { return ptx::opaque(i); };  // so that nothing made of it is kept
     KeyBlock& block = pipe.block(i);
     pipe.blocks().wait_empty(i);
-    block.index = i == 0 ? blockIdx.x : schedule.next();
+    block.index = i == 0 ? schedule.first() : schedule.next();
     while (!schedule.find(block, block.index)) block.index = schedule.next();
     pipe.blocks().arrive_full(again());
     if (block.is_last) return;
