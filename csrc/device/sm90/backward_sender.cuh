@@ -56,10 +56,7 @@ struct Sender {
       int at = block.begin;
       int row = block.first_sum + at * Cfg::kBlockM + (kByRows ? kSumRows * consumer : 0);
       for (; left > 0; --left) {
-        if (late != kNone) {
-          pipe.outs(consumer).wait_full(sent);
-          add(late, late_turn, sent++);
-        }
+        if (late != kNone) add(late, late_turn, sent++);
         late = row;
         late_turn = block.first / Cfg::kBlockN;
         row += Cfg::kBlockM;
@@ -96,7 +93,10 @@ struct Sender {
                       column / 8 * tile::WarpgroupOrder::kEightColumns;
     const int bytes = min(Cfg::kHeadDim - column, 64) * kSumRows * static_cast<int>(sizeof(float));
     int32_t* const counter = call.turns + row / kSumRows * 2 + (kByRows ? 0 : consumer);
+    // It takes long to see that it is the turn: in front of the other wait, beside which it is
+    // hidden.
     if (call.turns) ptx::wait_until_equal(counter, turn);
+    pipe.outs(consumer).wait_full(sent);
     ptx::bulk_add(to, pipe.out_buffer(consumer), bytes);
     ptx::tma_store_commit();
     ptx::tma_store_wait_read();
