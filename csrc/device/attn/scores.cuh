@@ -98,8 +98,8 @@ __device__ inline void transform(tile::Accumulators<kM, kN>& s, tile::Accumulato
   }
 }
 
-// Of a lane's row in 128 columns, a bit for each entry, in the order of the accumulators: whether its
-// column, counted from the lane's first, is below `end`.
+// Of a lane's row in 128 columns, a bit for each entry, in the order of the accumulators: whether
+// its column, counted from the lane's first, is below `end`.
 __device__ inline uint32_t entries_below(int end) {
   end = min(max(end, 0), 128);
   const int count = end / 8 * 2 + min(end % 8, 2);

@@ -24,6 +24,7 @@ class Consumer {
   using AccO = typename Cfg::AccO;
   static constexpr int kBlockN = Cfg::kBlockN;
   static constexpr int kHeadDim = Cfg::kHeadDim;
+  static constexpr int kHalf = kHeadDim / 32 * 16;  // columns of O
 
  public:
   __device__ __forceinline__ Consumer(const TmaForwardParams& params, const Pipeline<Cfg>& pipe)
@@ -75,6 +76,7 @@ class Consumer {
       ++block_;
       pipe_.tiles().wait_full(tile + 1);
     }
+    store_rest(tile_);
     ptx::tma_store_wait();
   }
 
@@ -117,7 +119,7 @@ class Consumer {
     return attn::is_plain(params_.scores);
   }
 
-  // Scores of the first block of all.
+  // Scores of the first block of all, or of a tile that is done by itself.
   __device__ __forceinline__ void first_step() {
     AccS s;
     pipe_.k().wait_full(block_);
@@ -127,6 +129,7 @@ class Consumer {
     release(pipe_.k(), block_);
     softmax_.clear();
     absorb(s);
+    if (!Cfg::kHasOBuffer && tile_ > 0) store_rest(tile_ - 1);
     pack(s);
     clear_output();
     count_block();
@@ -309,7 +312,7 @@ class Consumer {
   }
 
   // Normalises and stores O.
-  __device__ __forceinline__ void store_output(uint32_t tile) const {
+  __device__ __forceinline__ void store_output(uint32_t tile) {
     if constexpr (Cfg::kIsFp8) {
       store_output(tile, in_order_of_columns(o_));
     } else {
@@ -317,7 +320,7 @@ class Consumer {
     }
   }
 
-  __device__ __forceinline__ void store_output(uint32_t tile, const AccO& o) const {
+  __device__ __forceinline__ void store_output(uint32_t tile, const AccO& o) {
     const Tile& t = pipe_.tile(tile);
     const uint32_t factors = pipe_.factor_buffer(consumer_) + (warp_row() + lane() / 4) * 4;
     __syncwarp();
@@ -329,32 +332,40 @@ class Consumer {
         store_rows<TileO>(params_, t, smem, consumer_, warp_row(), 0, lane());
       }
       ptx::fence_async_proxy();
+      pipe_.o(consumer_).arrive_full(tile);
     } else {
-      store_panels(t, o, factor);
+      uint32_t half[kHalf / 16][4];
+      tile::pack<Out>(rest_, o, factor, kHalf / 8);
+      tile::pack<Out>(half, o, factor, 0);
+      store_half(t, half, 0);
     }
+  }
+
+  // The second half of O's columns, for which there was no room beside the first.
+  __device__ __forceinline__ void store_rest(uint32_t tile) {
+    store_half(pipe_.tile(tile), rest_, kHalf);
     pipe_.o(consumer_).arrive_full(tile);
   }
 
-  // O panel by panel: while one leaves, the next is written.
-  __device__ __forceinline__ void store_panels(const Tile& t, const AccO& o,
-                                               const float (&factor)[2]) const {
-    using Panel = tile::SmemTile<64, 64>;
+  // Half of O, from column `col` on: it leaves while the consumer goes on.
+  __device__ __forceinline__ void store_half(const Tile& t, const uint32_t (&half)[kHalf / 16][4],
+                                             int col) const {
+    const uint32_t smem = pipe_.o_buffer(consumer_);
     const bool is_whole = is_stored_whole(params_, t, consumer_);
+    ptx::tma_store_wait_read<0>();
+    ptx::named_barrier_sync(1 + consumer_, 128);
+    tile::store_a<TileO>(smem, half, warp_row(), lane());
+    if (!is_whole) store_rows<TileO>(params_, t, smem, consumer_, warp_row(), col, lane());
+    ptx::fence_async_proxy();
+    ptx::named_barrier_sync(1 + consumer_, 128);
 #pragma unroll
-    for (int panel = 0; panel < kHeadDim / 64; ++panel) {
-      const uint32_t smem = pipe_.o_buffer(consumer_) + panel % 2 * Panel::kBytes;
-      ptx::tma_store_wait_read<1>();
-      ptx::named_barrier_sync(1 + consumer_, 128);
-      tile::store_matrix<Out, Panel>(smem, o, factor, warp_row(), lane(), 8 * panel);
-      if (!is_whole) {
-        store_rows<Panel>(params_, t, smem, consumer_, warp_row(), panel * 64, lane());
-      }
-      ptx::fence_async_proxy();
-      ptx::named_barrier_sync(1 + consumer_, 128);
-      ptx::tma_store_if(is_whole && thread() == 0 && panel * 64 < params_.dv, o_map_, smem,
-                        panel * 64, t.first_q + t.row0 + 64 * consumer_, t.head, t.batch_q);
-      ptx::tma_store_commit();
+    for (int panel = 0; panel < kHalf / 64; ++panel) {
+      const int at = col + 64 * panel;
+      ptx::tma_store_if(is_whole && thread() == 0 && at < params_.dv, o_map_,
+                        smem + panel * TileO::kPanelBytes, at, t.first_q + t.row0 + 64 * consumer_,
+                        t.head, t.batch_q);
     }
+    ptx::tma_store_commit();
   }
 
   // `is_last`: this warp has read the tile's Q for the last time.
@@ -386,6 +397,7 @@ class Consumer {
   AccO o_;
   uint32_t p_[Cfg::kDepthOfP / 16][4];
   uint32_t q_[Cfg::kDepth / 16][4];  // where the tile's Q is held
+  uint32_t rest_[kHalf / 16][4];     // of O, where it leaves in two halves
   typename SoftmaxOf<Cfg::kIsFp8>::Type softmax_;
   uint32_t tile_ = 0;   // of the scores, counted from the start
   uint32_t block_ = 0;  // of P, counted likewise: its product with V is due

@@ -144,25 +144,28 @@ __device__ __forceinline__ void pack(uint32_t (&p)[kN / 2][4], const Accumulator
   }
 }
 
-// Rounds accumulators, their two rows times `factor`, into 16 rows of a tile from `row` on: all
-// columns, or as many as the tile has from 8 `first` on.
-template <class T, class Tile, int kN>
-__device__ __forceinline__ void store_matrix(uint32_t smem, const Accumulators<1, kN>& acc,
-                                             const float (&factor)[2], int row, int lane,
-                                             int first = 0) {
-  constexpr int kColumns = Tile::kCols / kChunk < kN ? Tile::kCols / kChunk : kN;
-  const uint32_t at = smem + Tile::offset(row + lane % 16, lane / 16);
+// The same of as many columns as `p` has, from 8 `first` on, the two rows times `factor`.
+template <class T, int kN, int kSteps>
+__device__ __forceinline__ void pack(uint32_t (&p)[kSteps][4], const Accumulators<1, kN>& acc,
+                                     const float (&factor)[2], int first) {
 #pragma unroll
-  for (int n = 0; n < kColumns; n += 2) {
-    uint32_t r[4];
+  for (int k = 0; k < kSteps; ++k) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const float(&from)[4] = acc.c[0][first + n + i / 2];
+      const float(&from)[4] = acc.c[0][first + 2 * k + i / 2];
       const float f = factor[i % 2];
-      r[i] = ptx::pack<T>(from[i % 2 * 2] * f, from[i % 2 * 2 + 1] * f);
+      p[k][i] = ptx::pack<T>(from[i % 2 * 2] * f, from[i % 2 * 2 + 1] * f);
     }
-    ptx::stmatrix_x4(walk<Tile>(at, 0, n), r);
   }
+}
+
+// Rounds accumulators, their two rows times `factor`, into 16 rows of a tile from `row` on.
+template <class T, class Tile, int kN>
+__device__ __forceinline__ void store_matrix(uint32_t smem, const Accumulators<1, kN>& acc,
+                                             const float (&factor)[2], int row, int lane) {
+  uint32_t packed[kN / 2][4];
+  pack<T>(packed, acc, factor, 0);
+  store_a<Tile>(smem, packed, row, lane);
 }
 
 // The same straight to global memory, as far as rows and columns are wanted. Of 32 columns in a row
