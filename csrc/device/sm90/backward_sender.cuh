@@ -93,10 +93,8 @@ struct Sender {
                       column / 8 * tile::WarpgroupOrder::kEightColumns;
     const int bytes = min(Cfg::kHeadDim - column, 64) * kSumRows * static_cast<int>(sizeof(float));
     int32_t* const counter = call.turns + row / kSumRows * 2 + (kByRows ? 0 : consumer);
-    // It takes long to see that it is the turn: in front of the other wait, beside which it is
-    // hidden.
-    if (call.turns) ptx::wait_until_equal(counter, turn);
     pipe.outs(consumer).wait_full(sent);
+    if (call.turns) ptx::wait_until_equal(counter, turn);
     ptx::bulk_add(to, pipe.out_buffer(consumer), bytes);
     ptx::tma_store_commit();
     ptx::tma_store_wait_read();
