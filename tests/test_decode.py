@@ -23,6 +23,8 @@ def lengths(*values: int) -> Tensor:
 
 
 LONG = {"capacity": 9000, "seqlens": (9000, 4111, 0, 64), "b": 4}
+# On Hopper in clusters.
+ONE = {"capacity": 9000, "b": 1}
 
 
 @pytest.mark.parametrize(
@@ -43,6 +45,15 @@ LONG = {"capacity": 9000, "seqlens": (9000, 4111, 0, 64), "b": 4}
             capacity=6000, seqlens=(5990, 100), s_new=7, sq=7, causal=True, d=128, dtype=BF16,
             rotary_dim=128, page=256,
         ),
+        CacheProblem(**ONE, seqlens=(9000,), hq=8, hk=2, d=128, dtype=BF16),
+        CacheProblem(**ONE, seqlens=(8999,), hq=16, hk=1, d=128, dtype=BF16),
+        CacheProblem(**ONE, seqlens=(2200,), hq=8, hk=1, d=64, dtype=FP16, sq=5, causal=True),
+        CacheProblem(**ONE, seqlens=(5000,), hq=8, hk=2, d=256, dtype=BF16, sq=9, causal=True),
+        CacheProblem(**ONE, seqlens=(600,), hq=10, hk=5, d=96, dtype=BF16, page=16),
+        CacheProblem(
+            **ONE, seqlens=(8000,), hq=6, hk=3, d=192, dtype=BF16, s_new=3, sq=3, causal=True
+        ),
+        CacheProblem(b=1, capacity=1000, seqlens=(1000,), hq=8, hk=8, d=128, dtype=FP16),
     ],
     ids=str,
 )  # fmt: skip
@@ -51,11 +62,12 @@ def test_shares_that_cut_sequences_give_what_whole_ones_do(problem: CacheProblem
         assert_cache_follows_rule(problem, published_cache_results(problem, "cuda", flash_attn))
 
 
-def test_a_captured_call_follows_lengths_that_change() -> None:
+@pytest.mark.parametrize("b", [1, 3])
+def test_a_captured_call_follows_lengths_that_change(b: int) -> None:
     torch.manual_seed(5)
-    q = torch.randn(3, 2, 8, 128, device="cuda", dtype=BF16)
-    cache = [torch.randn(3, 5000, 2, 128, device="cuda", dtype=BF16) for _ in range(2)]
-    lens = lengths(1, 1, 1)
+    q = torch.randn(b, 2, 8, 128, device="cuda", dtype=BF16)
+    cache = [torch.randn(b, 5000, 2, 128, device="cuda", dtype=BF16) for _ in range(2)]
+    lens = lengths(*[1] * b)
 
     def step() -> tuple[Tensor, Tensor]:
         result: tuple[Tensor, Tensor] = flash_attn.flash_attn_with_kvcache(
@@ -68,8 +80,8 @@ def test_a_captured_call_follows_lengths_that_change() -> None:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = step()
-    for values in ((5000, 64, 0), (0, 0, 0), (3, 4999, 2048), (5000, 5000, 5000)):
-        lens.copy_(lengths(*values))
+    for values in ((5000, 64, 0), (0, 0, 0), (1030, 4999, 2048), (3, 5000, 5000)):
+        lens.copy_(lengths(*values[:b]))
         for x in captured:
             x.fill_(torch.nan)
         graph.replay()
@@ -108,15 +120,17 @@ def test_an_append_on_the_way_writes_the_bits_of_one_before(page: int, interleav
         assert torch.equal(fused, apart)
 
 
-def test_equal_calls_give_equal_bits() -> None:
-    problem = CacheProblem(**LONG, hq=8, hk=2, d=128, dtype=BF16, sq=3, causal=True)
+@pytest.mark.parametrize("lens", [LONG, {**ONE, "seqlens": (9000,)}], ids=["several", "one"])
+def test_equal_calls_give_equal_bits(lens: dict[str, Any]) -> None:
+    problem = CacheProblem(**lens, hq=8, hk=2, d=128, dtype=BF16, sq=3, causal=True)
     tensors = problem.tensors("cuda")
     runs = [flash_attn.flash_attn_with_kvcache(**tensors, causal=True) for _ in range(20)]
     assert all(torch.equal(run, runs[0]) for run in runs[1:])
 
 
-def test_calls_of_two_streams_do_not_count_each_others_parts() -> None:
-    problem = CacheProblem(**LONG, hq=8, hk=2, d=128, dtype=BF16)
+@pytest.mark.parametrize("lens", [LONG, {**ONE, "seqlens": (9000,)}], ids=["several", "one"])
+def test_calls_of_two_streams_do_not_count_each_others_parts(lens: dict[str, Any]) -> None:
+    problem = CacheProblem(**lens, hq=8, hk=2, d=128, dtype=BF16)
     tensors = problem.tensors("cuda")
     expected = flash_attn.flash_attn_with_kvcache(**tensors)
     torch.cuda.synchronize()

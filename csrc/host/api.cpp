@@ -39,8 +39,8 @@ struct Call {
                                 ready);
   }
 
-  bool run(const Ready& ready, int64_t num_ctas, const void* params) const {
-    return launch(ready, on, stream, num_ctas, params);
+  bool run(const Ready& ready, int64_t num_ctas, const void* params, int cluster = 0) const {
+    return launch(ready, on, stream, num_ctas, params, cluster);
   }
 };
 
@@ -172,7 +172,8 @@ bool decode(const Call& call, const DecodeParams& given) {
   params.group_inverse = 65536 / params.group + 1;
   Ready ready;
   return call.prepare(FLASH_DECODE, &ready, &params.call) &&
-         call.run(ready, num_shares(params.call, ready.shape, call.on), &params) &&
+         call.run(ready, num_shares(params.call, ready.shape, call.on), &params,
+                  params.call.cluster) &&
          (!has_unused_q(params.call.seqs) || fill(for_output(call), unused_rows_of(params.call)));
 }
 
@@ -222,12 +223,15 @@ bool append(const Call& call, const AppendParams& given) {
   return run_rows(for_output(call), FLASH_APPEND, rows_k * params.hk + rows_q * params.hq, &params);
 }
 
-void plan_decode(const Shape& shape, const Device& on, ForwardParams* params,
+void plan_decode(const Ready& ready, const Device& on, ForwardParams* params,
                  FlashWorkspace* workspace) {
+  const Shape& shape = ready.shape;
   workspace->decodes = 1;
   if (params->num_splits != 0)
     params->num_splits = limit_splits(params->num_splits, *params, shape);
-  if (params->num_splits == 1) return;
+  choose_clusters(params, shape, on, ready.kernel->clusters[on.ordinal]);
+  // With one part, or one cluster, a head nothing is merged in memory.
+  if (params->num_splits == (params->cluster > 0 ? params->cluster : 1)) return;
   const int64_t shares = num_shares(*params, shape, on);
   const int64_t rooms = params->num_splits == 0 ? 2 * shares : shares;
   const int64_t rows = rooms * (params->hq / params->hk) * params->seqs.sq;
@@ -313,7 +317,7 @@ int flash_plan_forward(int ordinal, int dtype, int num_splits, ForwardParams* pa
   const char* missed = dtype == FLASH_E4M3 ? misses_fp8_forward(*params) : nullptr;
   if ((prefers_decode(*params) || (missed != nullptr && fits_decode(*params))) &&
       prepare({FLASH_DECODE, head_dim, dtype, on->cc, params}, *on, &ready)) {
-    plan_decode(ready.shape, *on, params, workspace);
+    plan_decode(ready, *on, params, workspace);
     return 1;
   }
   if (missed != nullptr && !fits_decode(*params)) {

@@ -46,6 +46,7 @@ bool resolve_all(void* library) {
          resolve(library, "cuLibraryUnload", &d.cuLibraryUnload) &&
          resolve(library, "cuKernelSetAttribute", &d.cuKernelSetAttribute) &&
          resolve(library, "cuLaunchKernelEx", &d.cuLaunchKernelEx) &&
+         resolve(library, "cuOccupancyMaxActiveClusters", &d.cuOccupancyMaxActiveClusters) &&
          resolve(library, "cuMemsetD32Async", &d.cuMemsetD32Async) &&
          resolve(library, "cuTensorMapEncodeTiled", &d.cuTensorMapEncodeTiled);
 }

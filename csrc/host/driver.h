@@ -33,14 +33,19 @@ enum CUdevice_attribute : int {
   kMaxSharedMemoryPerBlockOptIn = 97,
 };
 
-enum CUfunction_attribute : int { kMaxDynamicSharedSizeBytes = 8 };
+enum CUfunction_attribute : int {
+  kMaxDynamicSharedSizeBytes = 8,
+  kNonPortableClusterSizeAllowed = 14,
+};
 
-// Allows a kernel to begin beside the end of the one in front on its stream.
 struct CUlaunchAttribute {
   int id;
   int value[17];  // the first of the 64 bytes behind eight
 
+  // Allows a kernel to begin beside the end of the one in front on its stream.
   static CUlaunchAttribute overlap() { return {6, {0, 1}}; }
+  // CTAs of a cluster.
+  static CUlaunchAttribute cluster(int size) { return {4, {0, size, 1, 1}}; }
 };
 
 struct CUlaunchConfig {
@@ -73,6 +78,8 @@ struct Driver {
                                    CUdevice device);
   CUresult (*cuLaunchKernelEx)(const CUlaunchConfig* config, CUkernel kernel, void** params,
                                void** extra);
+  CUresult (*cuOccupancyMaxActiveClusters)(int* count, CUkernel kernel,
+                                           const CUlaunchConfig* config);
   CUresult (*cuMemsetD32Async)(CUdeviceptr to, unsigned int value, size_t count, CUstream stream);
   CUresult (*cuTensorMapEncodeTiled)(void* map, int type, uint32_t rank, void* address,
                                      const uint64_t* dims, const uint64_t* strides,

@@ -102,6 +102,7 @@ struct ForwardParams {
   float* o_partial;
   float* lse_partial;
   int32_t num_splits;
+  int32_t cluster;  // CTAs of a decode call that merge in shared memory; 0: none do
   // Order of tiles: heads that share K and V in L2 run together, long rows first.
   int32_t heads_per_section;
   // CTAs take tile after tile by this counter (attn/counter.cuh); null: each tile has its CTA.
@@ -220,7 +221,8 @@ struct AppendParams {
 // CTAs have equal shares of all blocks of keys. A share's first and last sequence may be cut: then
 // what it has of them goes to o_partial [2 shares, rows, dv] and lse_partial [2 shares, rows, 2]
 // (largest score in base 2, and sum), float, where rows is hq / hk * sq, and whoever comes last
-// merges. With num_splits > 0 each sequence is cut into so many, and a share is one of them.
+// merges. With num_splits > 0 each sequence is cut into so many, and a share is one of them; in
+// clusters, which are then of CTAs with parts of one sequence, they are merged there first.
 //
 // Operands of 8 bits are rows of pairs: their strides count 16 bits, head dims elements as always.
 struct DecodeParams {

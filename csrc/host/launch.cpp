@@ -3,6 +3,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "device/decode/config.h"
 #include "host/platform.h"
 
 namespace flash::host {
@@ -58,6 +59,33 @@ const Image* load(const Kernel& kernel, const Device& device, CUkernel* loaded) 
   }
 }
 
+// Asks how many clusters of a kernel run at once, and lets it have those of 16.
+bool count_clusters(const Kernel& kernel, CUkernel loaded, const Shape& shape, const Device& device,
+                    Clusters* found) {
+  const Driver& api = *driver();
+  const ContextScope scope(device);
+  if (!scope.ok() ||
+      !check(api.cuKernelSetAttribute(kNonPortableClusterSizeAllowed, 1, loaded, device.handle),
+             kernel.symbol)) {
+    return false;
+  }
+  int size = decode::kMostInCluster;
+  for (int& count : found->count) {
+    CUlaunchAttribute cluster = CUlaunchAttribute::cluster(size);
+    CUlaunchConfig config = {};
+    config.gridDimX = static_cast<unsigned int>(size);
+    config.gridDimY = config.gridDimZ = config.blockDimY = config.blockDimZ = 1;
+    config.blockDimX = static_cast<unsigned int>(shape.threads);
+    config.sharedMemBytes = static_cast<unsigned int>(shape.smem_bytes);
+    config.attrs = &cluster;
+    config.numAttrs = 1;
+    // Not every device has every size.
+    if (api.cuOccupancyMaxActiveClusters(&count, loaded, &config) != kCudaSuccess) count = 0;
+    size /= 2;
+  }
+  return true;
+}
+
 // Loads a kernel and lets it use its shared memory on this device.
 bool load_once(Kernel* kernel, const Device& device) {
   const Lock lock(g_mutex);
@@ -66,8 +94,8 @@ bool load_once(Kernel* kernel, const Device& device) {
   CUkernel loaded = nullptr;
   const Image* image = load(*kernel, device, &loaded);
   if (image == nullptr) return false;
-  const int smem_bytes =
-      shape_of(kernel->family, kernel->kind, kernel->head_dim, image->arch).smem_bytes;
+  const Shape shape = shape_of(kernel->family, kernel->kind, kernel->head_dim, image->arch);
+  const int smem_bytes = shape.smem_bytes;
   if (smem_bytes > device.max_smem) {
     return fail("%s needs %d bytes of shared memory; device %d has %d for a block", kernel->symbol,
                 smem_bytes, device.ordinal, device.max_smem);
@@ -77,6 +105,10 @@ bool load_once(Kernel* kernel, const Device& device) {
       !check(driver()->cuKernelSetAttribute(kMaxDynamicSharedSizeBytes, smem_bytes, loaded,
                                             device.handle),
              kernel->symbol)) {
+    return false;
+  }
+  if (shape.has_clusters && image->arch >= 90 &&
+      !count_clusters(*kernel, loaded, shape, device, &kernel->clusters[device.ordinal])) {
     return false;
   }
   kernel->loaded_arch[device.ordinal] = image->arch;
@@ -109,7 +141,7 @@ bool prepare(const Want& want, const Device& device, Ready* ready) {
 }
 
 bool launch(const Ready& ready, const Device& device, void* stream, int64_t num_ctas,
-            const void* params) {
+            const void* params, int cluster) {
   const char* symbol = ready.kernel->symbol;
   if (num_ctas == 0) return true;
   if (num_ctas > INT32_MAX) {
@@ -122,12 +154,13 @@ bool launch(const Ready& ready, const Device& device, void* stream, int64_t num_
   config.blockDimY = config.blockDimZ = 1;
   config.sharedMemBytes = static_cast<unsigned int>(ready.shape.smem_bytes);
   config.hStream = static_cast<CUstream>(stream);
+  CUlaunchAttribute attributes[2];
+  config.attrs = attributes;
   // In code for architectures that have the instruction to wait.
-  CUlaunchAttribute overlap = CUlaunchAttribute::overlap();
   if (ready.shape.waits && ready.kernel->loaded_arch[device.ordinal] >= 90) {
-    config.attrs = &overlap;
-    config.numAttrs = 1;
+    attributes[config.numAttrs++] = CUlaunchAttribute::overlap();
   }
+  if (cluster > 0) attributes[config.numAttrs++] = CUlaunchAttribute::cluster(cluster);
   void* arguments[] = {const_cast<void*>(params)};
   return check(driver()->cuLaunchKernelEx(&config, ready.handle, arguments, nullptr), symbol);
 }

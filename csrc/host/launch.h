@@ -20,8 +20,9 @@ struct Ready {
 // refuses gives way to the next that serves.
 bool prepare(const Want& want, const Device& device, Ready* ready);
 
-// Launches a kernel that takes one parameter struct by value. The device's context must be current.
+// Launches a kernel that takes one parameter struct by value, in clusters of so many CTAs, or none.
+// The device's context must be current.
 bool launch(const Ready& ready, const Device& device, void* stream, int64_t num_ctas,
-            const void* params);
+            const void* params, int cluster = 0);
 
 }  // namespace flash::host

@@ -127,8 +127,8 @@ Shape shape_of(int family, int kind, int head_dim, int arch) {
     }
     case FLASH_DECODE: {
       const decode::Tile tile = decode::tile(rows_of(family), head_dim, arch);
-      return waiting(
-          {tile.rows, tile.block_n, tile.threads(), tile.smem_bytes(), 0, false, tile.ctas});
+      return waiting({tile.rows, tile.block_n, tile.threads(), tile.smem_bytes(), 0, false,
+                      tile.ctas, tile.merges_in_clusters()});
     }
     case FLASH_DELTA:
       return {common::kDeltaRows, 0, common::kDeltaThreads, 0, 0};
@@ -187,6 +187,26 @@ int64_t num_ctas(const ForwardParams& params, const Shape& shape, const Device& 
 int64_t num_shares(const ForwardParams& params, const Shape& shape, const Device& device) {
   if (params.num_splits == 0) return int64_t{device.num_sms} * shape.ctas;
   return int64_t{params.num_splits} * params.hk * params.seqs.b;
+}
+
+void choose_clusters(ForwardParams* params, const Shape& shape, const Device& device,
+                     const Clusters& clusters) {
+  if (params->num_splits != 0 || params->seqs.b != 1) return;
+  const int64_t blocks = ceil_div(params->seqs.sk, shape.block_n);
+  const int64_t all = int64_t{device.num_sms} * shape.ctas;
+  int size = decode::kMostInCluster;
+  for (const int count : clusters.count) {
+    const int64_t of_pair = count / params->hk;
+    // Larger clusters leave less to merge in memory, and mostly some multiprocessors idle.
+    const bool are_few = blocks <= decode::kFewBlocks * size;
+    const bool fill_device = of_pair * params->hk * size * 8 >= all * 7;
+    if (of_pair > 0 && (are_few || fill_device)) {
+      params->cluster = size;
+      params->num_splits = size * (are_few ? 1 : clamp(ceil_div(blocks, size), 1, of_pair));
+      return;
+    }
+    size /= 2;
+  }
 }
 
 bool shares_blocks(const BackwardParams& params, const Shape& shape, const Device& device) {

@@ -28,10 +28,16 @@ struct Shape {
   int threads;
   int smem_bytes;
   int box_m;  // rows in one copy of Q, forward, or of dK, by TMA; 0: there are no tensor maps
-  bool makes_sums = false;  // backward: dQ is added up in memory; else it has a kernel of its own
-  int ctas = 0;             // an SM, of kernels whose CTAs have shares of the work
-  bool waits = false;       // by itself for the kernel in front, and begins beside its end
-  int element_bytes = 2;    // of Q, K and V
+  bool makes_sums = false;    // backward: dQ is added up in memory; else it has a kernel of its own
+  int ctas = 0;               // an SM, of kernels whose CTAs have shares of the work
+  bool has_clusters = false;  // may run in clusters, on devices that have them
+  bool waits = false;         // by itself for the kernel in front, and begins beside its end
+  int element_bytes = 2;      // of Q, K and V
+};
+
+// How many clusters of 16, 8, 4 and 2 CTAs of a kernel a device holds at once.
+struct Clusters {
+  int count[4];
 };
 
 // The shape of a kernel built for head dim `head_dim` and architecture `arch` (80 for 8.0).
@@ -76,6 +82,11 @@ int choose_columns(const BackwardParams& params, const Shape& shape, const Devic
 int64_t num_ctas(const ForwardParams& params, const Shape& shape, const Device& device);
 // Shares of a decode call: CTAs, and rooms for what they have of sequences that are cut.
 int64_t num_shares(const ForwardParams& params, const Shape& shape, const Device& device);
+
+// Cuts the keys of a decode call into as many parts as fill the device, in clusters that merge
+// them: if there is one sequence, whose heads are all as long. Else nothing changes.
+void choose_clusters(ForwardParams* params, const Shape& shape, const Device& device,
+                     const Clusters& clusters);
 
 // Whether CTAs take block after block of keys from a counter.
 bool shares_blocks(const BackwardParams& params, const Shape& shape, const Device& device);

@@ -41,6 +41,7 @@ struct Kernel {
   // Where the kernel is loaded, by device; a CUkernel is valid in every context of the device.
   std::atomic<CUkernel> loaded[kMaxDevices];
   int loaded_arch[kMaxDevices];               // of the image, written before `loaded`
+  Clusters clusters[kMaxDevices];             // likewise
   std::atomic<bool> is_refused[kMaxDevices];  // by the driver
 };
 

@@ -85,7 +85,7 @@ def kernel_source(units: list[codegen.Unit]) -> str:
         f'  if (called == "{unit.symbol}") {{\n'
         f"    const auto& params = *static_cast<const flash::{params[unit.symbol]}*>(given);\n"
         f"    g_storage = flash::{_namespace(unit)}::storage;\n"
-        f"    return run_grid(grid, threads, [&] {{ {unit.symbol}(params); }});\n"
+        f"    return run_grid(grid, cluster, threads, [&] {{ {unit.symbol}(params); }});\n"
         "  }\n"
         for unit in units
     )
@@ -102,13 +102,15 @@ __attribute__((aligned(1024))) __shared__ unsigned char storage[emulator::kSmemB
 }}
 static unsigned char* g_storage;  // of the kernel that runs
 {"".join(unit.source for unit in units)}
-static void run_grid(unsigned grid, unsigned threads, const std::function<void()>& kernel) {{
-  for (unsigned i = 0; i < grid; ++i) {{
+static void run_grid(unsigned grid, unsigned cluster, unsigned threads,
+                     const std::function<void()>& kernel) {{
+  for (unsigned i = 0; i < grid; i += cluster) {{
     emulator::g_smem = g_storage;
-    emulator::run_cta(i, grid, threads, kernel);
+    emulator::run_cluster(i, cluster, grid, threads, kernel);
   }}
 }}
-void run_kernel(const char* name, unsigned grid, unsigned threads, const void* given) {{
+void run_kernel(const char* name, unsigned grid, unsigned cluster, unsigned threads,
+                const void* given) {{
   const std::string called = name;
 {cases}  emulator::stop("%s is not emulated", name);
 }}
@@ -183,10 +185,11 @@ def answers(
     program: str,
     cases: dict[str, str],
     head_dims: tuple[int, ...] = HEAD_DIMS,
+    num_sms: int = 2,
 ) -> tuple[dict[tuple[int, str], str], set[str]]:
     """What each case came to, "" or its error, and the kernels that ran.
 
-    All cases of a head dim share a process. The device has two multiprocessors, so that a CTA has
+    All cases of a head dim share a process. The device has few multiprocessors, so that a CTA has
     several rounds, and little L2 cache, so that heads come in sections.
     """
     results = {}
@@ -195,7 +198,7 @@ def answers(
             f"    {name!r}: lambda: {text.format(d=d)},\n" for name, text in cases.items()
         )
         text = f"{program}\nCASES = {{\n{rows}}}\n{TAIL}"
-        told = run(machine, machine, log, text, STUB_SMS="2", STUB_L2="100000")
+        told = run(machine, machine, log, text, STUB_SMS=str(num_sms), STUB_L2="100000")
         for name, error in json.loads(told.splitlines()[-1]).items():
             results[d, name] = error
     return results, {line.split()[1] for line in lines_of(log, "launch")}

@@ -19,8 +19,8 @@
 using namespace flash::host;
 
 // Of emulator/, where that is linked in.
-__attribute__((weak)) void run_kernel(const char* name, unsigned grid, unsigned threads,
-                                      const void* params);
+__attribute__((weak)) void run_kernel(const char* name, unsigned grid, unsigned cluster,
+                                      unsigned threads, const void* params);
 
 namespace {
 
@@ -139,7 +139,8 @@ CUresult cuLibraryUnload(CUlibrary library) {
   return 0;
 }
 
-CUresult cuKernelSetAttribute(CUfunction_attribute, int value, CUkernel, CUdevice) {
+CUresult cuKernelSetAttribute(CUfunction_attribute attribute, int value, CUkernel, CUdevice) {
+  if (attribute != kMaxDynamicSharedSizeBytes) return 0;
   char line[64];
   snprintf(line, sizeof(line), "smem %d", value);
   note(line);
@@ -158,11 +159,30 @@ CUresult cuLaunchKernelEx(const CUlaunchConfig* config, CUkernel kernel, void** 
                    static_cast<const unsigned char*>(params[0])[i]);
   }
   note(line);
-  if (config->numAttrs != 0) {
-    snprintf(line, sizeof(line), "attribute %s %d", name, config->attrs[0].id);
+  unsigned cluster = 1;
+  for (unsigned i = 0; i < config->numAttrs; ++i) {
+    const CUlaunchAttribute& attribute = config->attrs[i];
+    if (attribute.id == CUlaunchAttribute::overlap().id) {
+      snprintf(line, sizeof(line), "attribute %s %d", name, attribute.id);
+    } else {
+      cluster = static_cast<unsigned>(attribute.value[1]);
+      snprintf(line, sizeof(line), "cluster %s %u", name, cluster);
+    }
     note(line);
   }
-  if (run_kernel != nullptr) run_kernel(name, config->gridDimX, config->blockDimX, params[0]);
+  if (run_kernel != nullptr) {
+    run_kernel(name, config->gridDimX, cluster, config->blockDimX, params[0]);
+  }
+  return 0;
+}
+
+// As many CTAs as a multiprocessor has shared memory for; of 16 where there are as many.
+CUresult cuOccupancyMaxActiveClusters(int* count, CUkernel, const CUlaunchConfig* config) {
+  int num_sms = 0;
+  cuDeviceGetAttribute(&num_sms, kMultiprocessorCount, 0);
+  constexpr unsigned kSmemOfSm = 228 * 1024;
+  const int ctas = num_sms * static_cast<int>(kSmemOfSm / (config->sharedMemBytes + 1024));
+  *count = ctas / config->attrs[0].value[1];
   return 0;
 }
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pytest
 from emulated import DECODE_HEAD_DIMS, answers
-from native_tools import Stub
+from native_tools import Stub, lines_of
 
 PROGRAM = """
 import flash_attn, flash_attn_interface
@@ -61,6 +61,22 @@ CASES = {
     "odd_head_dim": "step(d={d} - 8, s_new=2, sq=2, causal=True)",
     "unaligned_head_dim": "step(d={d} - 5, s_new=2, sq=2, causal=True)",
 }
+# One sequence, on a device of six multiprocessors: clusters of two to eight CTAs, three of them for
+# a long head. Lengths leave clusters without work, and CTAs of a cluster.
+CLUSTERED = {
+    "long": "step(d={d}, b=1, hq=2, hk=1, seqlens=(2300,), capacity=2300)",
+    "uneven": "step(d={d}, b=1, hq=6, hk=2, seqlens=(931,), capacity=2300, sq=2, causal=True)",
+    "one_cluster": "step(d={d}, b=1, hq=16, hk=1, seqlens=(200,), capacity=2300)",
+    "half_of_one": "step(d={d}, b=1, hq=4, hk=1, seqlens=(100,), capacity=2300)",
+    "one_block": "step(d={d}, b=1, hq=4, hk=2, seqlens=(7,), capacity=2300)",
+    "without_keys": "step(d={d}, b=1, seqlens=(0,), capacity=2300)",
+    "short_cache": "step(d={d}, b=1, hq=2, hk=1, seqlens=(700,), capacity=701)",
+    "many_rows": "step(d={d}, b=1, hq=16, hk=1, sq=4, causal=True, seqlens=(900,), capacity=2300)",
+    "append": "step(d={d}, b=1, s_new=3, sq=3, causal=True, rotary_dim=32, capacity=2300,"
+    " seqlens=(1601,))",
+    "pages": "step(d={d}, b=1, page=16, s_new=1, seqlens=(1777,), capacity=2300)",
+    "narrow_v": "step(d={d}, dv={d} - 24, b=1, hk=1, seqlens=(1700,), capacity=2300)",
+}
 
 
 @pytest.fixture(scope="module")
@@ -80,3 +96,22 @@ def test_decode_kernels_compute_attention(
     told: dict[tuple[int, str], str], d: int, name: str
 ) -> None:
     assert told[d, name] == ""
+
+
+@pytest.fixture(scope="module")
+def told_of_clusters(
+    machine: Stub, tmp_path_factory: pytest.TempPathFactory
+) -> dict[tuple[int, str], str]:
+    """What each case of clusters came to."""
+    log = tmp_path_factory.mktemp("log") / "log"
+    results, _ = answers(machine, log, PROGRAM, CLUSTERED, DECODE_HEAD_DIMS, num_sms=6)
+    assert {line.split()[2] for line in lines_of(log, "cluster")} == {"2", "4", "8"}
+    return results
+
+
+@pytest.mark.parametrize("name", CLUSTERED)
+@pytest.mark.parametrize("d", DECODE_HEAD_DIMS)
+def test_clusters_merge_what_their_ctas_have(
+    told_of_clusters: dict[tuple[int, str], str], d: int, name: str
+) -> None:
+    assert told_of_clusters[d, name] == ""

@@ -44,6 +44,7 @@ CASES = {
     "large_queries": "step(d={d}, factor=1e8, softmax_scale=1e-9, sq=2)",
     "small_queries": "step(d={d}, factor=1e-8, softmax_scale=1e7, hq=32, sq=3)",
     "one_head": "step(d={d}, hq=16, hk=1, seqlens=(300, 31), capacity=300)",
+    "cluster": "step(d={d}, b=1, hq=4, hk=1, seqlens=(700,), capacity=701)",
     "many_rows": "step(d={d}, sq=16, causal=True, seqlens=(200, 90), capacity=256, hq=8)",
     "window": "step(d={d}, sq=3, window=(70, 0), seqlens=(400, 30), capacity=400)",
     "softcap": "step(d={d}, softcap=15.0, sq=2)",

@@ -203,9 +203,9 @@ def test_few_queries_get_equal_shares_of_the_keys_or_the_parts_asked_for(
     stub: Stub, tmp_path: Path, offsets: dict[str, int]
 ) -> None:
     text = """
-say(plan_and_run(0, splits=0, b=1, sq=1, sk=8192))
+say(plan_and_run(0, splits=0, b=2, sq=1, sk=8192))
 say(plan_and_run(0, splits=0, b=300, sq=8, sk=100, given=["seqused_k"]))
-say(plan_and_run(0, splits=0, b=1, sq=9, d=256, sk=8192))
+say(plan_and_run(0, splits=0, b=2, sq=9, d=256, sk=8192))
 say(plan_and_run(0, splits=3, b=5, sq=1, sk=8192))
 say(plan_and_run(0, splits=3, b=5, sq=1, sk=65, given=["seqused_k"]))
 say(plan_and_run(0, splits=1, b=5, sq=33, sk=8192))
@@ -222,6 +222,25 @@ say(plan_and_run(0, splits=1, b=5, sq=1, sk=64))
     assert (parts.grid, few.grid) == (3 * 2 * 5, 2 * 2 * 5)
     # More rows than a tile has, or few keys and no cache.
     assert {x.kernel for x in others} == {"flash_fwd_sm80_d64_bf16"}
+
+
+def test_one_sequence_gets_clusters_that_merge_its_parts(
+    stub: Stub, tmp_path: Path, offsets: dict[str, int]
+) -> None:
+    text = """
+say(plan_and_run(0, splits=0, b=1, sq=1, sk=8192))
+say(plan_and_run(0, splits=0, b=1, sq=1, sk=4096))
+say(plan_and_run(0, splits=5, b=1, sq=1, sk=8192))
+"""
+    told = run_calls(stub, tmp_path / "log", offsets, text)
+    assert {line.strip() for line in told.splitlines()} == {"1"}
+    # For both heads of keys eight clusters of those that the device holds; or one, if it has
+    # enough with few blocks a CTA.
+    assert [x.grid for x in launches(tmp_path / "log")] == [2 * 8 * 16, 2 * 16, 2 * 5]
+    assert lines_of(tmp_path / "log", "cluster") == ["cluster flash_fwd_decode_d64_bf16 16"] * 2
+    # Larger ones would leave some of ten multiprocessors idle: five of two CTAs for each head.
+    run_calls(stub, tmp_path / "few", offsets, text, STUB_SMS="10")
+    assert launches(tmp_path / "few")[0].grid == 2 * 5 * 2
 
 
 @pytest.mark.parametrize(("archs", "overlaps"), [(("90",), True), (("80+ptx",), False)])

@@ -22,11 +22,17 @@ struct Counter {
   }
 
   // How often it was called before.
-  __device__ uint32_t count() const {
-    return static_cast<uint32_t>(ptx::atomic_add(word, 1)) & ((1u << kCounterBits) - 1);
-  }
+  __device__ uint32_t count() const { return counted(ptx::atomic_add(word, 1)); }
+
+  // The same; whoever counts last sees what the CTAs did in front of it.
+  __device__ uint32_t count_in_order() const { return counted(ptx::atomic_add_in_order(word, 1)); }
 
   __device__ void close() const { ptx::st_global_64(word, 0); }
+
+ private:
+  __device__ static uint32_t counted(uint64_t found) {
+    return static_cast<uint32_t>(found) & ((1u << kCounterBits) - 1);
+  }
 };
 
 }  // namespace flash::attn

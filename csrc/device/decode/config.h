@@ -6,6 +6,10 @@
 
 namespace flash::decode {
 
+constexpr int kMostInCluster = 16;  // CTAs
+// So many blocks of a CTA take no longer than fewer of them and merging in memory do.
+constexpr int kFewBlocks = 4;
+
 struct Tile {
   int rows;  // queries times heads of a group
   int head_dim;
@@ -22,11 +26,13 @@ struct Tile {
     const int o = warps * 8 * head_dim * 4;
     return q > o ? q : o;
   }
-  // The ring, scratch, two statistics of each warp's rows, and a flag.
-  constexpr int smem_bytes() const {
-    const int ring = 2 * stages * block_n * head_dim * element_bytes;
-    return ring + scratch_bytes() + warps * 16 * 8 + 16;
-  }
+  constexpr int ring_bytes() const { return 2 * stages * block_n * head_dim * element_bytes; }
+  // The ring, scratch, two statistics of each warp's rows, a flag and a barrier.
+  constexpr int smem_bytes() const { return ring_bytes() + scratch_bytes() + warps * 16 * 8 + 16; }
+  // Four columns of a row, with the row's statistics, that a CTA of a cluster gets from others.
+  constexpr int quads() const { return rows * head_dim / 4 + kMostInCluster; }
+  // They come to where the ring was.
+  constexpr bool merges_in_clusters() const { return quads() * (16 + 8) <= ring_bytes(); }
 };
 
 // For each number of rows and head dim the preferred tile first: the first that fits is used.

@@ -41,6 +41,7 @@ struct Config {
   static constexpr int kGroupKeys = kBlockN / kKeyGroups;  // of a block
   // Steps of Q that stay in registers, where there are some.
   static constexpr int kHeld = kRows == 16 && kHeadDim <= 128 ? kHeadDim / 16 : 0;
+  static constexpr bool kHasClusters = ptx::kHasClusters && kTile.merges_in_clusters();
   static constexpr bool kLoadsEarly = kHeld > 0;  // Q of the next pair
   static_assert(kRowWarps == 1 || kKeyGroups == 1, "warps share either rows or keys");
   using TileQ = tile::SmemTile<kRows, kHeadDim>;
@@ -150,6 +151,7 @@ __device__ inline void decode(const DecodeParams& params) {
   const WarpRows<Cfg> warp_rows{statistics, reinterpret_cast<float*>(scratch)};
   auto* of_rows = reinterpret_cast<float*>(statistics);  // until the warps have statistics
   int* flag = reinterpret_cast<int*>(statistics + Cfg::kWarps * 16);
+  const Exchange<Cfg> exchange(storage, flag + 2);
   const uint32_t q = ptx::smem_address(scratch);
   const ForwardParams& call = params.call;
   const int thread = threadIdx.x;
@@ -162,6 +164,7 @@ __device__ inline void decode(const DecodeParams& params) {
   ptx::wait_for_kernel_in_front();
   Walk<Cfg::kBlockN> walk(params);
   if (walk.left == 0) return;
+  if (Cfg::kHasClusters && call.cluster > 0 && thread == 0) exchange.prepare();
   KeyRing<Cfg> ring(params, walk, ptx::smem_address(storage), thread);
   Queries<Cfg> queries;
 #pragma unroll 1
@@ -179,7 +182,10 @@ __device__ inline void decode(const DecodeParams& params) {
     __syncthreads();
     // Its answer comes while keys and values are on their way.
     if (!is_whole && thread == Cfg::kThreads - 1) {
-      attn::Counter{call.next_tile + parts.first}.open(params.call_number);
+      const Parts in_memory = call.cluster > 0 ? parts.of_clusters(call.cluster) : parts;
+      if (in_memory.count > 1) {
+        attn::Counter{call.next_tile + in_memory.first}.open(params.call_number);
+      }
     }
     typename Cfg::HeldQ held;
     held.template load<TileQ>(q, warp_row, lane);
@@ -213,7 +219,7 @@ __device__ inline void decode(const DecodeParams& params) {
     walk.advance(count);
     const bool is_last = walk.left == 0;
     if (Cfg::kLoadsEarly && !is_last) queries.load(params, walk.seq, walk.head, thread);
-    finish<Cfg>(params, seq, head, o, softmax, warp_rows, is_whole, parts, flag, thread);
+    finish<Cfg>(params, seq, head, o, softmax, warp_rows, exchange, is_whole, parts, flag, thread);
     if (is_last) return;
     if (!Cfg::kLoadsEarly) queries.load(params, walk.seq, walk.head, thread);
     __syncthreads();  // everyone is done with scratch

@@ -4,6 +4,8 @@
 #include "attn/counter.cuh"
 #include "attn/softmax.cuh"
 #include "decode/work.cuh"
+#include "ptx/cluster.cuh"
+#include "ptx/mbarrier.cuh"
 #include "tile/fp8_products.cuh"
 
 namespace flash::decode {
@@ -55,11 +57,13 @@ struct PartRows {
   float* o;
   float2* statistics;
   uint32_t rooms;  // of a share
-  uint32_t rows;   // of a room
+  uint32_t stride;
+  uint32_t rows;  // of a room
   uint32_t width;
 
   __device__ PartRows(const DecodeParams& params, const Parts& parts)
       : rooms(params.call.num_splits > 0 ? 1 : 2),
+        stride(parts.stride),
         rows(params.group * params.call.seqs.sq),
         width(params.call.dv) {
     const int64_t first = static_cast<int64_t>(parts.first * rooms) * rows;
@@ -67,16 +71,17 @@ struct PartRows {
     statistics = reinterpret_cast<float2*>(params.call.lse_partial) + first;
   }
 
-  // Row `row` of a part.
-  __device__ float* o_of(uint32_t part, uint32_t row) const {
-    return o + static_cast<int64_t>(room(part)) * (rows * width) + row * width;
+  // Of a part: four columns of a row, and the row's statistics.
+  __device__ float4& quad(uint32_t part, uint32_t row, int col) const {
+    float* from = o + static_cast<int64_t>(room(part)) * (rows * width) + row * width;
+    return *reinterpret_cast<float4*>(from + col);
   }
-  __device__ float2* statistics_of(uint32_t part, uint32_t row) const {
-    return statistics + room(part) * rows + row;
+  __device__ float2& statistics_of(uint32_t part, uint32_t row, int) const {
+    return statistics[room(part) * rows + row];
   }
 
  private:
-  __device__ uint32_t room(uint32_t part) const { return max(part * rooms, rooms - 1); }
+  __device__ uint32_t room(uint32_t part) const { return max(part * stride * rooms, rooms - 1); }
 };
 
 // A sum of parts whose shifts differ.
@@ -112,37 +117,94 @@ struct Sum {
   }
 };
 
-// Merges all parts of a pair.
+// Quads of all rows of a pair, row behind row: four columns of a row.
+struct Quads {
+  int begin, end;
+};
+
+// The CTAs of a cluster cut the rows into as many pieces, and each gets its piece of everyone.
 template <class Cfg>
-__device__ inline void merge_parts(const DecodeParams& params, const attn::Sequence& seq,
-                                   int head_k, const Parts& parts, int thread) {
-  constexpr int kAtOnce = 16;
+struct Exchange {
+  static constexpr int kQuads = Cfg::kHeadDim / 4;  // of a row
+  const unsigned char* room;                        // where the ring was
+  uint32_t barrier;                                 // counts what comes
+  int rank = 0, count = 1;                          // this CTA, of those with keys
+  int each = 0;                                     // quads of a piece
+
+  __device__ Exchange(const unsigned char* room, const void* barrier)
+      : room(room), barrier(ptx::smem_address(barrier)) {}
+
+  // By one thread, in front of everything.
+  __device__ void prepare() const {
+    ptx::mbarrier_init(barrier, 1);
+    ptx::mbarrier_init_fence();
+  }
+
+  // Everyone in this CTA is done with the ring. Returns the CTA's piece.
+  __device__ Quads open(const Parts& parts, int cluster, int rows, int thread) {
+    const int all = rows * kQuads;
+    rank = parts.index & (cluster - 1);
+    count = min(parts.count, cluster);
+    each = static_cast<uint32_t>(all + count - 1) / static_cast<uint32_t>(count);
+    const Quads mine = {min(rank * each, all), min((rank + 1) * each, all)};
+    if (thread == 0) ptx::mbarrier_arrive_expect(barrier, (mine.end - mine.begin) * count * kBytes);
+    ptx::cluster_arrive();
+    return mine;
+  }
+
+  // To whom it belongs, who has opened.
+  __device__ void put(int row, int col, const Sum& total) const {
+    const int at = row * kQuads + col / 4;
+    const int to = static_cast<uint32_t>(at) / static_cast<uint32_t>(each);
+    const int slot = rank * each + at - to * each;
+    const uint32_t there = ptx::of_cta(barrier, to);
+    ptx::send(ptx::of_cta(ptx::smem_address(quads() + slot), to), total.o, there);
+    ptx::send(ptx::of_cta(ptx::smem_address(statistics() + slot), to),
+              make_float2(total.shift, total.sum), there);
+  }
+
+  __device__ float4 quad(int part, int row, int col) const { return quads()[slot(part, row, col)]; }
+  __device__ float2 statistics_of(int part, int row, int col) const {
+    return statistics()[slot(part, row, col)];
+  }
+
+ private:
+  static constexpr int kBytes = sizeof(float4) + sizeof(float2);
+
+  __device__ const float4* quads() const { return reinterpret_cast<const float4*>(room); }
+  __device__ const float2* statistics() const {
+    return reinterpret_cast<const float2*>(quads() + Cfg::kTile.quads());
+  }
+  __device__ int slot(int part, int row, int col) const {
+    return part * each + row * kQuads + col / 4 - rank * each;
+  }
+};
+
+// Merges parts: `put` takes the sum of four columns of a row.
+template <class Cfg, class From, class Put>
+__device__ inline void merge_parts(const From& from, int count, const Quads& quads, int dv,
+                                   int thread, const Put& put) {
   constexpr int kQuads = Cfg::kHeadDim / 4;
-  const ForwardParams& call = params.call;
-  const PartRows from(params, parts);
-  const int rows = num_rows(params, seq);
-  for (int at = thread; at < rows * kQuads; at += Cfg::kThreads) {
-    const int r = at / kQuads;
+  for (int at = quads.begin + thread; at < quads.end; at += Cfg::kThreads) {
+    const int row = at / kQuads;
     const int col = at % kQuads * 4;
-    if (col >= call.dv) continue;
+    if (col >= dv) continue;
     Sum total;
 #pragma unroll 1
-    for (int first = 0; first < parts.count; first += kAtOnce) {
-      float2 statistics[kAtOnce];
-      float4 x[kAtOnce];
+    for (int first = 0; first < count; first += kPartsAtOnce) {
+      float2 statistics[kPartsAtOnce];
+      float4 x[kPartsAtOnce];
 #pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
+      for (int i = 0; i < kPartsAtOnce; ++i) {
         // Behind the last one it counts as a part without keys.
-        const int part = min(first + i, parts.count - 1);
+        const int part = min(first + i, count - 1);
         statistics[i] = make_float2(attn::kLowestShift, 0.0f);
-        if (first + i < parts.count) statistics[i] = *from.statistics_of(part, r);
-        x[i] = *reinterpret_cast<const float4*>(from.o_of(part, r) + col);
+        if (first + i < count) statistics[i] = from.statistics_of(part, row, col);
+        x[i] = from.quad(part, row, col);
       }
       total.add(statistics, x);
     }
-    const Row row(params, head_k, r);
-    store<typename Cfg::T>(call, seq, row, col, total.normalised());
-    if (col == 0) store_lse(call, seq, row, total.shift, total.sum);
+    put(row, col, total);
   }
 }
 
@@ -200,64 +262,96 @@ struct WarpRows {
   }
 };
 
-// Eight rows of every warp leave: as results, or as a part of them.
-template <class Cfg, int half>
-__device__ inline void finish_rows(const DecodeParams& params, const attn::Sequence& seq,
-                                   int head_k, const WarpRows<Cfg>& from, bool is_whole,
-                                   const Parts& parts, int rows, int thread) {
+// Eight rows of every warp leave.
+template <class Cfg, int half, class Put>
+__device__ inline void finish_rows(const WarpRows<Cfg>& from, int rows, int cols, int thread,
+                                   const Put& put) {
   constexpr int kQuads = Cfg::kHeadDim / 4;
-  const ForwardParams& call = params.call;
   for (int at = thread; at < Cfg::kRowWarps * 8 * kQuads; at += Cfg::kThreads) {
     const int col = at % kQuads * 4;
-    const int r = at / kQuads / 8 * 16 + 8 * half + at / kQuads % 8;
-    if (r >= rows || col >= call.dv) continue;
-    const Sum total = from.sum(r, col);
-    if (is_whole) {
-      const Row row(params, head_k, r);
-      store<typename Cfg::T>(call, seq, row, col, total.normalised());
-      if (col == 0) store_lse(call, seq, row, total.shift, total.sum);
-    } else {
-      const PartRows to(params, parts);
-      *reinterpret_cast<float4*>(to.o_of(parts.index, r) + col) = total.o;
-      if (col == 0) *to.statistics_of(parts.index, r) = make_float2(total.shift, total.sum);
-    }
+    const int row = at / kQuads / 8 * 16 + 8 * half + at / kQuads % 8;
+    if (row < rows && col < cols) put(row, col, from.sum(row, col));
   }
 }
 
 // What the CTA has of a pair leaves: as results if that is all of it, else as a part, and the last
-// part that comes makes results of all. Everyone is done with scratch.
+// part that comes makes results of all. The CTAs of a cluster merge their parts first, each a piece
+// of the rows. Everyone is done with scratch, and with the ring if there are clusters.
 template <class Cfg>
 __device__ inline void finish(const DecodeParams& params, const attn::Sequence& seq, int head_k,
                               const typename Cfg::AccO& o, typename Cfg::Softmax& softmax,
-                              const WarpRows<Cfg>& scratch, bool is_whole, const Parts& parts,
-                              int* flag, int thread) {
+                              const WarpRows<Cfg>& scratch, Exchange<Cfg> exchange, bool is_whole,
+                              const Parts& parts, int* flag, int thread) {
+  const ForwardParams& call = params.call;
   const int rows = num_rows(params, seq);
+  const int cluster = Cfg::kHasClusters ? call.cluster : 0;
+  const bool exchanges = cluster > 0 && !is_whole;
+  Parts in_memory = parts;
+  Quads quads = {0, rows * exchange.kQuads};
+  if (exchanges) {
+    quads = exchange.open(parts, cluster, rows, thread);
+    in_memory = parts.of_clusters(cluster);
+  }
+  const auto put_result = [&](int r, int col, const Sum& total) {
+    const Row row(params, head_k, r);
+    store<typename Cfg::T>(call, seq, row, col, total.normalised());
+    if (col == 0) store_lse(call, seq, row, total.shift, total.sum);
+  };
+  const auto put_part = [&](int row, int col, const Sum& total) {
+    const PartRows to(params, in_memory);
+    to.quad(in_memory.index, row, col) = total.o;
+    if (col == 0 || row * exchange.kQuads + col / 4 == quads.begin) {
+      to.statistics_of(in_memory.index, row, col) = make_float2(total.shift, total.sum);
+    }
+  };
+  const auto put = [&](int row, int col, const Sum& total) {
+    if (is_whole) {
+      put_result(row, col, total);
+    } else if (exchanges) {
+      exchange.put(row, col, total);
+    } else {
+      put_part(row, col, total);
+    }
+  };
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     softmax.sum[0][h] += __shfl_xor_sync(kAllLanes, softmax.sum[0][h], 1);
     softmax.sum[0][h] += __shfl_xor_sync(kAllLanes, softmax.sum[0][h], 2);
   }
+  const int cols = exchanges ? Cfg::kHeadDim : call.dv;
   scratch.template put<0>(o, softmax, thread / 32, thread % 32);
   __syncthreads();
-  finish_rows<Cfg, 0>(params, seq, head_k, scratch, is_whole, parts, rows, thread);
+  if (exchanges) ptx::cluster_wait();
+  finish_rows<Cfg, 0>(scratch, rows, cols, thread, put);
   if (rows > 8) {
     __syncthreads();
     scratch.template put<1>(o, softmax, thread / 32, thread % 32);
     __syncthreads();
-    finish_rows<Cfg, 1>(params, seq, head_k, scratch, is_whole, parts, rows, thread);
+    finish_rows<Cfg, 1>(scratch, rows, cols, thread, put);
   }
   if (is_whole) return;
-  const attn::Counter counter{params.call.next_tile + parts.first};
+  if (exchanges) {
+    const bool is_all = in_memory.count == 1;
+    ptx::wait_for_sent(exchange.barrier);
+    merge_parts<Cfg>(exchange, exchange.count, quads, call.dv, thread,
+                     [&](int row, int col, const Sum& total) {
+                       if (is_all) {
+                         put_result(row, col, total);
+                       } else {
+                         put_part(row, col, total);
+                       }
+                     });
+    if (is_all) return;
+  }
+  const attn::Counter counter{call.next_tile + in_memory.first};
   __syncthreads();
   if (thread == 0) {
-    ptx::fence();
-    const bool is_last = static_cast<int>(counter.count()) + 1 == parts.count;
-    if (is_last) ptx::fence();
-    *flag = is_last;
+    *flag = static_cast<int>(counter.count_in_order()) + 1 == in_memory.count;
   }
   __syncthreads();
   if (*flag == 0) return;
-  merge_parts<Cfg>(params, seq, head_k, parts, thread);
+  merge_parts<Cfg>(PartRows(params, in_memory), in_memory.count, quads, call.dv, thread,
+                   put_result);
   if (thread == 0) counter.close();
 }
 

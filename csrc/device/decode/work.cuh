@@ -7,11 +7,13 @@
 
 #include "attn/mask.cuh"
 #include "attn/sequence.cuh"
+#include "decode/config.h"
 #include "ptx/memory.cuh"
 
 namespace flash::decode {
 
 constexpr uint32_t kAllLanes = 0xffffffffu;
+constexpr int kPartsAtOnce = 16;  // that are merged
 
 __device__ inline bool appends(const DecodeParams& params) { return params.added.k.ptr != nullptr; }
 
@@ -42,34 +44,71 @@ struct Span {
   __device__ uint32_t size() const { return end - begin; }
 };
 
-// Equal shares: the first `extra` have one block more than the others.
+// Equal shares: the first `extra` have one block more than the others, and the last may have less.
 struct Deal {
   uint32_t num, each, extra;
 
   __device__ Deal() {}
 
-  __device__ Deal(uint32_t num_ctas, uint32_t num_blocks)
-      : num(min(num_ctas, num_blocks)), each(1), extra(0) {
-    if (num_blocks <= num_ctas) return;
-    each = num_blocks / num;
-    extra = num_blocks - each * num;
+  __device__ Deal(uint32_t num_ctas, uint32_t all) : num(min(num_ctas, all)), each(1), extra(0) {
+    if (all <= num_ctas) return;
+    each = all / num;
+    extra = all - each * num;
+  }
+
+  // The same for blocks of pairs of about one length. A part takes time of its own, to leave and to
+  // be merged: so shares are longer where many rows are merged, and of a length that cuts no pair
+  // in vain, if that is no longer than the longest, or by little.
+  __device__ Deal(uint32_t num_ctas, uint32_t all, uint32_t num_pairs, uint32_t rows)
+      : Deal(num_ctas, all) {
+    constexpr uint32_t kManyRows = 8;
+    constexpr float kRowsOfBlock = 32.0f;  // that are merged while a block is read
+    if (all == 0 || (all <= num_ctas && rows < kManyRows)) return;
+    const uint32_t of_pair = max(all / num_pairs, 1u);
+    const uint32_t least = min(static_cast<uint32_t>(sqrtf(of_pair * rows / kRowsOfBlock)),
+                               ceil_div(of_pair, kPartsAtOnce));
+    const uint32_t longest = max(each + (extra > 0), least);
+    const uint32_t even = longest < of_pair ? ceil_div(of_pair, of_pair / longest)
+                                            : ceil_div(longest, of_pair) * of_pair;
+    if (least <= each && even > longest + min(longest / 32, 1u)) return;
+    each = even;
+    extra = 0;
+    num = ceil_div(all, each);
   }
 
   __device__ uint32_t first_of(uint32_t share) const { return share * each + min(share, extra); }
 
+  // Blocks of a share, of all of them.
+  __device__ uint32_t size_of(uint32_t share, uint32_t all) const {
+    return min(each + (share < extra), all - first_of(share));
+  }
+
   // Who has a block.
   __device__ uint32_t owner_of(uint32_t block) const {
     if (each == 1 && extra == 0) return block;
-    const uint32_t in_front = extra * (each + 1);
-    return block < in_front ? block / (each + 1) : extra + (block - in_front) / each;
+    const uint32_t longer = extra * (each + 1);  // blocks of longer shares
+    const bool is_longer = block < longer;
+    return (is_longer ? block : block - longer) / (each + is_longer) + (is_longer ? 0 : extra);
   }
+
+ private:
+  __device__ static uint32_t ceil_div(uint32_t x, uint32_t y) { return (x + y - 1) / y; }
 };
 
-// Who shares a pair with whom.
+// Who shares a pair with whom: every `stride`-th share from `first` on.
 struct Parts {
   int first;  // share with the pair's first block
   int count;
   int index;  // of this share's part
+  int stride = 1;
+
+  // What clusters of a power of two make of them. Its CTAs have each a piece of the rows, and meet
+  // the CTAs with that piece of other clusters.
+  __device__ Parts of_clusters(int size) const {
+    const int shift = __ffs(size) - 1;
+    const int rank = index & (size - 1);
+    return {first + rank, (count + size - 1) >> shift, index >> shift, size};
+  }
 };
 
 // Walks over a CTA's share, pair by pair.
@@ -82,7 +121,8 @@ struct Walk {
   int block;  // the next one, of those of the pair
   int left;   // blocks of the share from there on
   Deal deal;
-  uint32_t index;  // of the pair's first block in the line
+  // Of the pair's first block in the line; of the part, where each pair is cut into num_splits.
+  uint32_t index;
 
   __device__ explicit Walk(const DecodeParams& params) : params(params), left(0) {
     const uint32_t share = blockIdx.x;
@@ -99,17 +139,14 @@ struct Walk {
   __device__ bool is_whole() const { return here() == static_cast<int>(span.size()); }
 
   __device__ Parts parts() const {
-    const uint32_t splits = params.call.num_splits;
-    const uint32_t share = blockIdx.x;
-    if (splits > 0) {
-      const uint32_t each = (span.size() + splits - 1) / splits;
-      const int split = (block - span.begin) / each;
-      return {static_cast<int>(share) - split, static_cast<int>((span.size() + each - 1) / each),
-              split};
+    const int share = blockIdx.x;
+    if (params.call.num_splits > 0) {
+      const int part = index;
+      return {share - part, static_cast<int>(min(num_parts(), span.size())), part};
     }
     const int first = deal.owner_of(index);
     const int last = deal.owner_of(index + span.size() - 1);
-    return {first, last - first + 1, static_cast<int>(share) - first};
+    return {first, last - first + 1, share - first};
   }
 
   // Behind `count` blocks of the pair, which are all of them or the last of the share. Returns
@@ -135,16 +172,27 @@ struct Walk {
     span = Span(params, seq, kBlockN);
   }
 
-  // One of num_splits parts of a pair.
+  // One of num_splits parts of a pair, or of fewer if clusters would have CTAs without work: all of
+  // them are full, or there is one.
   __device__ void take_split(uint32_t share) {
     const uint32_t splits = params.call.num_splits;
     const uint32_t pair = share / splits;
     const uint32_t sequence = pair / params.call.hk;
     head = pair - sequence * params.call.hk;
     find(sequence);
-    const uint32_t each = (span.size() + splits - 1) / splits;
-    block = span.begin + (share - pair * splits) * each;
-    left = max(min(static_cast<int>(each), span.end - block), 0);
+    const Deal parts(num_parts(), span.size());
+    index = share - pair * splits;
+    if (index >= parts.num) return;
+    block = span.begin + parts.first_of(index);
+    left = parts.size_of(index, span.size());
+  }
+
+  __device__ uint32_t num_parts() const {
+    const uint32_t splits = params.call.num_splits;
+    const uint32_t cluster = params.call.cluster;
+    if (cluster == 0) return splits;
+    if (span.size() <= kFewBlocks * cluster) return cluster;
+    return min(splits, span.size() / cluster * cluster);
   }
 
   // Blocks of the sequence's pairs.
@@ -167,10 +215,12 @@ struct Walk {
       const uint32_t other = __shfl_up_sync(kAllLanes, up_to_here, step);
       if (lane >= step) up_to_here += other;
     }
-    deal = Deal(gridDim.x, __shfl_sync(kAllLanes, up_to_here, 31));
+    const uint32_t rows = params.group * params.call.seqs.sq;
+    const uint32_t all = __shfl_sync(kAllLanes, up_to_here, 31);
+    deal = Deal(gridDim.x, all, b * params.call.hk, rows);
     if (share >= deal.num) return;
     const uint32_t first = deal.first_of(share);
-    left = deal.first_of(share + 1) - first;
+    left = deal.size_of(share, all);
     const int source = __ffs(__ballot_sync(kAllLanes, up_to_here > first)) - 1;
     uint32_t in_front = __shfl_sync(kAllLanes, up_to_here - mine, source);
     if (each == 1) {

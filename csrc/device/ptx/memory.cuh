@@ -130,6 +130,17 @@ __device__ inline uint64_t atomic_add(uint64_t* gmem, uint64_t x) {
   return before;
 }
 
+// The same, in order: behind what this thread did, or saw of others at a barrier, and in front of
+// what it does next, for all threads of the device.
+__device__ inline uint64_t atomic_add_in_order(uint64_t* gmem, uint64_t x) {
+  uint64_t before;
+  asm volatile("atom.acq_rel.gpu.global.add.u64 %0, [%1], %2;"
+               : "=l"(before)
+               : "l"(gmem), "l"(x)
+               : "memory");
+  return before;
+}
+
 // What memory held before; it holds x now, if that was `expected`.
 __device__ inline uint64_t atomic_compare_exchange(uint64_t* gmem, uint64_t expected, uint64_t x) {
   uint64_t before;
@@ -139,10 +150,6 @@ __device__ inline uint64_t atomic_compare_exchange(uint64_t* gmem, uint64_t expe
                : "memory");
   return before;
 }
-
-// Orders what this thread did, or saw of others at a barrier, before what it does next, for all
-// threads of the device.
-__device__ inline void fence() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 
 // Adds to memory without a reply.
 __device__ inline void red_add_f32(float* gmem, float x) {

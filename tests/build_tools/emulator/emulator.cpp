@@ -23,6 +23,7 @@ struct Fiber {
   std::unique_ptr<char[]> stack;
   std::function<bool()> is_ready;
   const char* waits_for = "";
+  uint64_t cluster_round = 0;  // that it arrived in last
   bool is_done = false;
 };
 
@@ -61,24 +62,56 @@ struct CopyGroups {
   std::vector<Copy> open;
 };
 
+constexpr int kRankShift = 24;  // of a CTA's rank in addresses of shared memory
 constexpr size_t kStackBytes = 256 * 1024;
 
+struct Cta {
+  unsigned block = 0;
+  std::vector<Fiber> fibers;
+  std::vector<Warp> warps;
+  NamedBarrier named[16];
+  std::map<uint32_t, MBarrier> mbarriers;
+  std::vector<Warpgroup> warpgroups;
+  std::vector<std::function<void()>> copies;   // asked for and not yet done
+  std::map<unsigned, CopyGroups> copy_groups;  // of each thread
+  std::map<unsigned, int> stores;              // of each thread, likewise
+  std::vector<unsigned char> smem;             // while another one runs
+
+  unsigned running() const {
+    unsigned count = 0;
+    for (const Fiber& fiber : fibers) count += !fiber.is_done;
+    return count;
+  }
+  bool is_done() const { return running() == 0 && copies.empty(); }
+};
+
+// CTAs take turns, each with shared memory at the same place.
+struct Cluster {
+  std::vector<std::unique_ptr<Cta>> ctas;
+  unsigned size = 0;
+  unsigned arrived = 0;
+  uint64_t round = 0;
+
+  // Ends the round if all threads that have not ended have arrived.
+  void end_round_if_due() {
+    unsigned running = 0;
+    for (unsigned i = 0; i < size; ++i) running += ctas[i]->running();
+    if (arrived == 0 || arrived < running) return;
+    arrived = 0;
+    ++round;
+  }
+};
+
 ucontext_t g_scheduler;
-std::vector<Fiber> g_fibers;
+Cluster g_cluster;
+Cta* g_cta;  // that runs
 unsigned g_current;
 const std::function<void()>* g_kernel;
-std::vector<Warp> g_warps;
-NamedBarrier g_named[16];
-std::map<uint32_t, MBarrier> g_mbarriers;
-std::vector<Warpgroup> g_warpgroups;
-std::vector<std::function<void()>> g_copies;  // asked for and not yet done
-std::map<unsigned, CopyGroups> g_copy_groups;  // of each thread
-std::map<unsigned, int> g_stores;             // of each thread, likewise
 std::mt19937 g_random(1);
 
 bool one_in(unsigned n) { return g_random() % n == 0; }
 
-Fiber& current() { return g_fibers[g_current]; }
+Fiber& current() { return g_cta->fibers[g_current]; }
 
 void enter() {
   (*g_kernel)();
@@ -87,8 +120,8 @@ void enter() {
 }
 
 MBarrier& mbarrier(uint32_t address) {
-  const auto found = g_mbarriers.find(address);
-  if (found == g_mbarriers.end()) stop("the barrier at %u was never initialised", address);
+  const auto found = g_cta->mbarriers.find(address);
+  if (found == g_cta->mbarriers.end()) stop("the barrier at %u was never initialised", address);
   return found->second;
 }
 
@@ -210,10 +243,10 @@ void do_copy(const Copy& copy) {
 }
 
 bool do_copy() {
-  if (g_copies.empty()) return false;
-  const size_t chosen = g_random() % g_copies.size();
-  const auto copy = g_copies[chosen];
-  g_copies.erase(g_copies.begin() + static_cast<std::ptrdiff_t>(chosen));
+  if (g_cta->copies.empty()) return false;
+  const size_t chosen = g_random() % g_cta->copies.size();
+  const auto copy = g_cta->copies[chosen];
+  g_cta->copies.erase(g_cta->copies.begin() + static_cast<std::ptrdiff_t>(chosen));
   copy();
   return true;
 }
@@ -221,7 +254,7 @@ bool do_copy() {
 // What no thread does; true if something was done.
 bool do_asynchronous(bool all) {
   bool any = false;
-  for (Warpgroup& group : g_warpgroups) {
+  for (Warpgroup& group : g_cta->warpgroups) {
     if (all || one_in(4)) any = do_product(group) || any;
   }
   if (all || one_in(4)) any = do_copy() || any;
@@ -230,7 +263,7 @@ bool do_asynchronous(bool all) {
 
 bool run_ready_fibers(bool all) {
   bool any = false;
-  const unsigned count = static_cast<unsigned>(g_fibers.size());
+  const unsigned count = static_cast<unsigned>(g_cta->fibers.size());
   const unsigned first = g_random() % count;
   const unsigned skipped = g_random() % count / 32;  // one warp stands still
   for (unsigned i = 0; i < count; ++i) {
@@ -273,7 +306,7 @@ unsigned char* at(uint32_t smem, uint32_t bytes) {
 }
 
 const Slots& exchange(const uint64_t (&mine)[8]) {
-  Warp& warp = g_warps[threadIdx.x / 32];
+  Warp& warp = g_cta->warps[threadIdx.x / 32];
   const int lane = threadIdx.x % 32;
   const uint64_t round = warp.rounds[lane]++;
   const int side = static_cast<int>(round % 2);
@@ -285,22 +318,22 @@ const Slots& exchange(const uint64_t (&mine)[8]) {
 }
 
 void barrier_arrive(int id, int count) {
-  NamedBarrier& barrier = g_named[id];
-  if (id == 0) count = static_cast<int>(g_fibers.size());
+  NamedBarrier& barrier = g_cta->named[id];
+  if (id == 0) count = static_cast<int>(g_cta->fibers.size());
   if (++barrier.arrived < count) return;
   barrier.arrived = 0;
   ++barrier.generation;
 }
 
 void barrier_sync(int id, int count) {
-  NamedBarrier& barrier = g_named[id];
+  NamedBarrier& barrier = g_cta->named[id];
   const uint64_t generation = barrier.generation;
   barrier_arrive(id, count);
   wait_until([&barrier, generation] { return barrier.generation != generation; },
              "a named barrier");
 }
 
-void mbarrier_init(uint32_t barrier, int count) { g_mbarriers[barrier] = {count, count, 0, 0}; }
+void mbarrier_init(uint32_t barrier, int count) { g_cta->mbarriers[barrier] = {count, count, 0, 0}; }
 
 void mbarrier_arrive(uint32_t address, int bytes) {
   MBarrier& barrier = mbarrier(address);
@@ -321,17 +354,17 @@ void cp_async(uint32_t smem, const void* gmem) {
   }
   const Copy copy = {smem, gmem};
   if (one_in(3)) do_copy(copy);  // as soon as that: what is there must not be needed any more
-  g_copy_groups[threadIdx.x].open.push_back(copy);
+  g_cta->copy_groups[threadIdx.x].open.push_back(copy);
 }
 
 void cp_async_commit() {
-  CopyGroups& mine = g_copy_groups[threadIdx.x];
+  CopyGroups& mine = g_cta->copy_groups[threadIdx.x];
   mine.committed.push_back(std::move(mine.open));
   mine.open.clear();
 }
 
 void cp_async_wait(int pending) {
-  CopyGroups& mine = g_copy_groups[threadIdx.x];
+  CopyGroups& mine = g_cta->copy_groups[threadIdx.x];
   while (mine.committed.size() > static_cast<size_t>(pending)) {
     for (const Copy& copy : mine.committed.front()) do_copy(copy);
     mine.committed.pop_front();
@@ -342,7 +375,7 @@ void bulk_load(uint32_t smem, const void* gmem, int bytes, uint32_t address) {
   if (smem % 16 != 0 || reinterpret_cast<uintptr_t>(gmem) % 16 != 0 || bytes % 16 != 0) {
     stop("a copy of %d bytes to %u is not of whole 16 bytes", bytes, smem);
   }
-  g_copies.push_back([=] {
+  g_cta->copies.push_back([=] {
     memcpy(at(smem, static_cast<uint32_t>(bytes)), gmem, static_cast<size_t>(bytes));
     MBarrier& barrier = mbarrier(address);
     barrier.bytes -= bytes;
@@ -353,7 +386,7 @@ void bulk_load(uint32_t smem, const void* gmem, int bytes, uint32_t address) {
 void tma_load(uint32_t smem, const flash::TensorMap& map, uint32_t address, const int (&place)[4]) {
   const Map read = read_map(map);
   const std::vector<int> where(place, place + 4);
-  g_copies.push_back([=] {
+  g_cta->copies.push_back([=] {
     copy_box(read, {where[0], where[1], where[2], where[3]}, smem, true);
     MBarrier& barrier = mbarrier(address);
     barrier.bytes -= int64_t{2} * read.box[0] * read.box[1];
@@ -365,10 +398,10 @@ void tma_store(uint32_t smem, const flash::TensorMap& map, const int (&place)[4]
   const Map read = read_map(map);
   const std::vector<int> where(place, place + 4);
   const unsigned thread = threadIdx.x;
-  ++g_stores[thread];
-  g_copies.push_back([=] {
+  ++g_cta->stores[thread];
+  g_cta->copies.push_back([=] {
     copy_box(read, {where[0], where[1], where[2], where[3]}, smem, false);
-    --g_stores[thread];
+    --g_cta->stores[thread];
   });
 }
 
@@ -390,22 +423,22 @@ void bulk_add(float* gmem, uint32_t smem, int bytes) {
 
 void tma_store_wait() {
   const unsigned thread = threadIdx.x;
-  wait_until([thread] { return g_stores[thread] == 0; }, "its stores");
+  wait_until([thread] { return g_cta->stores[thread] == 0; }, "its stores");
 }
 
 void start(const Product& product) {
-  Warpgroup& group = g_warpgroups[threadIdx.x / 128];
+  Warpgroup& group = g_cta->warpgroups[threadIdx.x / 128];
   group.asked[threadIdx.x % 128].push_back(product);
   ++group.num_asked[threadIdx.x % 128];
 }
 
 void commit() {
-  Warpgroup& group = g_warpgroups[threadIdx.x / 128];
+  Warpgroup& group = g_cta->warpgroups[threadIdx.x / 128];
   group.groups[threadIdx.x % 128].push_back(group.num_asked[threadIdx.x % 128]);
 }
 
 void wait_products(int pending) {
-  Warpgroup& group = g_warpgroups[threadIdx.x / 128];
+  Warpgroup& group = g_cta->warpgroups[threadIdx.x / 128];
   std::deque<uint64_t>& groups = group.groups[threadIdx.x % 128];
   while (groups.size() > static_cast<size_t>(pending)) {
     const uint64_t due = groups.front();
@@ -452,18 +485,54 @@ uint16_t round_to(float x, Format format) {
   return static_cast<uint16_t>((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
 }
 
-void run_cta(unsigned block, unsigned grid, unsigned threads, const std::function<void()>& kernel) {
-  blockIdx.x = block;
-  gridDim.x = grid;
-  g_kernel = &kernel;
-  g_warps.assign((threads + 31) / 32, {});
-  g_warpgroups.assign((threads + 127) / 128, {});
-  g_mbarriers.clear();
-  g_copy_groups.clear();
-  for (NamedBarrier& barrier : g_named) barrier = {};
-  memset(g_smem, 0xFF, kSmemBytes);  // NaN in every format
-  if (g_fibers.size() != threads) g_fibers = std::vector<Fiber>(threads);
-  for (Fiber& fiber : g_fibers) {
+void cluster_arrive() {
+  current().cluster_round = g_cluster.round;
+  ++g_cluster.arrived;
+}
+
+void cluster_wait() {
+  const uint64_t mine = current().cluster_round;
+  const auto is_over = [mine] {
+    g_cluster.end_round_if_due();
+    return g_cluster.round != mine;
+  };
+  wait_until(is_over, "its cluster");
+}
+
+uint32_t of_cta(uint32_t smem, unsigned rank) {
+  if (rank >= g_cluster.size) stop("CTA %u is not in the cluster", rank);
+  return smem | (rank + 1) << kRankShift;
+}
+
+void send(uint32_t to, const void* bytes, int count, uint32_t barrier) {
+  const unsigned rank = (to >> kRankShift) - 1;
+  if (barrier >> kRankShift != rank + 1) stop("a barrier of another CTA counts what is sent");
+  if (to % static_cast<uint32_t>(count) != 0) stop("%d bytes to %u are not aligned", count, to);
+  Cta& cta = *g_cluster.ctas[rank];
+  if (cta.running() == 0) stop("CTA %u of the cluster has ended", rank);
+  const auto* first = static_cast<const unsigned char*>(bytes);
+  const std::vector<unsigned char> sent(first, first + count);
+  constexpr uint32_t kHere = (1u << kRankShift) - 1;
+  cta.copies.push_back([=] {
+    memcpy(at(to & kHere, static_cast<uint32_t>(count)), sent.data(), sent.size());
+    MBarrier& counting = mbarrier(barrier & kHere);
+    counting.bytes -= count;
+    end_phase_if_due(counting);
+  });
+}
+
+namespace {
+
+void prepare(Cta& cta, unsigned block, unsigned threads) {
+  cta.block = block;
+  cta.warps.assign((threads + 31) / 32, {});
+  cta.warpgroups.assign((threads + 127) / 128, {});
+  cta.mbarriers.clear();
+  cta.copy_groups.clear();
+  for (NamedBarrier& barrier : cta.named) barrier = {};
+  cta.smem.assign(kSmemBytes, 0xFF);  // NaN in every format
+  if (cta.fibers.size() != threads) cta.fibers = std::vector<Fiber>(threads);
+  for (Fiber& fiber : cta.fibers) {
     if (!fiber.stack) fiber.stack.reset(new char[kStackBytes]);
     getcontext(&fiber.context);
     fiber.context.uc_stack.ss_sp = fiber.stack.get();
@@ -473,16 +542,52 @@ void run_cta(unsigned block, unsigned grid, unsigned threads, const std::functio
     fiber.is_ready = nullptr;
     fiber.is_done = false;
   }
-  for (;;) {
+}
+
+// Lets a CTA run until it waits for others, or ends; true if it did anything.
+bool run_turn(Cta& cta) {
+  g_cta = &cta;
+  blockIdx.x = cta.block;
+  memcpy(g_smem, cta.smem.data(), kSmemBytes);
+  bool any = false;
+  while (!cta.is_done()) {
     const bool ran = run_ready_fibers(false) || run_ready_fibers(true);
     const bool did = do_asynchronous(!ran);
-    unsigned running = 0;
-    for (const Fiber& fiber : g_fibers) running += !fiber.is_done;
-    if (running == 0 && g_copies.empty()) return;
-    if (ran || did) continue;
-    for (unsigned i = 0; i < threads; i += 32) {
-      if (!g_fibers[i].is_done)
-        fprintf(stderr, "thread %u waits for %s\n", i, g_fibers[i].waits_for);
+    if (!ran && !did) break;
+    any = true;
+  }
+  memcpy(cta.smem.data(), g_smem, kSmemBytes);
+  return any;
+}
+
+}  // namespace
+
+void run_cluster(unsigned first, unsigned size, unsigned grid, unsigned threads,
+                 const std::function<void()>& kernel) {
+  gridDim.x = grid;
+  g_kernel = &kernel;
+  g_cluster.size = size;
+  g_cluster.arrived = 0;
+  while (g_cluster.ctas.size() < size) g_cluster.ctas.emplace_back(new Cta);
+  for (unsigned i = 0; i < size; ++i) prepare(*g_cluster.ctas[i], first + i, threads);
+  for (;;) {
+    bool any = false;
+    bool is_done = true;
+    const unsigned start = g_random() % size;
+    for (unsigned i = 0; i < size; ++i) {
+      Cta& cta = *g_cluster.ctas[(start + i) % size];
+      any = run_turn(cta) || any;
+      is_done = is_done && cta.is_done();
+    }
+    if (is_done) return;
+    if (any) continue;
+    for (unsigned i = 0; i < size; ++i) {
+      const std::vector<Fiber>& fibers = g_cluster.ctas[i]->fibers;
+      for (unsigned thread = 0; thread < threads; thread += 32) {
+        if (fibers[thread].is_done) continue;
+        fprintf(stderr, "CTA %u, thread %u waits for %s\n", first + i, thread,
+                fibers[thread].waits_for);
+      }
     }
     stop("nothing moves any more");
   }

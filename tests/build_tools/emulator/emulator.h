@@ -1,4 +1,5 @@
-// A CTA on a CPU: enough of CUDA's words and of a multiprocessor to run device code as it stands.
+// A CTA on a CPU, or a cluster of them: enough of CUDA's words and of a multiprocessor to run device
+// code as it stands.
 //
 // Every thread of a CTA is a fiber; they take turns in an order drawn anew each time. What the GPU
 // does asynchronously is done late and at random here: copies by TMA some turns after they were asked
@@ -105,8 +106,17 @@ uint16_t round_to(float x, Format format);
 // Of the elements in a register.
 float element_of(uint64_t packed, int index, Format format);
 
-// Runs one CTA to its end.
-void run_cta(unsigned block, unsigned grid, unsigned threads, const std::function<void()>& kernel);
+// For all threads of the cluster that have not ended.
+void cluster_arrive();
+void cluster_wait();
+// Where CTA `rank` of the cluster has what this one has at `smem`.
+uint32_t of_cta(uint32_t smem, unsigned rank);
+// Bytes on their way there, which a barrier there counts.
+void send(uint32_t to, const void* bytes, int count, uint32_t barrier);
+
+// Runs the CTAs of a cluster to their ends.
+void run_cluster(unsigned first, unsigned size, unsigned grid, unsigned threads,
+                 const std::function<void()>& kernel);
 
 template <class X, class Y>
 uint64_t bits_of(Y x) {
@@ -128,6 +138,7 @@ X from_bits(uint64_t bits) {
 inline int min(int x, int y) { return x < y ? x : y; }
 inline int max(int x, int y) { return x > y ? x : y; }
 inline uint32_t min(uint32_t x, uint32_t y) { return x < y ? x : y; }
+inline uint32_t max(uint32_t x, uint32_t y) { return x > y ? x : y; }
 inline float __fdividef(float x, float y) { return x / y; }
 inline int __float_as_int(float x) { return emulator::from_bits<int>(emulator::bits_of<float>(x)); }
 inline float __int_as_float(int x) { return emulator::from_bits<float>(emulator::bits_of<int>(x)); }

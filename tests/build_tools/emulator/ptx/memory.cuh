@@ -80,13 +80,14 @@ inline uint64_t atomic_add(uint64_t* gmem, uint64_t x) {
   return before;
 }
 
+inline uint64_t atomic_add_in_order(uint64_t* gmem, uint64_t x) { return atomic_add(gmem, x); }
+
 inline uint64_t atomic_compare_exchange(uint64_t* gmem, uint64_t expected, uint64_t x) {
   const uint64_t before = *gmem;
   if (before == expected) *gmem = x;
   return before;
 }
 
-inline void fence() {}
 inline void forget() {}
 inline void touch(uint32_t) {}
 inline void wait_for_kernel_in_front() {}
