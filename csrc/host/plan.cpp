@@ -274,7 +274,11 @@ int choose_section(const ForwardParams& params, const Shape& shape, const Device
   const int64_t heads = int64_t{params.hk} * params.seqs.b;
   if (shape.box_m > 0) {
     if (!grows(params.scores)) return group;
-    return section(heads, bytes == 0 ? 1 : device.l2_bytes / 3 / bytes) * group;
+    // Tiles for two rounds of the device: more read K and V from memory all at once, and none after.
+    const int64_t blocks = ceil_div(params.seqs.sq, shape.block_m);
+    const int64_t few = blocks == 0 ? 1 : ceil_div(2 * int64_t{device.num_sms}, blocks * group);
+    const int64_t fitting = bytes == 0 ? 1 : device.l2_bytes / 3 / bytes;
+    return section(heads, fitting < few ? fitting : few) * group;
   }
   // Tiles of the same head run side by side, and share K and V anyway, where heads are few.
   const int64_t few = device.num_sms / 3 / group;
