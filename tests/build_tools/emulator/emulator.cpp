@@ -410,14 +410,14 @@ void bulk_add(float* gmem, uint32_t smem, int bytes) {
     stop("floats that are added at once are not aligned");
   }
   const unsigned thread = threadIdx.x;
-  ++g_stores[thread];
-  g_copies.push_back([=] {
+  ++g_cta->stores[thread];
+  g_cta->copies.push_back([=] {
     for (int i = 0; i < bytes / 4; ++i) {
       float x;
       memcpy(&x, at(smem + 4 * i, 4), 4);
       gmem[i] += x;
     }
-    --g_stores[thread];
+    --g_cta->stores[thread];
   });
 }
 
