@@ -210,10 +210,8 @@ void choose_clusters(ForwardParams* params, const Shape& shape, const Device& de
 }
 
 bool shares_blocks(const BackwardParams& params, const Shape& shape, const Device& device) {
-  // Where the next block's loads begin before the gradients of this one have left. Blocks that wait
-  // for one another start in their order.
-  return shape.box_m > 0 && shape.makes_sums && !params.deterministic &&
-         num_key_blocks(params, shape) > device.num_sms;
+  // Where the next block's loads begin before the gradients of this one have left.
+  return shape.box_m > 0 && shape.makes_sums && num_key_blocks(params, shape) > device.num_sms;
 }
 
 int64_t num_ctas(const BackwardParams& params, const Shape& shape, const Device& device) {

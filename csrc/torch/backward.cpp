@@ -62,9 +62,9 @@ Tensor run(Backward& call) {
   if (workspace.turns > 0) {
     params.turns = reinterpret_cast<int32_t*>(params.statistics + workspace.statistics);
   }
-  // Behind an even number of floats; such a call takes no turns.
-  if (workspace.next_tile > 0) {
-    params.next_block = reinterpret_cast<uint64_t*>(params.statistics + workspace.statistics);
+  if (workspace.next_tile > 0) {  // behind even numbers of floats
+    params.next_block =
+        reinterpret_cast<uint64_t*>(params.statistics + workspace.statistics + workspace.turns);
   }
   run_or_throw(call.name, flash_backward(device, current_stream(device), dtype, &params));
   dq.finish();

@@ -45,8 +45,13 @@ FP8_FORWARD = (
 )
 # Statistics of a block's rows at once.
 HOPPERS_BACKWARD = (*HOPPER, *O_BUFFER, STORE, (r"UBLKCP\.S\.G", ""))
-# Up to head dim 128: sums of dQ 16 bytes a lane, dS stored transposed.
-SUMS = ((r"REDG\.E\.ADD\.F32x4", ""), (r"STSM\.16\.MT88\.4", ""))
+# Up to head dim 128: sums of dQ from shared memory, 16 bytes a lane on their way there; dS stored
+# transposed.
+SUMS = (
+    (r"UBLKRED\.G\.S\.ADD\.F32\.RN", ""),
+    (r"STS\.128", ""),
+    (r"STSM\.16\.MT88\.4", ""),
+)
 MUST_HAVE = {
     **{f"{family} forward": HOPPERS_FORWARD for family in ("sm90", "sm90_wide", "sm90_scored")},
     **{

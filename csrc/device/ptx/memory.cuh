@@ -156,13 +156,6 @@ __device__ inline void red_add_f32(float* gmem, float x) {
   asm volatile("red.global.add.f32 [%0], %1;" ::"l"(gmem), "f"(x) : "memory");
 }
 
-// The same for four neighbours at a multiple of 16 bytes; since cc 9.0.
-__device__ inline void red_add_v4_f32(float* gmem, const float (&x)[4]) {
-  asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(gmem), "f"(x[0]), "f"(x[1]),
-               "f"(x[2]), "f"(x[3])
-               : "memory");
-}
-
 // Waits until a counter is `x`; what its writers did before they added to it is seen from here on.
 __device__ inline void wait_until_equal(const int32_t* gmem, int x) {
   int found;

@@ -40,9 +40,17 @@ __device__ inline void tma_store_if(bool is_due, const TensorMap& map, uint32_t 
                                     int row, int head, int batch) {
   asm volatile(
       "{.reg .pred due; setp.ne.s32 due, %6, 0;"
-      " @due cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5}], [%1];}" ::
-          "l"(&map),
+      " @due cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5}], "
+      "[%1];}" ::"l"(&map),
       "r"(smem), "r"(col), "r"(row), "r"(head), "r"(batch), "r"(static_cast<int>(is_due))
+      : "memory");
+}
+
+// Adds floats in shared memory to floats in memory, a multiple of 16 bytes at multiples of 16.
+__device__ inline void bulk_add(float* gmem, uint32_t smem, int bytes) {
+  asm volatile(
+      "cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(gmem),
+      "r"(smem), "r"(bytes)
       : "memory");
 }
 

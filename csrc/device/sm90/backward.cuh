@@ -23,6 +23,7 @@
 #include "sm90/backward_by_gradients.cuh"
 #include "sm90/backward_by_keys.cuh"
 #include "sm90/backward_producer.cuh"
+#include "sm90/backward_sender.cuh"
 
 namespace flash::sm90 {
 
@@ -30,8 +31,7 @@ template <class Cfg>
 __device__ inline void backward(const TmaBackwardParams& params) {
   extern __shared__ __align__(1024) unsigned char storage[];
   const BackwardPipeline<Cfg> pipe(storage);
-  const bool takes_turns = params.call.turns != nullptr;
-  pipe.init(takes_turns);
+  pipe.init();
   ptx::let_kernel_behind_begin();
   const int warpgroup = ptx::uniform(threadIdx.x / 128);
   if (warpgroup == 0) {
@@ -39,8 +39,10 @@ __device__ inline void backward(const TmaBackwardParams& params) {
     const int warp = threadIdx.x / 32;
     if (threadIdx.x % 32 != 0) return;
     if (warp == 0) load_steps<Cfg>(params, pipe);
-    if (warp == 3) plan_blocks<Cfg>(params.call, pipe);
-    if (takes_turns && (warp == 1 || warp == 2)) keep_turns<Cfg>(params.call, pipe, warp - 1);
+    if (warp == 3) plan_blocks<Cfg>(params, pipe);
+    if constexpr (Cfg::kByKeys) {
+      if (warp == 1 || warp == 2) Sender<Cfg>{params, pipe, warp - 1}.run();
+    }
   } else {
     ptx::take_registers<Cfg::kTile.registers_of_consumer()>();
     if constexpr (Cfg::kByKeys) {

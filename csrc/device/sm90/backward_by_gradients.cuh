@@ -28,10 +28,32 @@ class SharingConsumer : public GradientConsumer<Cfg> {
     this->clean_queries();
   }
 
+  // By V, dV leaves, and dK by K.
+  __device__ __forceinline__ void store(const typename Cfg::AccKV& acc, float factor,
+                                        const TensorMap& map, const Rows& to, int num_cols) const {
+    this->put_out(acc, factor, to, 0, num_cols);
+    this->barrier();
+    if (this->thread() == 0 && leave_by_tma(this->params_, this->block(), this->block().first)) {
+      send_rows<typename Cfg::TileOut>(map, this->out(), this->block(), this->block().first,
+                                       num_cols);
+    }
+  }
+
+  // Goes to the block's first step. False: it has none, and no keys.
+  __device__ __forceinline__ bool open_keys() {
+    const bool has_steps = this->has_steps();
+    if (has_steps) this->pipe_.keys().wait_full(this->keys_);
+    return has_steps;
+  }
+
   // The buffers of K and V are free when dK and dV have left them.
-  __device__ __forceinline__ void close_keys() {
-    this->release_keys(this->keys_);
-    ++this->keys_;
+  __device__ __forceinline__ void close_keys(bool had_steps) {
+    if (this->thread() == 0) ptx::tma_store_wait_read();
+    if (had_steps) {
+      this->release_keys(this->keys_);
+      this->release_values();
+      ++this->keys_;
+    }
     this->close_block();
   }
 
@@ -66,8 +88,8 @@ class ValuesConsumer : SharingConsumer<Cfg> {
   __device__ __forceinline__ void run() {
     while (this->has_block()) {
       dv_.clear();
-      this->wait_for_keys();
-      if (this->has_steps()) {
+      const bool has_steps = this->open_keys();
+      if (has_steps) {
         this->clean_keys(0, Cfg::kBlockN);
         this->find_bounds(0);
         if (attn::is_plain(this->params_.scores)) {
@@ -77,8 +99,8 @@ class ValuesConsumer : SharingConsumer<Cfg> {
         }
       }
       this->barrier_of_both();  // nobody needs V any more: dV leaves through it
-      this->store_dv(dv_, 0);
-      this->close_keys();
+      this->store(dv_, 1.0f, this->maps_.dv, this->params_.dv_grad, this->params_.dv);
+      this->close_keys(has_steps);
     }
   }
 
@@ -142,8 +164,8 @@ class KeyGradientsConsumer : SharingConsumer<Cfg> {
   __device__ __forceinline__ void run() {
     while (this->has_block()) {
       dk_.clear();
-      this->wait_for_keys();
-      if (this->has_steps()) {
+      const bool has_steps = this->open_keys();
+      if (has_steps) {
         this->clean_keys(0, Cfg::kBlockN);
         do {
           this->open_step();
@@ -151,8 +173,9 @@ class KeyGradientsConsumer : SharingConsumer<Cfg> {
         } while (this->close_step());
       }
       this->barrier_of_both();  // nobody needs K any more: dK leaves through it
-      this->store_dk(dk_, 0);
-      this->close_keys();
+      this->store(dk_, this->params_.scores.softmax_scale, this->maps_.dk, this->params_.dk,
+                  this->params_.d);
+      this->close_keys(has_steps);
     }
   }
 
@@ -160,7 +183,7 @@ class KeyGradientsConsumer : SharingConsumer<Cfg> {
   __device__ __forceinline__ void step() {
     AccS dp;
     this->pipe_.douts().wait_full(this->step_);
-    tile::start_abt<T, Cfg::kHeadDim, TileK, TileQ>(dp, this->pipe_.v_buffer(0), this->dout());
+    tile::start_abt<T, Cfg::kHeadDim, TileK, TileQ>(dp, this->pipe_.v_buffer(), this->dout());
     ptx::named_barrier_sync(this->p_is_there(), Base::kBothConsumers);
     ptx::wgmma_wait<0>();
     ptx::pin(dp.c[0]);

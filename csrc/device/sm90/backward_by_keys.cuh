@@ -19,7 +19,6 @@ class KeysConsumer : GradientConsumer<Cfg> {
   using AccQ = tile::Accumulators<1, 8>;
   using Packed = uint32_t[4][4];          // 64 keys by 64 queries
   static constexpr int kRows = 64 * 128;  // bytes of 64 rows of a panel
-  static constexpr int kNone = -1;
   // The first of four named barriers: for each consumer those of even and odd steps.
   static constexpr int kDsIsThere = 4;
   // A step has 64 queries, and a consumer a panel of columns of their dQ; or 128, and it has 64.
@@ -35,24 +34,21 @@ class KeysConsumer : GradientConsumer<Cfg> {
       : Base(params, pipe) {}
 
   __device__ __forceinline__ void run() {
-    const bool is_only_block = this->params_.next_block == nullptr;
     announce_ds(0);
     while (this->has_block()) {
       dk_.clear();
       dv_.clear();
       const bool has_steps = this->has_steps();
       if (has_steps) {
-        this->wait_for_keys();
+        this->pipe_.keys().wait_full(this->keys_);
         if (attn::is_plain(this->params_.scores)) {
           run_steps<true>();
         } else {
           run_steps<false>();
         }
       }
-      // Nobody waits for the dQ of a block that another one follows.
-      if (is_only_block) finish_late_dq();
       if (has_steps) {
-        this->store_dv(dv_, 64 * this->consumer_);
+        send_dv();
         store_dk();
         ++this->keys_;
       } else {
@@ -60,8 +56,7 @@ class KeysConsumer : GradientConsumer<Cfg> {
       }
       this->close_block();
     }
-    if (!is_only_block) finish_late_dq();
-    if (this->thread() == 0) ptx::tma_store_wait_read();
+    finish_late_dq();
   }
 
  private:
@@ -83,8 +78,8 @@ class KeysConsumer : GradientConsumer<Cfg> {
       }
       if (late_keys_ != this->keys_) this->release_keys(late_keys_);
       late_keys_ = this->keys_;
-      late_sums_ = this->sums_;
     } while (this->close_step());
+    this->release_values();
   }
 
   // The steps of scores that are not plain wait for S alone: what becomes of it takes registers.
@@ -99,7 +94,7 @@ class KeysConsumer : GradientConsumer<Cfg> {
     start_late_dq(dq);
     start_s(s, 0, kPlain);
     ptx::wgmma_wait<1>();
-    add_late_dq(dq);
+    put_late_dq(dq);
     this->pipe_.douts().wait_full(this->step_);
     if (kPlain) start_dp(dp, 0);
     ptx::wgmma_wait<kPlain ? 1 : 0>();
@@ -108,6 +103,7 @@ class KeysConsumer : GradientConsumer<Cfg> {
     absorb<kPlain>(s, p, 0);
     if (!kPlain) start_dp(dp, 0);
     start_dv(p, 0);
+    send_late_dq();
     ptx::wgmma_wait<1>();
     ptx::pin(dp.c[0]);
     add_to(dp, this->statistic(kMinusDelta, 0));
@@ -142,10 +138,11 @@ class KeysConsumer : GradientConsumer<Cfg> {
     start_s(s1, 1);
     ptx::wgmma_wait<2>();
     ptx::pin(dp0.c[0]);
-    add_late_dq(dq);
+    put_late_dq(dq);
     const ColumnPairs lse1 = this->statistic(kLse, 1);
     begin_with(dp1, this->statistic(kMinusDelta, 1));
     to_gradients(ds0, s0, dp0, 0);
+    send_late_dq();
     start_dp(dp1, 1, true);
     start_dk(ds0, 0);
     ptx::wgmma_wait<2>();
@@ -178,7 +175,7 @@ class KeysConsumer : GradientConsumer<Cfg> {
   }
   __device__ __forceinline__ void start_dp(AccS& dp, int half, bool adds = false) const {
     tile::start_abt<T, Cfg::kHeadDim, TileK, TileQ>(
-        dp, this->pipe_.v_buffer(this->keys_) + this->consumer_ * kRows, dout(half), adds);
+        dp, this->pipe_.v_buffer() + this->consumer_ * kRows, dout(half), adds);
   }
   __device__ __forceinline__ void start_dv(Packed& p, int half) {
     tile::start_pb<T, TileQ>(dv_, p, dout(half));
@@ -228,11 +225,37 @@ class KeysConsumer : GradientConsumer<Cfg> {
       tile::start_ab<T, TileDs, TileK>(dq, ds, k + this->consumer_ * TileK::kPanelBytes);
     }
   }
-  __device__ __forceinline__ void add_late_dq(AccQ& dq) const {
+  __device__ __forceinline__ void put_late_dq(AccQ& dq) const {
     ptx::pin(dq.c[0]);
-    if (late_sums_ == kNone) return;
-    this->add_dq(dq, this->step_ - 1, late_sums_ + (kByRows ? 64 * this->consumer_ : 0),
-                 kByRows ? 0 : 64 * this->consumer_);
+    if (this->step_ == 0) return;
+    // Only of the last panel are there columns that dQ does not have.
+    const int num_columns =
+        Cfg::kHeadDim % 64 == 0 || this->consumer_ == 0 ? 64 : Cfg::kHeadDim % 64;
+    wait_for_out();
+    tile::WarpgroupOrder::store(this->out(), dq, num_columns, this->thread());
+  }
+  // Some time behind put_late_dq(): its fence waits until all of that has got into shared memory,
+  // which products keep busy.
+  __device__ __forceinline__ void send_late_dq() const {
+    if (this->step_ == 0) return;
+    ptx::fence_async_proxy();
+    send_out();
+  }
+
+  __device__ __forceinline__ void send_dv() const {
+    wait_for_out();
+    this->put_out(dv_, 1.0f, this->params_.dv_grad, 64 * this->consumer_, this->params_.dv);
+    send_out();
+  }
+  // Before a step and behind a block's last one, as many have left: dQ of all steps but the last,
+  // dV of all blocks.
+  __device__ uint32_t num_sent() const { return this->step_ - 1 + this->keys_; }
+  __device__ __forceinline__ void wait_for_out() const {
+    this->pipe_.outs(this->consumer_).wait_empty(num_sent());
+  }
+  __device__ __forceinline__ void send_out() const {
+    __syncwarp();
+    this->pipe_.outs(this->consumer_).arrive_full_if(this->lane() == 0, num_sent());
   }
 
   // From registers: dV is still on its way through the buffer.
@@ -249,7 +272,8 @@ class KeysConsumer : GradientConsumer<Cfg> {
     AccQ dq;
     start_late_dq(dq);
     ptx::wgmma_wait<0>();
-    add_late_dq(dq);
+    put_late_dq(dq);
+    send_late_dq();
   }
 
   __device__ uint32_t q(int half) const { return this->pipe_.q_buffer(this->step_) + half * kRows; }
@@ -258,9 +282,7 @@ class KeysConsumer : GradientConsumer<Cfg> {
   }
 
   typename Cfg::AccKV dk_, dv_;
-  // Of the step before: its block of keys, and its row in dq_accum, if there is such a step.
-  uint32_t late_keys_ = 0;
-  int late_sums_ = kNone;
+  uint32_t late_keys_ = 0;             // the block of keys of the step before
   uint32_t k_[Cfg::kHeadDim / 16][4];  // where it is held
 };
 

@@ -2,10 +2,8 @@
 // of buffers, and how dK and dV leave.
 #pragma once
 
-#include "ptx/tma.cuh"
-#include "sm90/backward_producer.cuh"
 #include "sm90/backward_scores.cuh"
-#include "tile/store.cuh"
+#include "sm90/backward_sender.cuh"
 #include "tile/warpgroup.cuh"
 
 namespace flash::sm90 {
@@ -17,6 +15,7 @@ class GradientConsumer {
   using TileQ = typename Cfg::TileQ;
   using TileK = typename Cfg::TileK;
   using TileDs = typename Cfg::TileDs;
+  using TileOut = typename Cfg::TileOut;
   using AccS = typename Cfg::AccS;
   using AccKV = typename Cfg::AccKV;
   static constexpr int kBlockM = Cfg::kBlockM;
@@ -31,6 +30,7 @@ class GradientConsumer {
       : maps_(params),
         params_(params.call),
         pipe_(pipe),
+        thread_(ptx::opaque(static_cast<int>(threadIdx.x)) % 128),
         consumer_(ptx::uniform(threadIdx.x / 128) - 1) {}
 
   // Waits for the next block of keys; false where there is none.
@@ -49,19 +49,17 @@ class GradientConsumer {
     full_begin_ = ptx::uniform(b.full_begin[consumer_]);
     full_end_ = ptx::uniform(b.full_end[consumer_]);
     head_ = ptx::uniform(b.head) * (params_.hq / params_.hk);
-    sums_ = ptx::uniform(b.first_sum) + at_ * kBlockM;
     return true;
   }
-  __device__ __forceinline__ void wait_for_keys() const {
-    pipe_.keys().wait_full(keys_);
-    pipe_.values().wait_full(keys_);
-  }
-  // By each warp, behind its last product with K, and the barriers of stores.
+  // By each warp, behind its last product with K.
   __device__ __forceinline__ void release_keys(uint32_t keys) const {
-    if (thread() == 0) ptx::tma_store_wait_read();
     __syncwarp();
     pipe_.keys().arrive_empty_if(lane() == 0, keys);
-    pipe_.values().arrive_empty_if(lane() == 0, keys);
+  }
+  // Likewise of V.
+  __device__ __forceinline__ void release_values() const {
+    __syncwarp();
+    pipe_.values().arrive_empty_if(lane() == 0, keys_);
   }
 
   // The consumer is done with a step, or a block of keys. True: the block has another step.
@@ -70,13 +68,10 @@ class GradientConsumer {
     pipe_.queries().arrive_empty_if(lane() == 0, step_);
     ++step_;
     ++at_;
-    sums_ += kBlockM;
     if (at_ < end_) return true;
-    const bool is_last = sums_ == ptx::uniform(block().end_sum);
     at_ = ptx::uniform(block().begin);
     ++head_;
-    sums_ += static_cast<int>(params_.delta_head) - (end_ - at_) * kBlockM;
-    return !is_last;
+    return head_ < (ptx::uniform(block().head) + 1) * (params_.hq / params_.hk);
   }
   __device__ __forceinline__ void close_block() {
     pipe_.blocks().arrive_empty_if(thread() == 0, block_);
@@ -88,8 +83,9 @@ class GradientConsumer {
   __device__ __forceinline__ void clean_keys(int row, int num_rows) const {
     const int tail = ptx::uniform(block().tail_k);
     if (tail == 0 || ptx::uniform(block().first) + Cfg::kBlockN <= ptx::uniform(block().sk)) return;
+    pipe_.douts().wait_full(step_);  // with the first, V comes
     clear_rows<TileK>(pipe_.k_buffer(keys_), max(tail, row), row + num_rows);
-    clear_rows<TileK>(pipe_.v_buffer(keys_), max(tail, row), row + num_rows);
+    clear_rows<TileK>(pipe_.v_buffer(), max(tail, row), row + num_rows);
     finish_clearing();
   }
 
@@ -145,62 +141,19 @@ class GradientConsumer {
     }
   }
 
-  // Adds to the sums of dQ what a step has made: 64 rows from `row` of dq_accum on, columns from
-  // `column` on.
-  template <int kN>
-  __device__ __forceinline__ void add_dq(const tile::Accumulators<1, kN>& dq, uint32_t step,
-                                         int row, int column) const {
-    const bool takes_turns = params_.turns != nullptr;
-    if (takes_turns) pipe_.turns(consumer_).wait_full(step);
-    float* const to = params_.dq_accum + int64_t{row} * Cfg::kHeadDim +
-                      column / 8 * tile::WarpgroupOrder::kEightColumns;
-    // Only of the last panel are there columns that dQ does not have.
-    const int num_columns = Cfg::kHeadDim % (8 * kN) == 0 ? 8 * kN : Cfg::kHeadDim - column;
-    tile::WarpgroupOrder::add(to, dq, num_columns, thread());
-    if (takes_turns) {
-      __syncwarp();
-      pipe_.turns(consumer_).arrive_empty_if(lane() == 0, step);
-    }
-  }
-
-  // Stores rounded accumulators of 64 keys, of which the block's `row` is the first, when the store
-  // before has left the buffer.
-  __device__ __forceinline__ void store(const AccKV& acc, float factor, const TensorMap& map,
-                                        const Rows& to, int row, int num_cols) const {
-    const uint32_t smem = pipe_.out_buffer(keys_, consumer_);
+  // Rounds 64 rows of a gradient, of which the block's `row` is the first, into the buffer by which
+  // they leave; or stores them, where they leave one by one.
+  __device__ __forceinline__ void put_out(const AccKV& acc, float factor, const Rows& to, int row,
+                                          int num_cols) const {
     const float factors[2] = {factor, factor};
-    if (thread() == 0) ptx::tma_store_wait_read();
-    barrier();
-    tile::store_matrix<T, TileK>(smem, acc, factors, row + warp_row(), lane());
-    ptx::fence_async_proxy();
-    const KeyBlock& b = block();
-    const int first = b.first + row;
-    if (params_.seqs.cu_seqlens_k && first + 64 > b.sk) {
-      // Rows behind a packed sequence belong to another one.
+    tile::store_matrix<T, TileOut>(out(), acc, factors, warp_row(), lane());
+    const int first = block().first + row;
+    if (!leave_by_tma(params_, block(), first)) {
       __syncwarp();
-      tile::copy_out_rows<TileK, 16>(rows_of(to, first + warp_row()), to.row, smem,
-                                     row + warp_row(), b.sk - first - warp_row(), num_cols, lane());
-      ptx::fence_async_proxy();
-      barrier();
-      return;
+      tile::copy_out_rows<TileOut, 16>(rows_of(to, first + warp_row()), to.row, out(), warp_row(),
+                                       block().sk - first - warp_row(), num_cols, lane());
     }
-    barrier();
-    if (thread() == 0) {
-#pragma unroll
-      for (int panel = 0; panel < TileK::kCols / 64; ++panel) {
-        if (panel * 64 < num_cols) {
-          ptx::tma_store(map, smem + TileK::offset(row, panel * 8), panel * 64, b.first_k + first,
-                         b.head, b.batch_k);
-        }
-      }
-      ptx::tma_store_commit();
-    }
-  }
-  __device__ __forceinline__ void store_dk(const AccKV& dk, int row) const {
-    store(dk, params_.scores.softmax_scale, maps_.dk, params_.dk, row, params_.d);
-  }
-  __device__ __forceinline__ void store_dv(const AccKV& dv, int row) const {
-    store(dv, 1.0f, maps_.dv, params_.dv_grad, row, params_.dv);
+    ptx::fence_async_proxy();
   }
 
   // Of 64 keys that no query sees. Their block has no buffers.
@@ -218,6 +171,7 @@ class GradientConsumer {
     barrier();
   }
 
+  __device__ uint32_t out() const { return pipe_.out_buffer(consumer_); }
   __device__ const KeyBlock& block() const { return pipe_.block(block_); }
   // All of the step's queries are this sequence's, and see all keys.
   __device__ bool is_whole() const {
@@ -238,14 +192,14 @@ class GradientConsumer {
   __device__ void barrier_of_both() const { ptx::named_barrier_sync(kOfBoth, kBothConsumers); }
 
   // Opaque, so that nothing that is seldom needed is computed ahead and kept.
-  __device__ static int index() { return ptx::opaque(static_cast<int>(threadIdx.x)); }
-  __device__ static int thread() { return index() % 128; }
-  __device__ static int lane() { return index() % 32; }
-  __device__ static int warp_row() { return thread() / 32 * 16; }
+  __device__ int thread() const { return ptx::opaque(thread_); }
+  __device__ int lane() const { return thread() % 32; }
+  __device__ int warp_row() const { return thread() / 32 * 16; }
 
   const TmaBackwardParams& maps_;
   const BackwardParams& params_;
   const BackwardPipeline<Cfg>& pipe_;
+  const int thread_;
   // The rest is the same for all lanes of a warp, as the compiler knows.
   const int consumer_;
   uint32_t block_ = 0;  // of keys, counted from the start
@@ -254,9 +208,8 @@ class GradientConsumer {
   // Of the block of keys: where its blocks of queries end, and which are whole.
   int end_;
   int full_begin_, full_end_;
-  // Of the step: the head, its block of queries, and its first row in dq_accum.
+  // Of the step: the head, and its block of queries.
   int head_, at_;
-  int sums_;
 
  private:
   template <class Tile>

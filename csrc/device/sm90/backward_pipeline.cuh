@@ -21,7 +21,8 @@ struct BackwardConfig {
   using TileQ = tile::SmemTile<kBlockM, kTile.columns()>;
   using TileK = tile::SmemTile<kBlockN, kTile.columns()>;
   using TileDs = tile::SmemTile<kBlockM, kBlockN>;
-  using AccS = tile::Accumulators<1, 8>;  // of 64 keys and 64 queries
+  using TileOut = tile::SmemTile<64, kTile.columns()>;  // 64 rows of dK or dV
+  using AccS = tile::Accumulators<1, 8>;                // of 64 keys and 64 queries
   using AccKV = tile::Accumulators<1, kHeadDim / 8>;
 };
 
@@ -42,41 +43,42 @@ struct KeyBlock {
   int first_k, batch_k;
   // Rows of the sequence's last block that may be used; those behind belong to others.
   int tail_q, tail_k;
-  // Rows in dq_accum: of the first query of the group's first head, and the one behind the last
-  // step of its last. Memory has less than 2^31 rows.
-  int first_sum, end_sum;
+  // The row in dq_accum of the first query of the group's first head. Memory has less than 2^31.
+  int first_sum;
 };
 
 //   keys, values:    full: TMA has brought them       empty: no product needs them any more, and
 //                                                     what left through them is gone
 //   queries, douts:  full: TMA has brought the block  empty (queries only): all warps are done
-//   turns:           full: it is the step's turn      empty: the consumer has added its dQ
-//                    to add to dQ
+//   outs:            full: the consumer has written   empty: TMA has read it
+//                    its part of dQ, or dV
 //   blocks:          full: it has been planned        empty: everyone is done with it
 //   loads:           full: but for the last step's    (nobody waits until it is empty)
 //                    all of a block have begun
 //
-// Turns, a ring for each consumer, are taken only where sums of dQ must have one order.
+// Outs, a ring for each consumer, are there where consumers have keys of their own.
 template <class Cfg>
 struct BackwardPipeline {
   static constexpr int kBlocks = 2;
   static constexpr int kKeyBuffers = Cfg::kTile.key_buffers();
   static constexpr int kKeys = 0;
   static constexpr int kValues = kKeys + kKeyBuffers * Cfg::TileK::kBytes;
-  static constexpr int kQueries = kValues + kKeyBuffers * Cfg::TileK::kBytes;
+  static constexpr int kQueries = kValues + Cfg::TileK::kBytes;
   static constexpr int kDs = kQueries + 2 * Cfg::kStages * Cfg::TileQ::kBytes;
   static constexpr int kP = kDs + 2 * Cfg::kTile.ds_bytes();
-  static constexpr int kStatistics = kP + 2 * Cfg::kTile.p_bytes();
+  static constexpr int kOuts = kP + 2 * Cfg::kTile.p_bytes();
+  static constexpr int kStatistics = kOuts + Cfg::kConsumers * Cfg::kTile.out_bytes();
   static constexpr int kBounds = kStatistics + Cfg::kTile.statistics_bytes();
   static constexpr int kBarriers = kBounds + Cfg::kTile.bounds_bytes();
   using KeyRing = Ring<kKeyBuffers>;
+  using ValueRing = Ring<1>;
   using QueryRing = Ring<Cfg::kStages>;
-  using TurnRing = Ring<1>;
+  using OutRing = Ring<1>;
   using BlockRing = Ring<kBlocks>;
   using LoadRing = Ring<1>;
-  static constexpr int kRecords = kBarriers + 2 * KeyRing::kBytes + 2 * QueryRing::kBytes +
-                                  BlockRing::kBytes + Cfg::kConsumers * TurnRing::kBytes +
-                                  LoadRing::kBytes;
+  static constexpr int kRecords = kBarriers + KeyRing::kBytes + ValueRing::kBytes +
+                                  2 * QueryRing::kBytes + BlockRing::kBytes +
+                                  Cfg::kConsumers * OutRing::kBytes + LoadRing::kBytes;
   static_assert(kRecords % alignof(KeyBlock) == 0 &&
                     kRecords + kBlocks * sizeof(KeyBlock) <= Cfg::kTile.smem_bytes(),
                 "room behind the buffers");
@@ -91,7 +93,7 @@ struct BackwardPipeline {
   __device__ uint32_t k_buffer(uint32_t i) const {
     return smem + kKeys + i % kKeyBuffers * Cfg::TileK::kBytes;
   }
-  __device__ uint32_t v_buffer(uint32_t i) const { return k_buffer(i) + kValues - kKeys; }
+  __device__ uint32_t v_buffer() const { return smem + kValues; }
   __device__ uint32_t q_buffer(uint32_t step) const {
     return smem + kQueries + step % Cfg::kStages * (2 * Cfg::TileQ::kBytes);
   }
@@ -104,9 +106,11 @@ struct BackwardPipeline {
   __device__ uint32_t p_buffer(uint32_t step) const {
     return smem + kP + step % 2 * Cfg::kTile.p_bytes();
   }
-  // Where dK and dV leave: through a consumer's rows of V, or through V (the first consumer) and K.
-  __device__ uint32_t out_buffer(uint32_t i, int consumer) const {
-    return Cfg::kByKeys || consumer == 0 ? v_buffer(i) : k_buffer(i);
+  // Where dQ and dV leave, or else dV through V and dK through K.
+  __device__ uint32_t out_buffer(int consumer) const {
+    return Cfg::kByKeys    ? smem + kOuts + consumer * Cfg::kTile.out_bytes()
+           : consumer == 0 ? v_buffer()
+                           : k_buffer(0);
   }
   // Of each 64 queries of a block, 64 lse and 64 delta.
   __device__ uint32_t statistics(uint32_t step) const {
@@ -117,32 +121,27 @@ struct BackwardPipeline {
   __device__ uint32_t bounds(int key) const { return smem + kBounds + key * 8; }
 
   __device__ KeyRing keys() const { return {smem + kBarriers}; }
-  __device__ KeyRing values() const { return {keys().barriers + KeyRing::kBytes}; }
-  __device__ QueryRing queries() const { return {values().barriers + KeyRing::kBytes}; }
+  __device__ ValueRing values() const { return {keys().barriers + KeyRing::kBytes}; }
+  __device__ QueryRing queries() const { return {values().barriers + ValueRing::kBytes}; }
   __device__ QueryRing douts() const { return {queries().barriers + QueryRing::kBytes}; }
   __device__ BlockRing blocks() const { return {douts().barriers + QueryRing::kBytes}; }
-  __device__ TurnRing turns(int consumer) const {
-    return {blocks().barriers + BlockRing::kBytes + consumer * TurnRing::kBytes};
+  __device__ OutRing outs(int consumer) const {
+    return {blocks().barriers + BlockRing::kBytes + consumer * OutRing::kBytes};
   }
-  __device__ LoadRing loads() const { return {turns(Cfg::kConsumers).barriers}; }
+  __device__ LoadRing loads() const { return {outs(Cfg::kConsumers).barriers}; }
   __device__ KeyBlock& block(uint32_t i) const {
     return reinterpret_cast<KeyBlock*>(storage + kRecords)[i % kBlocks];
   }
-  // Whether K and V of a block are loaded: without steps they are not, unless gradients leave
-  // through their buffers.
-  __device__ bool needs_keys(const KeyBlock& block) const {
-    return !Cfg::kByKeys || block.begin < block.end;
-  }
 
   // By all threads.
-  __device__ void init(bool takes_turns) const {
+  __device__ void init() const {
     if (threadIdx.x == 0) {
       keys().init(1, 4 * Cfg::kConsumers);
       values().init(1, 4 * Cfg::kConsumers);
       queries().init(1, 4 * Cfg::kConsumers);
       douts().init(1, Cfg::kConsumers);
-      for (int i = 0; i < Cfg::kConsumers; ++i) turns(i).init(1, 4);
-      blocks().init(1, (takes_turns ? 2 : 1) * Cfg::kConsumers + 1);
+      for (int i = 0; i < Cfg::kConsumers; ++i) outs(i).init(4, 1);
+      blocks().init(1, (Cfg::kByKeys ? 2 : 1) * Cfg::kConsumers + 1);
       loads().init(1, 1);
       ptx::mbarrier_init_fence();
     }

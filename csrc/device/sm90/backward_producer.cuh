@@ -7,7 +7,8 @@
 namespace flash::sm90 {
 
 // Blocks of keys that this CTA works on: the first is its own, each later one the next that no CTA
-// has; or only its own.
+// has; or only its own. Where blocks wait for one another, the first is taken like the others: then
+// those in front of it are in hand, even if not all CTAs run at once.
 //
 // Heads come in sections, of which all CTAs that run together have the queries in common. Under a
 // causal mask the first keys are seen by most queries: their blocks start first. Where sums of dQ
@@ -39,14 +40,19 @@ struct KeySchedule {
     find_sums(block);
     return true;
   }
+  __device__ uint32_t first() const {
+    return is_shared() && params.deterministic ? next() : blockIdx.x;
+  }
   __device__ uint32_t next() const {
-    if (!Cfg::kByKeys || params.next_block == nullptr) return ~0u;
+    if (!is_shared()) return ~0u;
     ptx::wait_for_kernel_in_front();  // which clears the counter
-    return ptx::opaque(static_cast<int>(gridDim.x)) +
-           static_cast<uint32_t>(ptx::atomic_add(params.next_block, 1));
+    const uint32_t own = params.deterministic ? 0 : ptx::opaque(static_cast<int>(gridDim.x));
+    return own + static_cast<uint32_t>(ptx::atomic_add(params.next_block, 1));
   }
 
  private:
+  __device__ bool is_shared() const { return Cfg::kByKeys && params.next_block != nullptr; }
+
   __device__ void place(KeyBlock& block, const attn::Sequence& seq) const {
     const Sequences& seqs = params.seqs;
     block.sq = seq.sq;
@@ -83,12 +89,8 @@ struct KeySchedule {
   }
 
   __device__ void find_sums(KeyBlock& block) const {
-    const int group = params.hq / params.hk;
-    const int first =
-        static_cast<int>(attn::PaddedRows(params, block.sequence, block.head * group).first);
-    block.first_sum = first;
-    block.end_sum =
-        first + (group - 1) * static_cast<int>(params.delta_head) + block.end * Cfg::kBlockM;
+    const int head = block.head * (params.hq / params.hk);
+    block.first_sum = static_cast<int>(attn::PaddedRows(params, block.sequence, head).first);
   }
 
   __device__ static int blocks_to(int query) { return (query + Cfg::kBlockM - 1) / Cfg::kBlockM; }
@@ -99,57 +101,34 @@ struct KeySchedule {
   }
 };
 
-// One lane's work: what the CTA does in each round. No block is taken before the one in front is
-// about to end: another CTA may be free sooner.
+// One lane's work: what the CTA does in each round, and the loads of K. No block is taken before
+// the one in front is about to end: another CTA may be free sooner.
 template <class Cfg>
-__device__ inline void plan_blocks(const BackwardParams& params,
+__device__ inline void plan_blocks(const TmaBackwardParams& params,
                                    const BackwardPipeline<Cfg>& pipe) {
-  const KeySchedule<Cfg> schedule{params};
+  using TileK = typename Cfg::TileK;
+  const KeySchedule<Cfg> schedule{params.call};
+  uint32_t keys = 0;  // blocks of them that were loaded
   for (int i = 0;; ++i) {
     const auto again = [&] { return ptx::opaque(i); };  // so that nothing made of it is kept
     KeyBlock& block = pipe.block(i);
     pipe.blocks().wait_empty(i);
-    block.index = i == 0 ? blockIdx.x : schedule.next();
+    block.index = i == 0 ? schedule.first() : schedule.next();
     while (!schedule.find(block, block.index)) block.index = schedule.next();
     pipe.blocks().arrive_full(again());
     if (block.is_last) return;
+    if (block.begin < block.end) {
+      pipe.keys().wait_empty(keys);
+      load_tile<TileK>(pipe.k_buffer(keys), params.k, pipe.keys().full(keys), TileK::kCols / 64,
+                       block.first_k + block.first, block.head, block.batch_k);
+      ++keys;
+    }
     pipe.loads().wait_full(again());
   }
 }
 
-// One lane's work for each consumer: turns. A counter of each 64 rows of dQ and consumer tells
-// which block of keys is next to add to them, from the last that their queries see down to the
-// first.
-template <class Cfg>
-__device__ inline void keep_turns(const BackwardParams& params, const BackwardPipeline<Cfg>& pipe,
-                                  int consumer) {
-  constexpr int kCountersOfBlock = Cfg::kBlockM / kSumRows * 2;
-  const auto ring = pipe.turns(consumer);
-  uint32_t step = 0;
-  ptx::wait_for_kernel_in_front();
-  for (uint32_t i = 0;; ++i) {
-    pipe.blocks().wait_full(i);
-    const KeyBlock& block = pipe.block(i);
-    if (block.is_last) return;
-    const int turn = block.first / Cfg::kBlockN;
-    const int group = params.hq / params.hk;
-    for (int head = 0; head < group; ++head) {
-      // With two tiles of rows a step, each consumer adds to one.
-      int32_t* counter = params.turns +
-                         (block.first_sum + head * params.delta_head) / kSumRows * 2 +
-                         consumer * (kCountersOfBlock - 1) + block.begin * kCountersOfBlock;
-      for (int m = block.begin; m < block.end; ++m, ++step, counter += kCountersOfBlock) {
-        ptx::wait_until_equal(counter, turn);
-        ring.arrive_full(step);
-        ring.wait_empty(step + 1);
-        ptx::red_release_add(counter, -1);
-      }
-    }
-    pipe.blocks().arrive_empty(i);
-  }
-}
-
-// One lane's work: for each block of keys K, V, and Q, dO, lse and delta of its steps.
+// One lane's work: for each block of keys Q, dO, lse and delta of its steps, and V with the first
+// dO.
 template <class Cfg>
 __device__ inline void load_steps(const TmaBackwardParams& params,
                                   const BackwardPipeline<Cfg>& pipe) {
@@ -159,21 +138,11 @@ __device__ inline void load_steps(const TmaBackwardParams& params,
   constexpr int kStatisticsBytes = Cfg::kBlockM * 2 * 4;
   const BackwardParams& call = params.call;
   uint32_t step = 0;
-  uint32_t keys = 0;  // blocks of them that were loaded
+  uint32_t values = 0;  // blocks of them that were loaded
   for (uint32_t i = 0;; ++i) {
     pipe.blocks().wait_full(i);
     const KeyBlock& block = pipe.block(i);
     if (block.is_last) return;
-    const auto load_keys = [&](const TensorMap& map, const auto& ring, uint32_t smem) {
-      ring.wait_empty(keys);
-      load_tile<TileK>(smem, map, ring.full(keys), kPanels, block.first_k + block.first, block.head,
-                       block.batch_k);
-    };
-    const bool needs_keys = pipe.needs_keys(block);
-    if (needs_keys) {
-      load_keys(params.k, pipe.keys(), pipe.k_buffer(keys));
-      load_keys(params.v, pipe.values(), pipe.v_buffer(keys));
-    }
     if (i == 0) ptx::wait_for_kernel_in_front();
     const int group = call.hq / call.hk;
     int left = (block.end - block.begin) * group;
@@ -190,12 +159,17 @@ __device__ inline void load_steps(const TmaBackwardParams& params,
                          kStatisticsBytes);
         ptx::bulk_load(pipe.statistics(step), statistics + 2 * m * Cfg::kBlockM, kStatisticsBytes,
                        full);
+        const bool is_first = m == block.begin && head == block.head * group;
         load_tile<TileQ>(pipe.dout_buffer(step), params.dout, pipe.douts().full(step), kPanels, row,
-                         head, block.batch_q);
+                         head, block.batch_q, is_first ? TileK::kBytes : 0);
+        if (is_first) {
+          pipe.values().wait_empty(values++);
+          copy_tile<TileK>(pipe.v_buffer(), params.v, pipe.douts().full(step), kPanels,
+                           block.first_k + block.first, block.head, block.batch_k);
+        }
       }
     }
     pipe.loads().arrive_full_if(block.begin >= block.end, i);
-    if (needs_keys) ++keys;
     pipe.blocks().arrive_empty(i);
   }
 }

@@ -103,16 +103,19 @@ struct BackwardTile {
   constexpr int p_bytes() const { return share == kByGradients ? block_m * block_n * 4 : 0; }
   // Of dS, where dQ is made of it.
   constexpr int ds_bytes() const { return share == kByKeys ? block_m * block_n * 2 : 0; }
-  // Of K, and of V. Where there are two, dQ of a block's last step is multiplied beside the next
-  // block's first, and dV and dK leave beside it.
+  // Of a consumer's part of dQ, in float, and of dV, which leave by TMA from there.
+  constexpr int out_bytes() const { return share == kByKeys ? 64 * 64 * 4 : 0; }
+  // Of K. Where there are two, dQ of a block's last step is multiplied beside the next block's
+  // first.
   constexpr int key_buffers() const { return share == kByKeys ? 2 : 1; }
   constexpr int statistics_bytes() const { return stages * block_m * 2 * 4; }
   constexpr int bounds_bytes() const { return block_n * 2 * 4; }
-  // K and V; Q and dO in stages; two buffers of dS, or of P; lse and delta; which queries see a
-  // key; barriers and records.
+  // K and V; Q and dO in stages; two buffers of dS, or of P; what leaves; lse and delta; which
+  // queries see a key; barriers and records.
   constexpr int smem_bytes() const {
-    return 2 * (key_buffers() * block_n + stages * block_m) * columns() * 2 +
-           2 * (ds_bytes() + p_bytes()) + statistics_bytes() + bounds_bytes() + 512;
+    return ((key_buffers() + 1) * block_n + 2 * stages * block_m) * columns() * 2 +
+           2 * (ds_bytes() + p_bytes()) + consumers() * out_bytes() + statistics_bytes() +
+           bounds_bytes() + 512;
   }
 };
 

@@ -6,17 +6,24 @@
 
 namespace flash::sm90 {
 
-// Loads the first `num_panels` panels of a tile; `more_bytes` will come by another copy.
+// Copies the first `num_panels` panels of a tile; their bytes count at `full`.
 template <class SmemTile>
-__device__ inline void load_tile(uint32_t smem, const TensorMap& map, uint32_t full, int num_panels,
-                                 int row, int head, int batch, int more_bytes = 0) {
-  ptx::mbarrier_arrive_expect(full, num_panels * SmemTile::kPanelBytes + more_bytes);
+__device__ inline void copy_tile(uint32_t smem, const TensorMap& map, uint32_t full, int num_panels,
+                                 int row, int head, int batch) {
 #pragma unroll
   for (int panel = 0; panel < SmemTile::kCols / 64; ++panel) {
     if (panel < num_panels) {
       ptx::tma_load(smem + panel * SmemTile::kPanelBytes, map, full, panel * 64, row, head, batch);
     }
   }
+}
+
+// The same, announced; `more_bytes` will come by another copy.
+template <class SmemTile>
+__device__ inline void load_tile(uint32_t smem, const TensorMap& map, uint32_t full, int num_panels,
+                                 int row, int head, int batch, int more_bytes = 0) {
+  ptx::mbarrier_arrive_expect(full, num_panels * SmemTile::kPanelBytes + more_bytes);
+  copy_tile<SmemTile>(smem, map, full, num_panels, row, head, batch);
 }
 
 // A block whose rows stand one behind the other. One lane copies it.

@@ -109,17 +109,23 @@ struct RegisterOrder {
 };
 
 // Sums of tiles of 64 rows in the order in which a warpgroup has them: all threads' four values of
-// the first eight columns, then of the next. A warp adds 512 contiguous bytes at once.
+// the first eight columns, then of the next. So are those that are added to them.
 struct WarpgroupOrder {
   static constexpr int kEightColumns = 64 * 8;  // floats
 
+  // To shared memory, from where all are added at once.
   template <int kN>
-  __device__ static void add(float* to, const Accumulators<1, kN>& acc, int num_columns,
-                             int thread) {
-    to += 4 * static_cast<uint32_t>(thread);
+  __device__ static void store(uint32_t to, const Accumulators<1, kN>& acc, int num_columns,
+                               int thread) {
+    to += 16 * static_cast<uint32_t>(thread);
 #pragma unroll
     for (int n = 0; n < kN; ++n) {
-      if (8 * n < num_columns) ptx::red_add_v4_f32(to + n * kEightColumns, acc.c[0][n]);
+      const float(&x)[4] = acc.c[0][n];
+      if (8 * n < num_columns) {
+        ptx::st_shared_128(to + n * kEightColumns * 4,
+                           make_uint4(__float_as_uint(x[0]), __float_as_uint(x[1]),
+                                      __float_as_uint(x[2]), __float_as_uint(x[3])));
+      }
     }
   }
 

@@ -405,6 +405,22 @@ void tma_store(uint32_t smem, const flash::TensorMap& map, const int (&place)[4]
   });
 }
 
+void bulk_add(float* gmem, uint32_t smem, int bytes) {
+  if ((reinterpret_cast<uintptr_t>(gmem) | smem | bytes) % 16 != 0) {
+    stop("floats that are added at once are not aligned");
+  }
+  const unsigned thread = threadIdx.x;
+  ++g_cta->stores[thread];
+  g_cta->copies.push_back([=] {
+    for (int i = 0; i < bytes / 4; ++i) {
+      float x;
+      memcpy(&x, at(smem + 4 * i, 4), 4);
+      gmem[i] += x;
+    }
+    --g_cta->stores[thread];
+  });
+}
+
 void tma_store_wait() {
   const unsigned thread = threadIdx.x;
   wait_until([thread] { return g_cta->stores[thread] == 0; }, "its stores");

@@ -80,6 +80,7 @@ void cp_async_wait(int pending);
 void bulk_load(uint32_t smem, const void* gmem, int bytes, uint32_t barrier);
 void tma_load(uint32_t smem, const flash::TensorMap& map, uint32_t barrier, const int (&place)[4]);
 void tma_store(uint32_t smem, const flash::TensorMap& map, const int (&place)[4]);
+void bulk_add(float* gmem, uint32_t smem, int bytes);
 void tma_store_wait();
 
 // What elements of products are.

@@ -95,11 +95,6 @@ inline void let_kernel_behind_begin() {}
 
 inline void red_add_f32(float* gmem, float x) { *gmem += x; }
 
-inline void red_add_v4_f32(float* gmem, const float (&x)[4]) {
-  if (reinterpret_cast<uintptr_t>(gmem) % 16 != 0) emulator::stop("four floats are not aligned");
-  for (int i = 0; i < 4; ++i) gmem[i] += x[i];
-}
-
 inline void wait_until_equal(const int32_t* gmem, int x) {
   emulator::wait_until([=] { return *gmem == x; }, "a counter in memory");
 }

@@ -1,0 +1,109 @@
+// How gradients leave shared memory by TMA: sums of dQ, and 64 rows of dK or dV.
+#pragma once
+
+#include "ptx/tma.cuh"
+#include "sm90/backward_pipeline.cuh"
+#include "tile/store.cuh"
+
+namespace flash::sm90 {
+
+// Whether 64 rows of a gradient of keys, from `first` of the sequence on, leave by TMA: rows behind
+// a packed sequence belong to another one.
+__device__ inline bool leave_by_tma(const BackwardParams& params, const KeyBlock& block,
+                                    int first) {
+  return params.seqs.cu_seqlens_k == nullptr || first + 64 <= block.sk;
+}
+
+template <class TileOut>
+__device__ inline void send_rows(const TensorMap& map, uint32_t smem, const KeyBlock& block,
+                                 int first, int num_cols) {
+#pragma unroll
+  for (int panel = 0; panel < TileOut::kCols / 64; ++panel) {
+    if (panel * 64 < num_cols) {
+      ptx::tma_store(map, smem + panel * TileOut::kPanelBytes, panel * 64, block.first_k + first,
+                     block.head, block.batch_k);
+    }
+  }
+  ptx::tma_store_commit();
+}
+
+// One lane's work for each consumer: what leaves through its buffer. Of each step its part of dQ is
+// added to the sums in memory, a step late, as it is multiplied; and dV of each block leaves.
+//
+// Where sums have one order, a counter of each 64 rows of dQ and consumer tells which block of keys
+// is next to add to them, from the last that their queries see down to the first.
+template <class Cfg>
+struct Sender {
+  static constexpr bool kByRows = Cfg::kBlockM == 2 * kSumRows;  // else by columns
+  static constexpr int kNone = -1;
+  const TmaBackwardParams& maps;
+  const BackwardPipeline<Cfg>& pipe;
+  const int consumer;
+
+  __device__ void run() const {
+    const BackwardParams& call = maps.call;
+    uint32_t sent = 0;
+    // Of the step before, if there is one: the row in dq_accum, and the turn.
+    int late = kNone;
+    int late_turn = 0;
+    ptx::wait_for_kernel_in_front();
+    for (uint32_t i = 0;; ++i) {
+      pipe.blocks().wait_full(i);
+      const KeyBlock& block = pipe.block(i);
+      const bool has_steps = !block.is_last && block.begin < block.end;
+      // Behind the last block there is only the late dQ.
+      int left = has_steps ? (block.end - block.begin) * (call.hq / call.hk) : block.is_last;
+      int at = block.begin;
+      int row = block.first_sum + at * Cfg::kBlockM + (kByRows ? kSumRows * consumer : 0);
+      for (; left > 0; --left) {
+        if (late != kNone) add(late, late_turn, sent++);
+        late = row;
+        late_turn = block.first / Cfg::kBlockN;
+        row += Cfg::kBlockM;
+        if (++at == block.end) {
+          at = block.begin;
+          row += static_cast<int>(call.delta_head) - (block.end - at) * Cfg::kBlockM;
+        }
+      }
+      if (block.is_last) break;
+      if (has_steps) {
+        pipe.outs(consumer).wait_full(sent);
+        send_values(block);
+        pipe.outs(consumer).arrive_empty(sent++);
+      }
+      pipe.blocks().arrive_empty(i);
+    }
+    ptx::tma_store_wait();
+  }
+
+ private:
+  __device__ void send_values(const KeyBlock& block) const {
+    const int first = block.first + 64 * consumer;
+    if (!leave_by_tma(maps.call, block, first)) return;
+    send_rows<typename Cfg::TileOut>(maps.dv, pipe.out_buffer(consumer), block, first,
+                                     maps.call.dv);
+    ptx::tma_store_wait_read();
+  }
+
+  // To 64 rows from `row` of dq_accum on.
+  __device__ void add(int row, int turn, uint32_t sent) const {
+    const BackwardParams& call = maps.call;
+    const int column = kByRows ? 0 : 64 * consumer;
+    float* const to = call.dq_accum + int64_t{row} * Cfg::kHeadDim +
+                      column / 8 * tile::WarpgroupOrder::kEightColumns;
+    const int bytes = min(Cfg::kHeadDim - column, 64) * kSumRows * static_cast<int>(sizeof(float));
+    int32_t* const counter = call.turns + row / kSumRows * 2 + (kByRows ? 0 : consumer);
+    pipe.outs(consumer).wait_full(sent);
+    if (call.turns) ptx::wait_until_equal(counter, turn);
+    ptx::bulk_add(to, pipe.out_buffer(consumer), bytes);
+    ptx::tma_store_commit();
+    ptx::tma_store_wait_read();
+    pipe.outs(consumer).arrive_empty(sent);
+    if (call.turns) {
+      ptx::tma_store_wait();
+      ptx::red_release_add(counter, -1);
+    }
+  }
+};
+
+}  // namespace flash::sm90
