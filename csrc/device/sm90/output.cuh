@@ -3,20 +3,13 @@
 
 #include "ptx/tma.cuh"
 #include "sm90/fp8_transpose.cuh"
+#include "sm90/own.cuh"
 #include "sm90/producer.cuh"
 #include "sm90/softmax.cuh"
 #include "tile/store.cuh"
 #include "tile/warpgroup.cuh"
 
 namespace flash::sm90 {
-
-// This thread's place among those of its consumer. Opaque, so that nothing that is seldom needed is
-// computed ahead and kept.
-struct Own {
-  __device__ static int thread() { return ptx::opaque(static_cast<int>(threadIdx.x)) % 128; }
-  __device__ static int lane() { return thread() % 32; }
-  __device__ static int warp_row() { return thread() / 32 * 16; }
-};
 
 template <class Cfg>
 class Output {

@@ -11,6 +11,7 @@
 #pragma once
 
 #include "sm90/backward_scores.cuh"
+#include "sm90/own.cuh"
 #include "sm90/queries_pipeline.cuh"
 #include "tile/warpgroup.cuh"
 
@@ -84,7 +85,7 @@ class QueriesConsumer {
       }
       pass_steps();
       store();
-      pipe_.blocks().arrive_empty_if(thread() == 0, block_);
+      pipe_.blocks().arrive_empty_if(Own::thread() == 0, block_);
       ++block_;
     }
   }
@@ -93,7 +94,7 @@ class QueriesConsumer {
   // Waits for the next block of queries; false where there is none. One thread plans, a block
   // ahead.
   __device__ __forceinline__ bool has_block() const {
-    if (index() == 128) {
+    if (Own::thread() == 0 && consumer_ == 0) {
       for (uint32_t i = block_ == 0 ? 0 : block_ + 1; i <= block_ + 1; ++i) {
         plan_query_block<Cfg>(params_, pipe_, i);
       }
@@ -171,7 +172,7 @@ class QueriesConsumer {
   __device__ __forceinline__ void finish_dq() {
     ptx::pin(dq_.c[0]);
     ptx::pin(ds_);
-    pipe_.k().arrive_empty_if(thread() == 0, step_ - 1);
+    pipe_.k().arrive_empty_if(Own::thread() == 0, step_ - 1);
   }
 
   // S is there, dP will be.
@@ -179,12 +180,12 @@ class QueriesConsumer {
   __device__ __forceinline__ void to_gradients(AccS& s, AccS& dp) {
     const bool is_last = at_ + 1 == end_;
     ptx::pin(s.c[0]);
-    pipe_.q(consumer_).arrive_empty_if(is_last && thread() == 0, round_);
+    pipe_.q(consumer_).arrive_empty_if(is_last && Own::thread() == 0, round_);
     absorb<kPlain>(s);
     ptx::wgmma_wait<0>();
     ptx::pin(dp.c[0]);
-    pipe_.v().arrive_empty_if(thread() == 0, step_);
-    pipe_.dout(consumer_).arrive_empty_if(is_last && thread() == 0, round_);
+    pipe_.v().arrive_empty_if(Own::thread() == 0, step_);
+    pipe_.dout(consumer_).arrive_empty_if(is_last && Own::thread() == 0, round_);
 #pragma unroll
     for (int n = 0; n < kBlockN / 8; ++n) {
 #pragma unroll
@@ -200,8 +201,8 @@ class QueriesConsumer {
   __device__ __forceinline__ void absorb(AccS& s) const {
     const QueryBlock& b = block();
     const attn::Mask mask(params_.scores, b.sq, b.sk);
-    const int row = b.first + kBoxM * consumer_ + warp_row() + lane() / 4;
-    const int col = at_ * kBlockN + lane() % 4 * 2;
+    const int row = b.first + kBoxM * consumer_ + Own::warp_row() + Own::lane() / 4;
+    const int col = at_ * kBlockN + Own::lane() % 4 * 2;
     if constexpr (kPlain) {
       if (__builtin_expect(at_ < full_begin_ || at_ >= full_end_, 0)) {
         attn::hide(s, mask, row, col);
@@ -228,7 +229,7 @@ class QueriesConsumer {
              b.first + kBoxM * consumer_);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const int row = warp_row() + lane() / 4 + 8 * h;
+      const int row = Own::warp_row() + Own::lane() / 4 + 8 * h;
       lse_[h] = tile[row];
       minus_delta_[h] = tile[kBoxM + row];
     }
@@ -243,7 +244,7 @@ class QueriesConsumer {
     constexpr int kChunks = TileK::kCols / tile::kChunk;
     const int tail = ptx::uniform(block().tail_k);
 #pragma unroll 1
-    for (int at = tail * kChunks + thread(); at < kBlockN * kChunks; at += 128) {
+    for (int at = tail * kChunks + Own::thread(); at < kBlockN * kChunks; at += 128) {
       const uint32_t offset = TileK::offset(at / kChunks, at % kChunks);
       ptx::st_shared_128(pipe_.k_buffer(step_) + offset, make_uint4(0, 0, 0, 0));
       ptx::st_shared_128(pipe_.v_buffer(step_) + offset, make_uint4(0, 0, 0, 0));
@@ -260,35 +261,29 @@ class QueriesConsumer {
     if (begin >= end_) {
       pipe_.q(consumer_).wait_full(round_);
       pipe_.dout(consumer_).wait_full(round_);
-      pipe_.q(consumer_).arrive_empty_if(thread() == 0, round_);
-      pipe_.dout(consumer_).arrive_empty_if(thread() == 0, round_);
+      pipe_.q(consumer_).arrive_empty_if(Own::thread() == 0, round_);
+      pipe_.dout(consumer_).arrive_empty_if(Own::thread() == 0, round_);
     }
     for (; at_ < end; ++at_, ++step_) {
       pipe_.k().wait_full(step_);
       pipe_.v().wait_full(step_);
-      pipe_.k().arrive_empty_if(thread() == 0, step_);
-      pipe_.v().arrive_empty_if(thread() == 0, step_);
+      pipe_.k().arrive_empty_if(Own::thread() == 0, step_);
+      pipe_.v().arrive_empty_if(Own::thread() == 0, step_);
     }
     ++round_;
   }
 
   __device__ __forceinline__ void store() const {
     const QueryBlock& b = block();
-    const int row = b.first + kBoxM * consumer_ + warp_row();
+    const int row = b.first + kBoxM * consumer_ + Own::warp_row();
     uint16_t* const to = static_cast<uint16_t*>(params_.dq.ptr) + b.batch_q * params_.dq.batch +
                          b.head * params_.dq.head + (int64_t{b.first_q} + row) * params_.dq.row;
     const float factor = params_.scores.softmax_scale;
     const float factors[2] = {factor, factor};
-    tile::store_rows<T>(to, params_.dq.row, dq_, factors, b.sq - row, params_.d, lane());
+    tile::store_rows<T>(to, params_.dq.row, dq_, factors, b.sq - row, params_.d, Own::lane());
   }
 
   __device__ const QueryBlock& block() const { return pipe_.block(block_); }
-
-  // Opaque, so that nothing that is seldom needed is computed ahead and kept.
-  __device__ static int index() { return ptx::opaque(static_cast<int>(threadIdx.x)); }
-  __device__ static int thread() { return index() % 128; }
-  __device__ static int lane() { return index() % 32; }
-  __device__ static int warp_row() { return thread() / 32 * 16; }
 
   const TmaBackwardParams& maps_;
   const BackwardParams& params_;

@@ -18,8 +18,8 @@ namespace flash::sm90 {
 // 4096, and 7 to 12 % at 256; 64 took 2 % more time at head dim 64.
 constexpr float kMostSum = 256.0f;
 
-// Where the maxima of the four lanes of a row differ by more than this in a block, in powers of two,
-// p of a later block might overflow. Those of usual scores differ by 2 or 3.
+// Where the maxima of the four lanes of a row differ by more than this in a block, in powers of
+// two, p of a later block might overflow. Those of usual scores differ by 2 or 3.
 constexpr float kMostSpread = 32.0f;
 
 struct Softmax {
