@@ -127,7 +127,9 @@ def triton_section(result: dict[str, Any]) -> str:
 
 def peers_section(result: dict[str, Any]) -> str:
     """Heading, a table for each pass, errors, and what hard inputs cost."""
-    parts = [heading(result), *picture(result, "Ratios to the best peer by sequence length")]
+    _, *others = result["rows"][0]["tflops"]
+    parts = [heading(result, f"Beside {', '.join(others)}.")]
+    parts += picture(result, "Ratios to the best peer by sequence length")
     parts += [cpu_table(result)] if "cpu" in result else []
     for passes in dict.fromkeys(row["passes"] for row in result["rows"]):
         parts.append(passes_table([row for row in result["rows"] if row["passes"] == passes]))
