@@ -23,10 +23,9 @@ struct Mask {
         right(scores.window_right),
         chunk(scores.attention_chunk) {}
 
-  // In front of the first key there are no chunks that anybody sees: one stands for all.
   __device__ int chunk_start(int at) const {
-    if (at < 0) return -chunk;
-    return static_cast<uint32_t>(at) / static_cast<uint32_t>(chunk) * chunk;
+    const int index = at >= 0 ? at / chunk : -((chunk - 1 - at) / chunk);
+    return index * chunk;
   }
 
   __device__ int lowest(int i) const {

@@ -102,8 +102,7 @@ __device__ inline void transform(tile::Accumulators<kM, kN>& s, tile::Accumulato
 // its column, counted from the lane's first, is below `end`.
 __device__ inline uint32_t entries_below(int end) {
   end = min(max(end, 0), 128);
-  const int count = end / 8 * 2 + min(end % 8, 2);
-  return count < 32 ? (1u << count) - 1 : 0xffffffffu;
+  return ~(0xffffffffu << (end + 7) / 8 << (end + 6) / 8);
 }
 
 // Sets entries that are not visible to -inf. Bits become predicates seven at a time, which takes a
@@ -126,6 +125,25 @@ __device__ inline void hide(tile::Accumulators<kM, kN>& s, const Mask& mask, int
           float& x = s.c[m][first + bit / 2][2 * h + bit % 2];
           if (!(seen & 1u << bit)) x = -infinity();
         }
+      }
+    }
+  }
+}
+
+// The same by comparisons, which take more instructions and fewer registers.
+template <int kM, int kN>
+__device__ inline void hide_in_place(tile::Accumulators<kM, kN>& s, const Mask& mask, int row,
+                                     int col) {
+#pragma unroll
+  for (int m = 0; m < kM; ++m) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int end = mask.highest(ptx::opaque(row) + 16 * m + 8 * h) - col;
+      const int begin = mask.lowest(ptx::opaque(row) + 16 * m + 8 * h) - col;
+#pragma unroll
+      for (int i = 0; i < 2 * kN; ++i) {
+        const int at = 8 * (i / 2) + i % 2;
+        if (at >= end || at < begin) s.c[m][i / 2][2 * h + i % 2] = -infinity();
       }
     }
   }
