@@ -59,6 +59,17 @@ const Image* load(const Kernel& kernel, const Device& device, CUkernel* loaded) 
   }
 }
 
+// Of so many CTAs, with room for attributes.
+CUlaunchConfig config_of(const Shape& shape, int64_t num_ctas, CUlaunchAttribute* attributes) {
+  CUlaunchConfig config = {};
+  config.gridDimX = static_cast<unsigned int>(num_ctas);
+  config.blockDimX = static_cast<unsigned int>(shape.threads);
+  config.gridDimY = config.gridDimZ = config.blockDimY = config.blockDimZ = 1;
+  config.sharedMemBytes = static_cast<unsigned int>(shape.smem_bytes);
+  config.attrs = attributes;
+  return config;
+}
+
 // Asks how many clusters of a kernel run at once, and lets it have those of 16.
 bool count_clusters(const Kernel& kernel, CUkernel loaded, const Shape& shape, const Device& device,
                     Clusters* found) {
@@ -72,12 +83,7 @@ bool count_clusters(const Kernel& kernel, CUkernel loaded, const Shape& shape, c
   int size = decode::kMostInCluster;
   for (int& count : found->count) {
     CUlaunchAttribute cluster = CUlaunchAttribute::cluster(size);
-    CUlaunchConfig config = {};
-    config.gridDimX = static_cast<unsigned int>(size);
-    config.gridDimY = config.gridDimZ = config.blockDimY = config.blockDimZ = 1;
-    config.blockDimX = static_cast<unsigned int>(shape.threads);
-    config.sharedMemBytes = static_cast<unsigned int>(shape.smem_bytes);
-    config.attrs = &cluster;
+    CUlaunchConfig config = config_of(shape, size, &cluster);
     config.numAttrs = 1;
     // Not every device has every size.
     if (api.cuOccupancyMaxActiveClusters(&count, loaded, &config) != kCudaSuccess) count = 0;
@@ -147,15 +153,9 @@ bool launch(const Ready& ready, const Device& device, void* stream, int64_t num_
   if (num_ctas > INT32_MAX) {
     return fail("%s: too many tiles for one launch on device %d", symbol, device.ordinal);
   }
-  CUlaunchConfig config = {};
-  config.gridDimX = static_cast<unsigned int>(num_ctas);
-  config.gridDimY = config.gridDimZ = 1;
-  config.blockDimX = static_cast<unsigned int>(ready.shape.threads);
-  config.blockDimY = config.blockDimZ = 1;
-  config.sharedMemBytes = static_cast<unsigned int>(ready.shape.smem_bytes);
-  config.hStream = static_cast<CUstream>(stream);
   CUlaunchAttribute attributes[2];
-  config.attrs = attributes;
+  CUlaunchConfig config = config_of(ready.shape, num_ctas, attributes);
+  config.hStream = static_cast<CUstream>(stream);
   // In code for architectures that have the instruction to wait.
   if (ready.shape.waits && ready.kernel->loaded_arch[device.ordinal] >= 90) {
     attributes[config.numAttrs++] = CUlaunchAttribute::overlap();

@@ -272,20 +272,22 @@ int choose_section(const ForwardParams& params, const Shape& shape, const Device
   const int group = params.hq / params.hk;
   const int64_t bytes = int64_t{shape.element_bytes} * params.seqs.sk * (params.d + params.dv);
   const int64_t heads = int64_t{params.hk} * params.seqs.b;
+  // Heads whose K and V take such a part of L2.
+  const auto fitting = [&](int part) { return bytes == 0 ? 1 : device.l2_bytes / part / bytes; };
   if (shape.box_m > 0) {
     if (!grows(params.scores)) return group;
     // Tiles for two rounds of the device: more read K and V from memory all at once, and none
     // after.
     const int64_t blocks = ceil_div(params.seqs.sq, shape.block_m);
     const int64_t few = blocks == 0 ? 1 : ceil_div(2 * int64_t{device.num_sms}, blocks * group);
-    const int64_t fitting = bytes == 0 ? 1 : device.l2_bytes / 3 / bytes;
-    return section(heads, fitting < few ? fitting : few) * group;
+    const int64_t third = fitting(3);
+    return section(heads, third < few ? third : few) * group;
   }
   // Tiles of the same head run side by side, and share K and V anyway, where heads are few.
   const int64_t few = device.num_sms / 3 / group;
   // Half of L2: the rest is for other traffic.
-  const int64_t fitting = bytes == 0 ? 1 : device.l2_bytes / 2 / bytes;
-  return section(heads, fitting > few ? fitting : few) * group;
+  const int64_t half = fitting(2);
+  return section(heads, half > few ? half : few) * group;
 }
 
 uint32_t last_section(const ForwardParams& params, const Shape& shape, const Device& device) {

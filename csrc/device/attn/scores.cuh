@@ -132,8 +132,8 @@ __device__ inline void hide(tile::Accumulators<kM, kN>& s, const Mask& mask, int
 
 // The same by comparisons, which take more instructions and fewer registers.
 template <int kM, int kN>
-__device__ inline void hide_in_place(tile::Accumulators<kM, kN>& s, const Mask& mask, int row,
-                                     int col) {
+__device__ inline void hide_by_comparisons(tile::Accumulators<kM, kN>& s, const Mask& mask, int row,
+                                           int col) {
 #pragma unroll
   for (int m = 0; m < kM; ++m) {
 #pragma unroll

@@ -291,7 +291,7 @@ __device__ inline void block_of_keys(const BackwardParams& params, const attn::S
         kept.apply(ds, params.scores.keep_scale, minus_delta);
       }
       if (!rule.is_plain) attn::transform(s, ds, rule, mask, lane_row, lane_col);
-      attn::hide_in_place(s, mask, lane_row, lane_col);
+      attn::hide_by_comparisons(s, mask, lane_row, lane_col);
       hide_rows<Cfg>(lse, seq.sq - lane_row);
       exponentiate<Cfg>(s, lse, rule.softmax_scale_log2);
       scale_by<Cfg>(ds, s);

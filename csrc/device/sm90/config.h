@@ -48,9 +48,9 @@ struct ForwardTile {
     return transposes_v() ? stages * v_columns() * ((block_n + 127) / 128 * 128) : 0;
   }
   // Where Q leaves its buffer early, the next tile's scores are computed beside the end of this
-  // one, and O has a buffer to leave by. Else it leaves panel by panel, by way of two.
+  // one, and O has a buffer to leave by. Else it leaves in two halves.
   constexpr bool has_o_buffer() const { return holds_q || q_buffers > 1; }
-  constexpr int o_columns() const { return has_o_buffer() ? v_columns() : 2 * 64; }
+  constexpr int o_columns() const { return has_o_buffer() ? v_columns() : v_columns() / 2; }
   // Q, K and V in stages, O; two floats a row; barriers and tiles.
   constexpr int smem_bytes() const {
     return (q_buffers * block_m() + 2 * stages * block_n) * columns() * 2 +

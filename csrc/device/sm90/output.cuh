@@ -16,7 +16,7 @@ class Output {
   using Out = typename Cfg::Out;
   using TileO = typename Cfg::TileO;
   using AccO = typename Cfg::AccO;
-  static constexpr int kHalf = Cfg::kHeadDim / 32 * 16;  // columns of O
+  static constexpr int kHalf = TileO::kCols;  // of O's columns, where it leaves in halves
 
  public:
   __device__ __forceinline__ Output(const TmaForwardParams& params, const Pipeline<Cfg>& pipe,
@@ -106,7 +106,7 @@ class Output {
   const TensorMap& map_;
   const Pipeline<Cfg>& pipe_;
   const int consumer_;
-  uint32_t rest_[kHalf / 16][4];  // of O, where it leaves in two halves
+  uint32_t rest_[kHalf / 16][4];  // the second half
 };
 
 }  // namespace flash::sm90

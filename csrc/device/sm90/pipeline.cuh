@@ -54,7 +54,7 @@ constexpr int kMaxConsumers = 3;
 // else reads it.
 struct Tile {
   int begin, end;  // blocks of keys, at least one; end 0: there are no more tiles
-  attn::Keys seen_by_all[kMaxConsumers];  // by all rows of a consumer
+  attn::Keys seen_by_all[kMaxConsumers];  // what all rows of a consumer see
   // Of the last blocks: none of the consumer's rows sees them. Where tiles are done one by one.
   int skipped[kMaxConsumers];
   int sequence, head;
