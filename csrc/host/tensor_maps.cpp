@@ -84,14 +84,14 @@ bool have_tensor_maps(const BackwardParams& params) {
          has_map(params.dout, all.o) && has_map(params.dk, all.k) && has_map(params.dv_grad, all.v);
 }
 
-bool make_tma_params(const ForwardParams& params, const Shape& shape, int dtype,
+bool make_tma_params(const ForwardParams& params, const Shape& shape, int dtype, bool is_paired,
                      TmaForwardParams* made) {
   const Extents all = extents_of(params, params.seqs.cache_rows);
   made->call = params;
   made->scale_log2 = params.scores.softmax_scale * kLog2e;
   const int bytes = shape.element_bytes;
   const int rows = params.seqs.block_table == nullptr
-                       ? shape.block_n
+                       ? shape.block_n / (is_paired ? 2 : 1)
                        : sm90::rows_of_piece(params.seqs.page_size, shape.block_n);
   return make_map(params.q, all.q, shape.box_m, dtype, &made->q, bytes) &&
          make_map(params.k, all.k, rows, dtype, &made->k, bytes) &&
