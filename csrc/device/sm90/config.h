@@ -65,7 +65,7 @@ struct ForwardTile {
 
 constexpr ForwardTile kForwardTiles[] = {
     {false, 64, 2, 128, 4, 1, true, true},          //
-    {false, 96, 2, 128, 2, 1, true, false, true},   //
+    {false, 96, 2, 128, 2, 1, true, true, true},    //
     {false, 128, 2, 128, 2, 1, true, false, true},  //
     {false, 192, 2, 64, 2, 1, true, false},         //
     {false, 256, 2, 64, 2, 1, false, false, true},  //
