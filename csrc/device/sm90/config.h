@@ -63,13 +63,15 @@ struct ForwardTile {
   }
 };
 
+// Wide or not, head dim, consumers, keys, buffers of K and of V, buffers of Q, holds Q, takes
+// turns, plans Q; and bytes of an element.
 constexpr ForwardTile kForwardTiles[] = {
-    {false, 64, 2, 128, 4, 1, true, true},          //
-    {false, 96, 2, 128, 2, 1, true, true, true},    //
-    {false, 128, 2, 128, 2, 1, true, false, true},  //
-    {false, 192, 2, 64, 2, 1, true, false},         //
-    {false, 256, 2, 64, 2, 1, false, false, true},  //
-    {true, 64, 3, 128, 4, 2, false, true},          //
+    {false, 64, 2, 128, 4, 1, true, true},
+    {false, 96, 2, 128, 2, 1, true, true, true},
+    {false, 128, 2, 128, 2, 1, true, true, true},
+    {false, 192, 2, 64, 2, 1, true, true},
+    {false, 256, 2, 64, 2, 1, false, false, true},
+    {true, 64, 3, 128, 4, 2, false, true},
     {false, 64, 3, 128, 2, 1, true, true, false, 1},
     {false, 96, 3, 96, 2, 1, true, false, false, 1},
     {false, 128, 2, 128, 2, 1, true, false, false, 1},
