@@ -98,8 +98,10 @@ class Consumer {
 #pragma unroll 1
     for (; blocks > 0; --blocks, ++block_) {
       pipe_.k().wait_full(block_);
-      release(pipe_.k(), block_);
       pipe_.v().wait_full(block_);
+      // Else a warp that comes late might look for a phase that is two behind.
+      ptx::named_barrier_sync(1 + consumer_, 128);
+      release(pipe_.k(), block_);
       release(pipe_.v(), block_);
     }
   }

@@ -152,9 +152,11 @@ __device__ inline void load_q(const TmaForwardParams& params, const Pipeline<Cfg
   for (int consumer = 0; consumer < Cfg::kConsumers; ++consumer) {
     pipe.q(consumer).wait_empty(i);
     if (!is_leader) continue;
-    load_tile<typename Cfg::TileQ>(pipe.q_buffer(i, consumer), params.q, pipe.q(consumer).full(i),
-                                   Cfg::TileQ::kCols / 64, tile.first_q + tile.row0 + 64 * consumer,
-                                   tile.head, tile.batch_q);
+    using TileQ = typename Cfg::TileQ;
+    ptx::mbarrier_arrive_expect(pipe.q(consumer).full(i), TileQ::kBytes);
+    copy_tile<TileQ>(pipe.q_buffer(i, consumer), params.q, pipe.q(consumer).full(i),
+                     TileQ::kCols / 64, tile.first_q + tile.row0 + 64 * consumer, tile.head,
+                     tile.batch_q, ptx::Keep::kShort);
   }
 }
 
