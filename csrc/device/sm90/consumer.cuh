@@ -93,17 +93,27 @@ class Consumer {
     }
   }
 
-  // Gives back the next blocks, in front of which no product is due.
+  // Gives back the next blocks, in front of which no product is due: K first, whose buffers the
+  // tile's own blocks wait for.
   __device__ __forceinline__ void skip_blocks(int blocks) {
 #pragma unroll 1
-    for (; blocks > 0; --blocks, ++block_) {
-      pipe_.k().wait_full(block_);
-      pipe_.v().wait_full(block_);
-      // Else a warp that comes late might look for a phase that is two behind.
-      ptx::named_barrier_sync(1 + consumer_, 128);
-      release(pipe_.k(), block_);
-      release(pipe_.v(), block_);
+    while (blocks > 0) {
+      const int some = min(blocks, Cfg::kStages);
+      give_back(pipe_.k(), some);
+      give_back(pipe_.v(), some);
+      block_ += some;
+      blocks -= some;
     }
+  }
+
+  // A warp that came late would look for a phase that is two behind: so all meet.
+  template <class Ring>
+  __device__ __forceinline__ void give_back(const Ring& ring, int blocks) const {
+#pragma unroll 1
+    for (int i = 0; i < blocks; ++i) ring.wait_full(block_ + i);
+    ptx::named_barrier_sync(1 + consumer_, 128);
+#pragma unroll 1
+    for (int i = 0; i < blocks; ++i) release(ring, block_ + i);
   }
 
   // How many blocks, from the one in front of this down, may have a lazy maximum; below 1 there is
