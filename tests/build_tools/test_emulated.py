@@ -95,6 +95,7 @@ CASES = {
     **FORWARD_CASES,
     "window_left": "dense({d}, 300, 700, window=(64, -1))",
     "window_of_many_rows": "dense({d}, 2048, 2048, hq=1, hk=1, window=(100, 0))",
+    "causal_of_many_rows": "dense({d}, 2100, 1300, hq=1, hk=1, causal=True)",
     "overflowing_scores": "dense({d}, 200, 900, rise=600.0)",
     "overflowing_scores_full": "dense({d}, 400, 900, rise=600.0)",
     "jumping_scores": "dense({d}, 200, 900, jump=200.0)",

@@ -29,18 +29,23 @@ struct Mask {
   }
 
   __device__ int lowest(int i) const {
-    int lo = 0;
-    if (left >= 0) lo = max(lo, i + diagonal - left);
+    int lo = in_window(i).begin;
     if (chunk > 0) lo = max(lo, chunk_start(i + diagonal));
     return lo;
   }
 
   __device__ int highest(int i) const {
-    int hi = sk;
-    // The bound in 64 bits: a window near INT_MAX means none.
-    if (right >= 0 && right < sk - i - diagonal) hi = min(hi, i + diagonal + right + 1);
+    int hi = in_window(i).end;
     if (chunk > 0) hi = min(hi, chunk_start(i + diagonal) + chunk);
     return hi;
+  }
+
+  // The same of both, chunks apart.
+  __device__ Keys in_window(int i) const {
+    // Compared so that nothing overflows: a window near INT_MAX means none.
+    const bool is_bound = right >= 0 && right < sk - i - diagonal;
+    return {left >= 0 ? max(0, i + diagonal - left) : 0,
+            is_bound ? min(sk, i + diagonal + right + 1) : sk};
   }
 
   // Key j is visible to queries [first_query(j), end_query(j)) only; both grow with j.

@@ -47,7 +47,7 @@ __device__ inline void pin(uint32_t (&a)[kN][4]) {
 //   with_rows:       A and B by rows of shared memory along the depth: A B^T of two tiles
 //   with_rows(a):    the same with A in registers
 //   with_columns:    A by rows, B by columns: A B of two tiles
-//   with_columns(a): the same with A in registers, and always added
+//   with_columns(a): the same with A in registers
 template <class T, int kN>
 struct Wgmma;
 
@@ -108,14 +108,14 @@ struct Wgmma;
                    : FLASH_OPERANDS_##N                                                           \
                    : "l"(a), "l"(b), "r"(adds));                                                  \
     }                                                                                             \
-    __device__ static void with_columns(float (&c)[N / 8][4], const uint32_t (&a)[4],             \
-                                        uint64_t b) {                                             \
-      asm volatile(                                                                               \
-          "{.reg .pred adds; setp.eq.s32 adds, 0"                                                 \
-          ", 0; wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE                    \
-          " {" FLASH_NAMES_##N "}, {" X0 ", " X1 ", " X2 ", " X3 "}, " X4 ", adds, 1, 1, 1;}"     \
-          : FLASH_OPERANDS_##N                                                                    \
-          : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                  \
+    __device__ static void with_columns(float (&c)[N / 8][4], const uint32_t (&a)[4], uint64_t b, \
+                                        int adds) {                                               \
+      asm volatile("{.reg .pred adds; setp.ne.s32 adds, " X5                                      \
+                   ", 0; wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE           \
+                   " {" FLASH_NAMES_##N "}, {" X0 ", " X1 ", " X2 ", " X3 "}, " X4                \
+                   ", adds, 1, 1, 1;}"                                                            \
+                   : FLASH_OPERANDS_##N                                                           \
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(adds));              \
     }                                                                                             \
   };
 #define FLASH_WGMMA_OF(TAG, TYPE)                                         \

@@ -55,6 +55,11 @@ struct ForwardTile {
   // Where Q leaves its buffer early, the next tile's scores are computed beside the end of this
   // one, and O has a buffer to leave by. Else it leaves in two halves.
   constexpr bool has_o_buffer() const { return holds_q || q_buffers > 1; }
+  // P is rounded between exponentials, as soon as the product that reads the last P has ended; else
+  // behind them. That pays only where products take long.
+  constexpr bool rounds_early() const { return head_dim == 128 && element_bytes == 2; }
+  // A consumer passes over blocks that none of its rows sees. That costs a gap between two tiles.
+  constexpr bool skips_blocks() const { return !has_o_buffer() || (is_wide && !transposes_v()); }
   constexpr int o_columns() const { return has_o_buffer() ? v_columns() : v_columns() / 2; }
   // Q, K and V in stages, O; two floats a row; barriers and tiles.
   constexpr int smem_bytes() const {

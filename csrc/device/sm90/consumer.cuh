@@ -5,6 +5,7 @@
 #include "sm90/output.cuh"
 #include "sm90/producer.cuh"
 #include "sm90/recompute.cuh"
+#include "sm90/sight.cuh"
 #include "sm90/transform.cuh"
 #include "sm90/turns.cuh"
 #include "tile/warpgroup.cuh"
@@ -19,6 +20,10 @@ class Consumer {
   using AccS = typename Cfg::AccS;
   using AccO = typename Cfg::AccO;
   static constexpr int kBlockN = Cfg::kBlockN;
+  using Sight = SightOf<kBlockN>;
+  static constexpr bool kStartsFresh = Cfg::kIsFp8 || Cfg::kHasOBuffer;
+  static constexpr bool kRoundsEarly = Cfg::kTile.rounds_early();
+  static constexpr int kEarly = kRoundsEarly ? kBlockN / 16 : 0;  // accumulators
 
  public:
   __device__ __forceinline__ Consumer(const TmaForwardParams& params, const Pipeline<Cfg>& pipe)
@@ -43,20 +48,28 @@ class Consumer {
   }
 
  private:
-  // Tile after tile without a gap.
+  // Tile after tile without a gap, except in front of one whose first blocks are skipped.
   __device__ __forceinline__ void run_joined() {
     open(0);
-    first_step();
     for (;;) {
-      const bool opens = left_ == 0;
-      if (opens) {
-        pipe_.tiles().wait_full(tile_ + 1);
-        if (pipe_.tile(tile_ + 1).end == 0) break;
-        open(tile_ + 1);
+      if (Cfg::kTile.skips_blocks()) skip_blocks(pipe_.tile(tile_).skipped[consumer_]);
+      first_step();
+      for (;;) {
+        const bool opens = left_ == 0;
+        if (opens) {
+          pipe_.tiles().wait_full(tile_ + 1);
+          const Tile& next = pipe_.tile(tile_ + 1);
+          if (next.end == 0) break;
+          if (Cfg::kTile.skips_blocks() && next.skipped[consumer_] > 0) break;
+          open(tile_ + 1);
+        }
+        step(opens);
       }
-      step(opens);
+      last_step();
+      if (!Cfg::kTile.skips_blocks() || pipe_.tile(tile_ + 1).end == 0) break;
+      ++block_;
+      open(tile_ + 1);
     }
-    last_step();
   }
 
   // Tile after tile, where there is no room for the next Q, nor for all of O.
@@ -66,7 +79,6 @@ class Consumer {
       const bool is_of_pair = Cfg::kMayPair && pipe_.ctas() > 1;
       if (is_of_pair) skip_blocks(t.of_pair.end - t.end);
       open(tile);
-      left_ -= t.skipped[consumer_];
       skip_blocks(t.skipped[consumer_]);
       first_step();
       while (left_ > 0) step(false);
@@ -81,8 +93,10 @@ class Consumer {
 
   // Goes on to a tile's scores.
   __device__ __forceinline__ void open(uint32_t tile) {
+    const Tile& t = pipe_.tile(tile);
     tile_ = tile;
-    left_ = pipe_.tile(tile).end - pipe_.tile(tile).begin;
+    left_ = t.end - t.begin;
+    if (Cfg::kTile.skips_blocks()) left_ -= t.skipped[consumer_];
     lazy_left_ = 0;
     is_careful_ = !is_plain();
     pipe_.q(consumer_).wait_full(tile);
@@ -94,12 +108,16 @@ class Consumer {
   }
 
   // Gives back the next blocks, in front of which no product is due: K first, whose buffers the
-  // tile's own blocks wait for.
+  // tile's own blocks wait for. Who multiplies nothing takes its turns all the same.
   __device__ __forceinline__ void skip_blocks(int blocks) {
 #pragma unroll 1
     while (blocks > 0) {
-      const int some = min(blocks, Cfg::kStages);
+      const int some = Cfg::kTile.takes_turns ? 1 : min(blocks, Cfg::kStages);
       give_back(pipe_.k(), some);
+      if (Cfg::kTile.takes_turns) {
+        turns().take();
+        turns().pass();
+      }
       give_back(pipe_.v(), some);
       block_ += some;
       blocks -= some;
@@ -116,6 +134,9 @@ class Consumer {
     for (int i = 0; i < blocks; ++i) release(ring, block_ + i);
   }
 
+  // The block whose scores are due, or have come last.
+  __device__ int key_block() const { return pipe_.tile(tile_).begin + left_ - 1; }
+
   // How many blocks, from the one in front of this down, may have a lazy maximum; below 1 there is
   // none. All rows see them to the full, and have seen a key behind them.
   __device__ int lazy_run(const Tile& t, int key_block) const {
@@ -126,8 +147,7 @@ class Consumer {
 
   // Scores go to softmax as they are.
   __device__ bool is_plain() const {
-    if (Cfg::kIsPlain) return true;
-    return attn::is_plain(params_.scores);
+    return Cfg::kIsPlain || attn::is_plain(params_.scores);
   }
 
   // Scores of the first block of all, or of a tile that is done by itself.
@@ -135,11 +155,12 @@ class Consumer {
     AccS s;
     pipe_.k().wait_full(block_);
     start_scores(s, block_);
+    const Sight sight = look();
     ptx::wgmma_wait<0>();
     ptx::pin(s.c[0]);
     release(pipe_.k(), block_);
     softmax_.clear();
-    absorb(s);
+    absorb(s, sight);
     if (!Cfg::kHasOBuffer && tile_ > 0) output_.store_rest(tile_ - 1);
     pack(s);
     clear_output();
@@ -156,24 +177,28 @@ class Consumer {
     start_scores(s, next);
     start_output(opens ? tile_ - 1 : tile_);
     if (Cfg::kTile.takes_turns) turns().pass();
-    ptx::wgmma_wait<1>();
-    ptx::pin(s.c[0]);
-    release(pipe_.k(), next);
-
     if (opens) {
       output_.finish_sums(softmax_, tile_ - 1);
       softmax_.clear();
     }
-    if constexpr (Cfg::kIsFp8) {
-      absorb(s);
-    } else {
-      if (lazy_left_ <= 0 || !absorb_lazily(s)) absorb(s);
+    Sight sight;
+    if (lazy_left_ <= 0) sight = look();
+    ptx::wgmma_wait<1>();
+    ptx::pin(s.c[0]);
+    release(pipe_.k(), next);
+    float sums[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+    if (kRoundsEarly) {
+      if (lazy_left_ > 0) softmax_.template exponentiate<kEarly>(s, sums, scale_log2_, 0);
+      wait_for_output();
     }
-    ptx::wgmma_wait<0>();
-    ptx::pin(o_.c[0]);
-    ptx::pin(p_);
-    release(pipe_.v(), block_);
-    pack(s);
+    if (Cfg::kIsFp8 || lazy_left_ <= 0 || !absorb_lazily(s, sums, sight)) {
+      absorb(s, sight);
+      if (kRoundsEarly) pack(s);
+    }
+    if (!kRoundsEarly) {
+      wait_for_output();
+      pack(s);
+    }
     if (opens) {
       output_.store(o_, tile_ - 1);
       clear_output();
@@ -184,16 +209,21 @@ class Consumer {
     block_ = next;
   }
 
+  // O is there, but for the scores of this step.
+  __device__ __forceinline__ void wait_for_output() {
+    ptx::wgmma_wait<0>();
+    ptx::pin(o_.c[0]);
+    ptx::pin(p_);
+    release(pipe_.v(), block_);
+  }
+
   // The last product with V of a tile behind which no other stands yet.
   __device__ __forceinline__ void last_step() {
     if (Cfg::kTile.takes_turns) turns().take();
     start_output(tile_);
     if (Cfg::kTile.takes_turns) turns().pass();
     output_.finish_sums(softmax_, tile_);
-    ptx::wgmma_wait<0>();
-    ptx::pin(o_.c[0]);
-    ptx::pin(p_);
-    release(pipe_.v(), block_);
+    wait_for_output();
     output_.store(o_, tile_);
   }
 
@@ -218,15 +248,6 @@ class Consumer {
     return Cfg::kMayPair ? smem & 0xFFFFFF : smem;
   }
 
-  // Zeros in registers would cost the uniform ones that 8-bit kernels count in.
-  __device__ __forceinline__ void clear_output() {
-    if constexpr (Cfg::kIsFp8) {
-      is_fresh_ = true;
-    } else {
-      o_.clear();
-    }
-  }
-
   __device__ __forceinline__ void pack(AccS& s) {
     if constexpr (Cfg::kIsFp8) {
       softmax_.absorb(s, p_, block_scale_);
@@ -235,17 +256,23 @@ class Consumer {
     }
   }
 
+  // The next product will not add; but tiles done one by one need O's registers until then.
+  __device__ __forceinline__ void clear_output() {
+    is_fresh_ = kStartsFresh;
+    if (!kStartsFresh) o_.clear();
+  }
+
   // `tile`: of P.
   __device__ __forceinline__ void start_output(uint32_t tile) {
     pipe_.v().wait_full(block_);
     if constexpr (Cfg::kIsFp8) {
       tile::start_pbt<T, typename Cfg::TileVt>(o_, p_, pipe_.v_buffer(block_), !is_fresh_);
-      is_fresh_ = false;
     } else {
       if (is_cut_) clear_tail(pipe_.tile(tile).tail);
       is_cut_ = false;
-      tile::start_pb<T, TileK>(o_, p_, operand(pipe_.v_buffer(block_)));
+      tile::start_pb<T, TileK>(o_, p_, operand(pipe_.v_buffer(block_)), !is_fresh_);
     }
+    is_fresh_ = false;
   }
 
   // Rows of V behind the sequence become zeros: p is zero there, but they may hold infinities. Both
@@ -256,44 +283,64 @@ class Consumer {
     ptx::named_barrier_sync(1 + consumer_, 128);
   }
 
+  // What is to be known of a block that goes the ordinary way.
+  __device__ __forceinline__ Sight look() const {
+    Sight sight;
+    if constexpr (!Cfg::kIsFp8) {
+      sight.look(params_.scores, pipe_.tile(tile_), consumer_, key_block());
+    }
+    return sight;
+  }
+
   // The ordinary way: for blocks of which some row does not see all, or whose scores must be
   // transformed first. 8-bit elements have no other; what all rows see needs no look-ups.
-  __device__ __forceinline__ void absorb(AccS& s) {
+  __device__ __forceinline__ void absorb(AccS& s, const Sight& sight) {
     const Tile& t = pipe_.tile(tile_);
-    const attn::Mask mask(params_.scores, t.sq, t.sk);
-    const int key_block = t.begin + left_ - 1;
-    const int first = key_block * kBlockN;
-    const attn::Keys seen = t.seen_by_all[consumer_];
-    const bool is_whole = seen.begin <= first && seen.end >= first + kBlockN;
-    const int row = t.row0 + 64 * consumer_ + Own::warp_row() + Own::lane() / 4;
-    const int col = first + Own::lane() % 4 * 2;
+    const int block = key_block();
+    const int row = first_row(t, consumer_);
+    const int key = first_key<kBlockN>(block);
     float scale = scale_log2_;
     if (!is_plain()) {
       attn::ScoreRule rule(params_.scores, t.sequence, t.head);
       if constexpr (Cfg::kIsFp8) rule.scale *= pipe_.descale(tile_).qk;
-      transform(s, rule, row + mask.diagonal - col);
+      transform(s, rule, row + t.sk - t.sq - key);
       scale = attn::kLog2e;
     }
-    if (!(Cfg::kIsFp8 && lazy_left_ > 0) && !is_whole) attn::hide(s, mask, row, col);
     if constexpr (Cfg::kIsFp8) {
+      if (lazy_left_ <= 0) {
+        if (!sees_all<kBlockN>(t, consumer_, block)) {
+          attn::hide(s, attn::Mask(params_.scores, t.sq, t.sk), row, key);
+        }
+        lazy_left_ = lazy_run(t, block) + 1;
+      }
       // Scores become p where there is room for it, behind the product that reads the last one.
-      if (lazy_left_ <= 0) lazy_left_ = lazy_run(t, key_block) + 1;
       block_scale_ = scale;
       softmax_.move(s, scale);
     } else {
-      if (softmax_.absorb(s, scale)) is_careful_ = true;
+      bool seen[Sight::kPieces];
+      sight.find_seen(seen);
+      sight.hide(s, seen);
+      if (softmax_.absorb(s, scale, seen)) is_careful_ = true;
       // One more: this block will be counted too.
-      lazy_left_ = lazy_run(t, key_block) + 1;
-      is_cut_ = key_block == t.end - 1 && t.tail < kBlockN;
+      lazy_left_ = lazy_run(t, block) + 1;
+      is_cut_ = block == t.end - 1 && t.tail < kBlockN;
     }
   }
 
-  // False: the scores stand as they were, for the ordinary way.
-  __device__ __forceinline__ bool absorb_lazily(AccS& s) {
-    if (softmax_.absorb_lazily(s, scale_log2_)) return true;
-    recompute<Cfg>(s, params_, pipe_.tile(tile_), q_in_memory(), Own::warp_row(),
-                   (pipe_.tile(tile_).begin + left_ - 1) * kBlockN, Own::lane());
-    is_careful_ = true;  // such scores are likely to grow again
+  // `sums`: of the scores that are p already. False: all stand as they were, for the ordinary way.
+  __device__ __forceinline__ bool absorb_lazily(AccS& s, float (&sums)[4], Sight& sight) {
+    if constexpr (!Cfg::kIsFp8) {
+      softmax_.template exponentiate<kBlockN / 8 - kEarly>(s, sums, scale_log2_, kEarly);
+      if (kRoundsEarly) pack(s);
+      if (softmax_.settle(s, sums)) {
+        if (kRoundsEarly && softmax_.is_moved) pack(s);
+        return true;
+      }
+      recompute<Cfg>(s, params_, pipe_.tile(tile_), q_in_memory(), Own::warp_row(),
+                     key_block() * kBlockN, Own::lane());
+      sight.see_all();
+      is_careful_ = true;  // such scores are likely to grow again
+    }
     return false;
   }
 
@@ -340,13 +387,13 @@ class Consumer {
   uint32_t p_[Cfg::kDepthOfP / 16][4];
   uint32_t q_[Cfg::kDepth / 16][4];  // where the tile's Q is held
   typename SoftmaxOf<Cfg::kIsFp8>::Type softmax_;
-  uint32_t tile_ = 0;   // of the scores, counted from the start
-  uint32_t block_ = 0;  // of P, counted likewise: its product with V is due
-  int left_;            // blocks of the tile whose scores are due, descending
-  int lazy_left_;       // of these, how many may have a lazy maximum from now on
-  bool is_fresh_;       // O has no sums yet, whatever its registers hold
-  bool is_careful_;     // no lazy maximum in this tile any more
-  bool is_cut_;         // in the block of P, V has rows behind the sequence
+  uint32_t tile_ = 0;      // of the scores, counted from the start
+  uint32_t block_ = 0;     // of P, counted likewise: its product with V is due
+  int left_;               // blocks of the tile whose scores are due, descending
+  int lazy_left_;          // of these, how many may have a lazy maximum from now on
+  bool is_fresh_ = false;  // O has no sums yet, whatever its registers hold
+  bool is_careful_;        // no lazy maximum in this tile any more
+  bool is_cut_;            // in the block of P, V has rows behind the sequence
 };
 
 }  // namespace flash::sm90

@@ -22,7 +22,7 @@ struct Fp8Softmax : Softmax {
     if (is_moved) {
       if (any(top[0] < 0.0f || top[1] < 0.0f)) {
 #pragma unroll
-        for (int h = 0; h < 2; ++h) top[h] = ptx::opaque(largest(s, h)) * scale;
+        for (int h = 0; h < 2; ++h) top[h] = ptx::opaque(largest<kN>(s, h)) * scale;
       }
 #pragma unroll
       for (int h = 0; h < 2; ++h) {

@@ -59,7 +59,7 @@ struct Tile {
   // Blocks that this CTA or the other of its pair takes, and those that both do.
   attn::Keys of_pair, shared;
   attn::Keys seen_by_all[kMaxConsumers];  // what all rows of a consumer see
-  // Of the last blocks: none of the consumer's rows sees them. Where tiles are done one by one.
+  // Of the last blocks: none of the consumer's rows sees them. Where the tile skips_blocks().
   int skipped[kMaxConsumers];
   int sequence, head;
   int row0;  // of the sequence's queries

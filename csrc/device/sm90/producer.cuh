@@ -107,7 +107,6 @@ struct Schedule {
     tile.head_k = attn::key_head(at.head, params.hq, params.hk);
 
     const attn::Mask mask(params.scores, seq.sq, seq.sk);
-    const int last_row = min(row0 + Cfg::kBlockM, seq.sq) - 1;
     const attn::Keys own = blocks_of(mask, row0, seq.sq);
     tile.begin = own.begin;
     tile.end = own.end;
@@ -121,10 +120,11 @@ struct Schedule {
     for (int consumer = 0; consumer < Cfg::kConsumers; ++consumer) {
       const int first = row0 + 64 * consumer;
       tile.seen_by_all[consumer] = {mask.lowest(first + 63), mask.highest(first)};
-      if (!Cfg::kHasOBuffer) {
-        const int seen = mask.highest(min(first + 63, last_row));
-        const int end_of_seen = max((seen + Cfg::kBlockN - 1) / Cfg::kBlockN, tile.begin + 1);
-        tile.skipped[consumer] = max(tile.end - end_of_seen, 0);
+      if (Cfg::kTile.skips_blocks()) {
+        const int last = min(first + 63, seq.sq - 1);
+        const int seen = first <= last ? max(mask.in_window(last).end, 0) : 0;
+        const int unseen = max(tile.end - (seen + Cfg::kBlockN - 1) / Cfg::kBlockN, 0);
+        tile.skipped[consumer] = min(unseen, tile.end - tile.begin - 1);
       }
     }
     // Behind the last row of K and V there are zeros; behind a sequence, and behind the last key of

@@ -38,13 +38,22 @@ struct Softmax {
   }
 
   // The ordinary way: the shift rises to the maximum, if that is far above, before scores become p.
+  // Pieces of the block that are not `seen` by any row of the warp have p = 0 already.
   // True: later blocks had better not be lazy. The same for all lanes of a warp.
-  template <int kN>
-  __device__ __forceinline__ bool absorb(tile::Accumulators<1, kN>& s, float scale) {
+  template <int kN, int kPieces>
+  __device__ __forceinline__ bool absorb(tile::Accumulators<1, kN>& s, float scale,
+                                         const bool (&seen)[kPieces]) {
     constexpr float kSlack = 6.0f;
-    float top[2];
+    constexpr int kGroups = kN / kPieces;
+    float top[2] = {-attn::infinity(), -attn::infinity()};
 #pragma unroll
-    for (int h = 0; h < 2; ++h) top[h] = largest(s, h) * scale;
+    for (int piece = 0; piece < kPieces; ++piece) {
+      if (!seen[piece]) continue;
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        top[h] = fmaxf(top[h], largest<kGroups>(s, h, kGroups * piece) * scale);
+      }
+    }
     is_moved = __any_sync(0xffffffffu, top[0] - shift[0] > kSlack || top[1] - shift[1] > kSlack);
     bool is_spread = false;
     if (is_moved) {
@@ -60,26 +69,43 @@ struct Softmax {
       }
       is_spread = __any_sync(0xffffffffu, is_spread);
     }
-    float block[2];
-    exponentiate(s, block, scale);
+    float part[4] = {0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll
-    for (int h = 0; h < 2; ++h) sum[h] += block[h];
+    for (int piece = 0; piece < kPieces; ++piece) {
+      if (seen[piece]) exponentiate<kGroups>(s, part, scale, kGroups * piece);
+    }
+#pragma unroll
+    for (int h = 0; h < 2; ++h) sum[h] += part[2 * h] + part[2 * h + 1];
     return is_spread;
   }
 
-  // The lazy way. Every row must have seen a key before. False: p has overflowed, and the scores
-  // are lost; nothing else has changed.
+  // Scores become p, in kCount accumulators from `first` on, and their sums, by two additions at a
+  // time, are added to `part`.
+  template <int kCount, int kN>
+  __device__ __forceinline__ void exponentiate(tile::Accumulators<1, kN>& s, float (&part)[4],
+                                               float scale, int first) const {
+#pragma unroll
+    for (int n = first; n < first + kCount; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        s.c[0][n][i] = ptx::ex2(s.c[0][n][i] * scale - shift[i / 2]);
+        part[i] += s.c[0][n][i];
+      }
+    }
+  }
+
+  // The lazy way, behind exponentiate(). Every row must have seen a key before. False: p has
+  // overflowed, and the scores are lost; nothing else has changed.
   template <int kN>
-  __device__ __forceinline__ bool absorb_lazily(tile::Accumulators<1, kN>& s, float scale) {
-    float block[2];
-    exponentiate(s, block, scale);
+  __device__ __forceinline__ bool settle(tile::Accumulators<1, kN>& s, const float (&part)[4]) {
+    float block[2] = {part[0] + part[1], part[2] + part[3]};
     is_moved = __any_sync(0xffffffffu, !(block[0] + block[1] < kMostSum));
     if (is_moved) {
       if (__any_sync(0xffffffffu, !(block[0] + block[1] < attn::infinity()))) return false;
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         // No more than has a reciprocal.
-        const float top = fminf(fmaxf(of_row(largest(s, h)), 1.0f), 0x1p126f);
+        const float top = fminf(fmaxf(of_row(largest<kN>(s, h)), 1.0f), 0x1p126f);
         factor[h] = ptx::rcp(top);
         shift[h] += ptx::lg2(top);
         sum[h] *= factor[h];
@@ -112,15 +138,16 @@ struct Softmax {
   }
 
  protected:
-  // Of this lane's columns.
-  template <int kN>
-  __device__ static __forceinline__ float largest(const tile::Accumulators<1, kN>& s, int h) {
-    float x = s.c[0][0][2 * h];
-    float y = s.c[0][0][2 * h + 1];
+  // Of this lane's columns, kCount accumulators from `first` on.
+  template <int kCount, int kN>
+  __device__ static __forceinline__ float largest(const tile::Accumulators<1, kN>& s, int h,
+                                                  int first = 0) {
+    float x = s.c[0][first][2 * h];
+    float y = s.c[0][first][2 * h + 1];
 #pragma unroll
-    for (int n = 1; n < kN; ++n) {
-      x = fmaxf(x, s.c[0][n][2 * h]);
-      y = fmaxf(y, s.c[0][n][2 * h + 1]);
+    for (int n = 1; n < kCount; ++n) {
+      x = fmaxf(x, s.c[0][first + n][2 * h]);
+      y = fmaxf(y, s.c[0][first + n][2 * h + 1]);
     }
     return fmaxf(x, y);
   }
@@ -129,23 +156,6 @@ struct Softmax {
   __device__ static float of_row(float x) {
     x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
     return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
-  }
-
-  // Scores become p; `block` their sums, by two additions at a time.
-  template <int kN>
-  __device__ __forceinline__ void exponentiate(tile::Accumulators<1, kN>& s, float (&block)[2],
-                                               float scale) const {
-    float part[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-#pragma unroll
-    for (int n = 0; n < kN; ++n) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        s.c[0][n][i] = ptx::ex2(s.c[0][n][i] * scale - shift[i / 2]);
-        part[i] += s.c[0][n][i];
-      }
-    }
-    block[0] = part[0] + part[1];
-    block[1] = part[2] + part[3];
   }
 };
 

@@ -100,10 +100,10 @@ __device__ __forceinline__ void start_ab(Accumulators<1, kN>& c, uint32_t a_smem
   ptx::wgmma_commit();
 }
 
-// o += P B: P packed to 16 bits, the first 8 kN columns of as many rows of B.
+// o = P B, or o += P B: P packed to 16 bits, the first 8 kN columns of as many rows of B.
 template <class T, class TileB, int kN, int kSteps>
 __device__ __forceinline__ void start_pb(Accumulators<1, kN>& o, uint32_t (&p)[kSteps][4],
-                                         uint32_t b_smem) {
+                                         uint32_t b_smem, bool adds = true) {
   using Product = ptx::Wgmma<T, 8 * kN>;
   const Descriptor b(b_smem, TileB::kPanelBytes);
   ptx::pin(p);
@@ -111,7 +111,7 @@ __device__ __forceinline__ void start_pb(Accumulators<1, kN>& o, uint32_t (&p)[k
   ptx::wgmma_fence();
 #pragma unroll
   for (int k = 0; k < kSteps; ++k) {
-    Product::with_columns(o.c[0], p[k], b.at(k * kStepDownColumns));
+    Product::with_columns(o.c[0], p[k], b.at(k * kStepDownColumns), adds || k > 0);
   }
   ptx::wgmma_commit();
 }

@@ -24,8 +24,8 @@ struct Wgmma {
   static void with_columns(float (&c)[kN / 8][4], uint64_t a, uint64_t b, int adds) {
     emulator::start({&c[0][0], kN, nullptr, a, b, true, adds != 0, kFormat<T>});
   }
-  static void with_columns(float (&c)[kN / 8][4], const uint32_t (&a)[4], uint64_t b) {
-    emulator::start({&c[0][0], kN, a, 0, b, true, true, kFormat<T>});
+  static void with_columns(float (&c)[kN / 8][4], const uint32_t (&a)[4], uint64_t b, int adds) {
+    emulator::start({&c[0][0], kN, a, 0, b, true, adds != 0, kFormat<T>});
   }
 };
 

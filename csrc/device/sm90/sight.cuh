@@ -1,0 +1,93 @@
+// What a warp's rows see of a block of scores.
+#pragma once
+
+#include "attn/scores.cuh"
+#include "sm90/own.cuh"
+#include "sm90/pipeline.cuh"
+
+namespace flash::sm90 {
+
+// Of this lane's scores of a block, the first.
+__device__ inline int first_row(const Tile& t, int consumer) {
+  return t.row0 + 64 * consumer + Own::warp_row() + Own::lane() / 4;
+}
+template <int kBlockN>
+__device__ inline int first_key(int key_block) {
+  return key_block * kBlockN + Own::lane() % 4 * 2;
+}
+
+template <int kBlockN>
+__device__ inline bool sees_all(const Tile& t, int consumer, int key_block) {
+  const attn::Keys seen = t.seen_by_all[consumer];
+  return seen.begin <= key_block * kBlockN && seen.end >= (key_block + 1) * kBlockN;
+}
+
+// In pieces of 64 keys, because a consumer has 64 rows: of a block of 128 that the diagonal
+// crosses, one piece is hidden from all rows of a consumer, or seen by all of them. What is hidden
+// needs no exponentials, what is seen no mask.
+template <int kBlockN>
+struct SightOf {
+  static constexpr int kPieces = kBlockN / 64;
+  static constexpr int kGroups = 8;  // accumulators of a piece
+  static constexpr uint32_t kPiece = 0xffff;
+
+  uint32_t row[2];  // of each row of this lane, a bit for each entry
+
+  __device__ void see_all() { row[0] = row[1] = 0xffffffffu; }
+
+  __device__ __forceinline__ void look(const Scores& scores, const Tile& t, int consumer,
+                                       int key_block) {
+    if (sees_all<kBlockN>(t, consumer, key_block)) {
+      see_all();
+    } else {
+      see(attn::Mask(scores, t.sq, t.sk), first_row(t, consumer), first_key<kBlockN>(key_block));
+    }
+  }
+
+  // Of the block whose first entry of this lane is (at, col).
+  __device__ __forceinline__ void see(const attn::Mask& mask, int at, int col) {
+    static_assert(kBlockN % 64 == 0 && kBlockN <= 128, "whole pieces, no more than there are bits");
+    attn::Keys keys[2];
+#pragma unroll
+    for (int h = 0; h < 2; ++h) keys[h] = mask.in_window(at + 8 * h);
+    // Apart, because it divides.
+    if (mask.chunk > 0) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) keys[h] = {mask.lowest(at + 8 * h), mask.highest(at + 8 * h)};
+    }
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      row[h] = attn::entries_below(keys[h].end - col) & ~attn::entries_below(keys[h].begin - col);
+    }
+  }
+
+  // Which pieces some row sees some of; the same for all lanes of a warp.
+  __device__ __forceinline__ void find_seen(bool (&seen)[kPieces]) const {
+#pragma unroll
+    for (int i = 0; i < kPieces; ++i) {
+      seen[i] = __any_sync(0xffffffffu, ((row[0] | row[1]) >> 16 * i & kPiece) != 0);
+    }
+  }
+
+  // Sets hidden scores to -inf, but in pieces that are not `seen` to 0, which is what p will be.
+  __device__ __forceinline__ void hide(tile::Accumulators<1, kBlockN / 8>& s,
+                                       const bool (&seen)[kPieces]) const {
+#pragma unroll
+    for (int i = 0; i < kPieces; ++i) {
+      const bool hides = ((row[0] & row[1]) >> 16 * i & kPiece) != kPiece;
+      if (!__any_sync(0xffffffffu, hides)) continue;
+      const float hidden = seen[i] ? -attn::infinity() : 0.0f;
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const uint32_t bits = row[h] >> 16 * i;
+#pragma unroll
+        for (int bit = 0; bit < 2 * kGroups; ++bit) {
+          float& x = s.c[0][kGroups * i + bit / 2][2 * h + bit % 2];
+          if (!(bits & 1u << bit)) x = hidden;
+        }
+      }
+    }
+  }
+};
+
+}  // namespace flash::sm90
