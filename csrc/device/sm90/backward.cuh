@@ -24,6 +24,7 @@
 #include "sm90/backward_by_keys.cuh"
 #include "sm90/backward_producer.cuh"
 #include "sm90/backward_sender.cuh"
+#include "sm90/backward_sums.cuh"
 
 namespace flash::sm90 {
 
@@ -40,9 +41,12 @@ __device__ inline void backward(const TmaBackwardParams& params) {
     if (threadIdx.x % 32 != 0) return;
     if (warp == 0) load_steps<Cfg>(params, pipe);
     if (warp == 3) plan_blocks<Cfg>(params, pipe);
-    if constexpr (Cfg::kByKeys) {
-      if (warp == 1 || warp == 2) Sender<Cfg>{params, pipe, warp - 1}.run();
+    if constexpr (Cfg::kSenders > 0) {
+      if (warp >= 1 && warp <= Cfg::kSenders) Sender<Cfg>{params, pipe, warp - 1}.run();
     }
+  } else if (Cfg::kHasSummer && warpgroup == 3) {
+    ptx::give_registers<Cfg::kHasSummer ? Cfg::kTile.registers_of_summer : 24>();
+    if constexpr (Cfg::kHasSummer) SumsConsumer<Cfg>(params, pipe).run();
   } else {
     ptx::take_registers<Cfg::kTile.registers_of_consumer()>();
     if constexpr (Cfg::kByKeys) {

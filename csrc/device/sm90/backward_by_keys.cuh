@@ -34,7 +34,7 @@ class KeysConsumer : GradientConsumer<Cfg> {
       : Base(params, pipe) {}
 
   __device__ __forceinline__ void run() {
-    announce_ds(0);
+    if constexpr (!Cfg::kHasSummer) announce_ds(0);
     while (this->has_block()) {
       dk_.clear();
       dv_.clear();
@@ -48,15 +48,21 @@ class KeysConsumer : GradientConsumer<Cfg> {
         }
       }
       if (has_steps) {
-        send_dv();
-        store_dk();
+        if constexpr (Cfg::kHasSummer) {
+          store(dv_, 1.0f, this->params_.dv_grad, this->params_.dv);
+        } else {
+          send_dv();
+        }
+        // From registers: dV is still on its way through the buffer.
+        store(dk_, this->params_.scores.softmax_scale, this->params_.dk, this->params_.d);
+        this->barrier();
         ++this->keys_;
       } else {
         this->store_zeros(64 * this->consumer_);
       }
       this->close_block();
     }
-    finish_late_dq();
+    if constexpr (!Cfg::kHasSummer) finish_late_dq();
   }
 
  private:
@@ -76,9 +82,10 @@ class KeysConsumer : GradientConsumer<Cfg> {
       } else {
         step_of_64<kPlain>();
       }
-      if (late_keys_ != this->keys_) this->release_keys(late_keys_);
+      if (!Cfg::kHasSummer && late_keys_ != this->keys_) this->release_keys(late_keys_);
       late_keys_ = this->keys_;
     } while (this->close_step());
+    if constexpr (Cfg::kHasSummer) this->release_keys(this->keys_);
     this->release_values();
   }
 
@@ -91,10 +98,12 @@ class KeysConsumer : GradientConsumer<Cfg> {
     AccS s, dp;
     AccQ dq;
     if (kPlain) begin_with(s, this->statistic(kLse, 0), this->maps_.lse_factor);
-    start_late_dq(dq);
+    if constexpr (!Cfg::kHasSummer) start_late_dq(dq);
     start_s(s, 0, kPlain);
-    ptx::wgmma_wait<1>();
-    put_late_dq(dq);
+    if constexpr (!Cfg::kHasSummer) {
+      ptx::wgmma_wait<1>();
+      put_late_dq(dq);
+    }
     this->pipe_.douts().wait_full(this->step_);
     if (kPlain) start_dp(dp, 0);
     ptx::wgmma_wait<kPlain ? 1 : 0>();
@@ -103,7 +112,7 @@ class KeysConsumer : GradientConsumer<Cfg> {
     absorb<kPlain>(s, p, 0);
     if (!kPlain) start_dp(dp, 0);
     start_dv(p, 0);
-    send_late_dq();
+    if constexpr (!Cfg::kHasSummer) send_late_dq();
     ptx::wgmma_wait<1>();
     ptx::pin(dp.c[0]);
     add_to(dp, this->statistic(kMinusDelta, 0));
@@ -200,6 +209,7 @@ class KeysConsumer : GradientConsumer<Cfg> {
   __device__ __forceinline__ void to_gradients(Packed& ds, const AccS& s, const AccS& dp,
                                                int half) const {
     gradients_of_scores<T>(ds, s, dp);
+    if constexpr (Cfg::kHasSummer) this->pipe_.gradients().wait_empty(this->step_);
     tile::store_transposed<TileDs>(this->pipe_.ds_buffer(this->step_) + half * kRows, ds,
                                    64 * this->consumer_ + this->warp_row(), this->lane());
     ptx::fence_async_proxy();
@@ -208,6 +218,11 @@ class KeysConsumer : GradientConsumer<Cfg> {
   // dS of the step before `step` is there, for the other consumer. In front of the first step too:
   // dQ is multiplied there as in any other, of whatever the buffer holds, and left.
   __device__ void announce_ds(uint32_t step) const {
+    if constexpr (Cfg::kHasSummer) {
+      __syncwarp();
+      this->pipe_.gradients().arrive_full_if(this->lane() == 0, step - 1);
+      return;
+    }
     ptx::named_barrier_arrive(ds_is_there(this->consumer_ ^ 1, step), Base::kBothConsumers);
   }
   __device__ static int ds_is_there(int consumer, uint32_t step) {
@@ -258,14 +273,12 @@ class KeysConsumer : GradientConsumer<Cfg> {
     this->pipe_.outs(this->consumer_).arrive_full_if(this->lane() == 0, num_sent());
   }
 
-  // From registers: dV is still on its way through the buffer.
-  __device__ __forceinline__ void store_dk() const {
-    const float scale = this->params_.scores.softmax_scale;
-    const float factors[2] = {scale, scale};
+  __device__ __forceinline__ void store(const typename Cfg::AccKV& acc, float factor,
+                                        const Rows& to, int num_cols) const {
+    const float factors[2] = {factor, factor};
     const int row = this->block().first + 64 * this->consumer_ + this->warp_row();
-    tile::store_rows<T>(this->rows_of(this->params_.dk, row), this->params_.dk.row, dk_, factors,
-                        this->block().sk - row, this->params_.d, this->lane());
-    this->barrier();
+    tile::store_rows<T>(this->rows_of(to, row), to.row, acc, factors, this->block().sk - row,
+                        num_cols, this->lane());
   }
 
   __device__ __forceinline__ void finish_late_dq() const {

@@ -89,6 +89,14 @@ class GradientConsumer {
     finish_clearing();
   }
 
+  // The same of K alone.
+  __device__ __forceinline__ void clean_keys_alone() const {
+    const int tail = ptx::uniform(block().tail_k);
+    if (tail == 0 || ptx::uniform(block().first) + Cfg::kBlockN <= ptx::uniform(block().sk)) return;
+    clear_rows<TileK>(pipe_.k_buffer(keys_), tail, Cfg::kBlockN);
+    finish_clearing();
+  }
+
   // Of 64 keys: which queries see them.
   __device__ __forceinline__ void find_bounds(int row) const {
     const KeyBlock& b = block();

@@ -17,6 +17,10 @@ struct BackwardConfig {
   static constexpr int kThreads = kTile.threads();
   static constexpr int kStages = kTile.stages;
   static constexpr bool kByKeys = kTile.share == sm90::kByKeys;
+  static constexpr bool kHasSummer = kTile.has_summer();
+  // Warps that send what leaves, and the buffers of each.
+  static constexpr int kSenders = !kByKeys ? 0 : kHasSummer ? 1 : kConsumers;
+  static constexpr int kOutBuffers = kHasSummer ? 2 : 1;
   static_assert(kBlockN == (kByKeys ? 128 : 64), "a product of a warpgroup has 64 rows");
   using TileQ = tile::SmemTile<kBlockM, kTile.columns()>;
   using TileK = tile::SmemTile<kBlockN, kTile.columns()>;
@@ -50,13 +54,15 @@ struct KeyBlock {
 //   keys, values:    full: TMA has brought them       empty: no product needs them any more, and
 //                                                     what left through them is gone
 //   queries, douts:  full: TMA has brought the block  empty (queries only): all warps are done
+//   gradients:       full: dS is there                empty: it is multiplied
 //   outs:            full: the consumer has written   empty: TMA has read it
 //                    its part of dQ, or dV
 //   blocks:          full: it has been planned        empty: everyone is done with it
 //   loads:           full: but for the last step's    (nobody waits until it is empty)
 //                    all of a block have begun
 //
-// Outs, a ring for each consumer, are there where consumers have keys of their own.
+// Outs, a ring for each sender, are there where consumers have keys of their own; gradients where
+// dQ has a consumer of its own.
 template <class Cfg>
 struct BackwardPipeline {
   static constexpr int kBlocks = 2;
@@ -73,12 +79,14 @@ struct BackwardPipeline {
   using KeyRing = Ring<kKeyBuffers>;
   using ValueRing = Ring<1>;
   using QueryRing = Ring<Cfg::kStages>;
-  using OutRing = Ring<1>;
+  using GradientRing = Ring<2>;
+  using OutRing = Ring<Cfg::kOutBuffers>;
   using BlockRing = Ring<kBlocks>;
   using LoadRing = Ring<1>;
   static constexpr int kRecords = kBarriers + KeyRing::kBytes + ValueRing::kBytes +
                                   2 * QueryRing::kBytes + BlockRing::kBytes +
-                                  Cfg::kConsumers * OutRing::kBytes + LoadRing::kBytes;
+                                  Cfg::kSenders * OutRing::kBytes + LoadRing::kBytes +
+                                  Cfg::kHasSummer * GradientRing::kBytes;
   static_assert(kRecords % alignof(KeyBlock) == 0 &&
                     kRecords + kBlocks * sizeof(KeyBlock) <= Cfg::kTile.smem_bytes(),
                 "room behind the buffers");
@@ -106,9 +114,10 @@ struct BackwardPipeline {
   __device__ uint32_t p_buffer(uint32_t step) const {
     return smem + kP + step % 2 * Cfg::kTile.p_bytes();
   }
-  // Where dQ and dV leave, or else dV through V and dK through K.
+  // Where dQ and dV leave, or else dV through V and dK through K. There are two, of each consumer
+  // or in turn.
   __device__ uint32_t out_buffer(int consumer) const {
-    return Cfg::kByKeys    ? smem + kOuts + consumer * Cfg::kTile.out_bytes()
+    return Cfg::kByKeys    ? smem + kOuts + consumer % 2 * Cfg::kTile.out_bytes()
            : consumer == 0 ? v_buffer()
                            : k_buffer(0);
   }
@@ -125,10 +134,11 @@ struct BackwardPipeline {
   __device__ QueryRing queries() const { return {values().barriers + ValueRing::kBytes}; }
   __device__ QueryRing douts() const { return {queries().barriers + QueryRing::kBytes}; }
   __device__ BlockRing blocks() const { return {douts().barriers + QueryRing::kBytes}; }
-  __device__ OutRing outs(int consumer) const {
-    return {blocks().barriers + BlockRing::kBytes + consumer * OutRing::kBytes};
+  __device__ OutRing outs(int sender) const {
+    return {blocks().barriers + BlockRing::kBytes + sender * OutRing::kBytes};
   }
-  __device__ LoadRing loads() const { return {outs(Cfg::kConsumers).barriers}; }
+  __device__ LoadRing loads() const { return {outs(Cfg::kSenders).barriers}; }
+  __device__ GradientRing gradients() const { return {loads().barriers + LoadRing::kBytes}; }
   __device__ KeyBlock& block(uint32_t i) const {
     return reinterpret_cast<KeyBlock*>(storage + kRecords)[i % kBlocks];
   }
@@ -136,13 +146,14 @@ struct BackwardPipeline {
   // By all threads.
   __device__ void init() const {
     if (threadIdx.x == 0) {
-      keys().init(1, 4 * Cfg::kConsumers);
+      keys().init(1, 4 * (Cfg::kConsumers + Cfg::kHasSummer));
       values().init(1, 4 * Cfg::kConsumers);
       queries().init(1, 4 * Cfg::kConsumers);
       douts().init(1, Cfg::kConsumers);
-      for (int i = 0; i < Cfg::kConsumers; ++i) outs(i).init(4, 1);
-      blocks().init(1, (Cfg::kByKeys ? 2 : 1) * Cfg::kConsumers + 1);
+      for (int i = 0; i < Cfg::kSenders; ++i) outs(i).init(4, 1);
+      blocks().init(1, 1 + Cfg::kConsumers + Cfg::kHasSummer + Cfg::kSenders);
       loads().init(1, 1);
+      if (Cfg::kHasSummer) gradients().init(4 * Cfg::kConsumers, 4);
       ptx::mbarrier_init_fence();
     }
     __syncthreads();

@@ -92,10 +92,14 @@ struct BackwardTile {
   int block_m;  // queries of a step
   int block_n;  // keys of a CTA
   int stages;   // buffers of Q and dO: a power of two
+  int registers_of_summer;  // of the third consumer, which multiplies dQ; 0: the others do
 
-  constexpr int consumers() const { return 2; }
-  constexpr int threads() const { return 128 * (1 + consumers()); }
-  constexpr int registers_of_consumer() const { return 240; }
+  constexpr int consumers() const { return 2; }  // of dK and dV
+  constexpr bool has_summer() const { return registers_of_summer > 0; }
+  constexpr int threads() const { return 128 * (1 + consumers() + has_summer()); }
+  constexpr int registers_of_consumer() const {
+    return has_summer() ? (512 - 24 - registers_of_summer) / 16 * 8 : 240;
+  }
   constexpr int registers_of_others() const { return 24; }
   // In shared memory: whole panels of 64.
   constexpr int columns() const { return (head_dim + 63) / 64 * 64; }
@@ -120,11 +124,11 @@ struct BackwardTile {
 };
 
 constexpr BackwardTile kBackwardTiles[] = {
-    {64, kByKeys, 128, 128, 2},      //
-    {96, kByKeys, 64, 128, 2},       //
-    {128, kByKeys, 64, 128, 2},      //
-    {192, kByGradients, 64, 64, 2},  //
-    {256, kByGradients, 64, 64, 2},  //
+    {64, kByKeys, 128, 128, 2, 0},      //
+    {96, kByKeys, 64, 128, 2, 80},      //
+    {128, kByKeys, 64, 128, 2, 0},      //
+    {192, kByGradients, 64, 64, 2, 0},  //
+    {256, kByGradients, 64, 64, 2, 0},  //
 };
 
 constexpr BackwardTile backward_tile(int head_dim) {
