@@ -17,10 +17,8 @@ struct BackwardConfig {
   static constexpr int kThreads = kTile.threads();
   static constexpr int kStages = kTile.stages;
   static constexpr bool kByKeys = kTile.share == sm90::kByKeys;
-  static constexpr bool kHasSummer = kTile.has_summer();
-  // Warps that send what leaves, and the buffers of each.
-  static constexpr int kSenders = !kByKeys ? 0 : kHasSummer ? 1 : kConsumers;
-  static constexpr int kOutBuffers = kHasSummer ? 2 : 1;
+  static constexpr bool kHasSummer = kTile.has_summer;
+  static constexpr int kSenders = kTile.senders();
   static_assert(kBlockN == (kByKeys ? 128 : 64), "a product of a warpgroup has 64 rows");
   using TileQ = tile::SmemTile<kBlockM, kTile.columns()>;
   using TileK = tile::SmemTile<kBlockN, kTile.columns()>;
@@ -54,15 +52,15 @@ struct KeyBlock {
 //   keys, values:    full: TMA has brought them       empty: no product needs them any more, and
 //                                                     what left through them is gone
 //   queries, douts:  full: TMA has brought the block  empty (queries only): all warps are done
-//   gradients:       full: dS is there                empty: it is multiplied
+//   gradients:       full: dS is there                empty: dQ of it is multiplied
 //   outs:            full: the consumer has written   empty: TMA has read it
 //                    its part of dQ, or dV
 //   blocks:          full: it has been planned        empty: everyone is done with it
 //   loads:           full: but for the last step's    (nobody waits until it is empty)
 //                    all of a block have begun
 //
-// Outs, a ring for each sender, are there where consumers have keys of their own; gradients where
-// dQ has a consumer of its own.
+// Outs, a ring for each sender, are there where consumers have keys of their own; gradients where a
+// third one multiplies dQ.
 template <class Cfg>
 struct BackwardPipeline {
   static constexpr int kBlocks = 2;
@@ -73,14 +71,14 @@ struct BackwardPipeline {
   static constexpr int kDs = kQueries + 2 * Cfg::kStages * Cfg::TileQ::kBytes;
   static constexpr int kP = kDs + 2 * Cfg::kTile.ds_bytes();
   static constexpr int kOuts = kP + 2 * Cfg::kTile.p_bytes();
-  static constexpr int kStatistics = kOuts + Cfg::kConsumers * Cfg::kTile.out_bytes();
+  static constexpr int kStatistics = kOuts + Cfg::kSenders * Cfg::kTile.out_bytes();
   static constexpr int kBounds = kStatistics + Cfg::kTile.statistics_bytes();
   static constexpr int kBarriers = kBounds + Cfg::kTile.bounds_bytes();
   using KeyRing = Ring<kKeyBuffers>;
   using ValueRing = Ring<1>;
   using QueryRing = Ring<Cfg::kStages>;
   using GradientRing = Ring<2>;
-  using OutRing = Ring<Cfg::kOutBuffers>;
+  using OutRing = Ring<1>;
   using BlockRing = Ring<kBlocks>;
   using LoadRing = Ring<1>;
   static constexpr int kRecords = kBarriers + KeyRing::kBytes + ValueRing::kBytes +
@@ -114,12 +112,11 @@ struct BackwardPipeline {
   __device__ uint32_t p_buffer(uint32_t step) const {
     return smem + kP + step % 2 * Cfg::kTile.p_bytes();
   }
-  // Where dQ and dV leave, or else dV through V and dK through K. There are two, of each consumer
-  // or in turn.
-  __device__ uint32_t out_buffer(int consumer) const {
-    return Cfg::kByKeys    ? smem + kOuts + consumer % 2 * Cfg::kTile.out_bytes()
-           : consumer == 0 ? v_buffer()
-                           : k_buffer(0);
+  // Where dQ and dV leave, or else dV through V and dK through K.
+  __device__ uint32_t out_buffer(int sender) const {
+    return Cfg::kByKeys  ? smem + kOuts + sender * Cfg::kTile.out_bytes()
+           : sender == 0 ? v_buffer()
+                         : k_buffer(0);
   }
   // Of each 64 queries of a block, 64 lse and 64 delta.
   __device__ uint32_t statistics(uint32_t step) const {

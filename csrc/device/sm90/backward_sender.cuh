@@ -27,16 +27,16 @@ __device__ inline void send_rows(const TensorMap& map, uint32_t smem, const KeyB
   ptx::tma_store_commit();
 }
 
-// One lane's work: what leaves through a ring of buffers. Of each step dQ is added to the sums in
-// memory: all of it, panel by panel; or one consumer's part, a step late, as it is multiplied. Its
-// dV of each block leaves there too.
+// One lane's work: what leaves through a buffer. Of each step dQ is added to the sums in memory: all
+// of it, if it has a consumer; or a consumer's part, a step late, as it is multiplied. Then that
+// one's dV of each block leaves there too.
 //
-// Where sums have one order, a counter of each 64 rows of dQ and consumer tells which block of keys
-// is next to add to them, from the last that their queries see down to the first.
+// Where sums have one order, a counter of each 64 rows of dQ and sender tells which block of keys is
+// next to add to them, from the last that their queries see down to the first.
 template <class Cfg>
 struct Sender {
   static constexpr bool kByRows = Cfg::kBlockM == 2 * kSumRows;  // else by columns
-  static constexpr int kPanels = Cfg::kHasSummer ? Cfg::TileQ::kCols / 64 : 1;
+  static constexpr int kColumns = Cfg::kHasSummer ? Cfg::kHeadDim : 64;
   static constexpr int kNone = -1;
   const TmaBackwardParams& maps;
   const BackwardPipeline<Cfg>& pipe;
@@ -59,12 +59,12 @@ struct Sender {
       int at = block.begin;
       int row = block.first_sum + at * Cfg::kBlockM + (kByRows ? kSumRows * consumer : 0);
       for (; left > 0; --left) {
-        if (late != kNone) add(late, late_turn, &sent);
-        late = row;
-        late_turn = block.first / Cfg::kBlockN;
-        if (Cfg::kHasSummer) {
-          add(late, late_turn, &sent);
-          late = kNone;
+        if constexpr (Cfg::kHasSummer) {
+          add(row, block.first / Cfg::kBlockN, sent++);
+        } else {
+          if (late != kNone) add(late, late_turn, sent++);
+          late = row;
+          late_turn = block.first / Cfg::kBlockN;
         }
         row += Cfg::kBlockM;
         if (++at == block.end) {
@@ -93,26 +93,20 @@ struct Sender {
   }
 
   // To 64 rows from `row` of dq_accum on.
-  __device__ void add(int row, int turn, uint32_t* sent) const {
+  __device__ void add(int row, int turn, uint32_t sent) const {
     const BackwardParams& call = maps.call;
+    const int column = kByRows ? 0 : 64 * consumer;
+    float* const to = call.dq_accum + int64_t{row} * Cfg::kHeadDim +
+                      column / 8 * tile::WarpgroupOrder::kEightColumns;
+    const int bytes =
+        min(Cfg::kHeadDim - column, kColumns) * kSumRows * static_cast<int>(sizeof(float));
     int32_t* const counter = call.turns + row / kSumRows * 2 + (kByRows ? 0 : consumer);
-#pragma unroll 1
-    for (int panel = 0; panel < kPanels; ++panel, ++*sent) {
-      const int column = kByRows ? 0 : 64 * (consumer + panel);
-      float* const to = call.dq_accum + int64_t{row} * Cfg::kHeadDim +
-                        column / 8 * tile::WarpgroupOrder::kEightColumns;
-      const int bytes =
-          min(Cfg::kHeadDim - column, 64) * kSumRows * static_cast<int>(sizeof(float));
-      pipe.outs(consumer).wait_full(*sent);
-      if (call.turns && panel == 0) ptx::wait_until_equal(counter, turn);
-      ptx::bulk_add(to, pipe.out_buffer(Cfg::kHasSummer ? *sent : consumer), bytes);
-      ptx::tma_store_commit();
-      // Of more than one buffer the one before is free by now.
-      ptx::tma_store_wait_read<Cfg::kOutBuffers - 1>();
-      if (*sent + 1 >= Cfg::kOutBuffers) {
-        pipe.outs(consumer).arrive_empty(*sent + 1 - Cfg::kOutBuffers);
-      }
-    }
+    pipe.outs(consumer).wait_full(sent);
+    if (call.turns) ptx::wait_until_equal(counter, turn);
+    ptx::bulk_add(to, pipe.out_buffer(consumer), bytes);
+    ptx::tma_store_commit();
+    ptx::tma_store_wait_read();
+    pipe.outs(consumer).arrive_empty(sent);
     if (call.turns) {
       ptx::tma_store_wait();
       ptx::red_release_add(counter, -1);

@@ -1,5 +1,5 @@
 // The consumer that multiplies dQ of all keys of a block, where others have dK and dV: it waits for
-// dS of a step, and what it makes of it leaves by its sender, a panel of 64 columns at a time.
+// dS of a step, and what it makes of it leaves by its sender.
 #pragma once
 
 #include "sm90/backward_consumer.cuh"
@@ -7,16 +7,15 @@
 namespace flash::sm90 {
 
 template <class Cfg>
-class SumsConsumer : GradientConsumer<Cfg> {
+class Summer : GradientConsumer<Cfg> {
   using Base = GradientConsumer<Cfg>;
   using T = typename Cfg::T;
   using TileK = typename Cfg::TileK;
   using TileDs = typename Cfg::TileDs;
-  static constexpr int kHeadDim = Cfg::kHeadDim;
 
  public:
-  __device__ __forceinline__ SumsConsumer(const TmaBackwardParams& params,
-                                          const BackwardPipeline<Cfg>& pipe)
+  __device__ __forceinline__ Summer(const TmaBackwardParams& params,
+                                    const BackwardPipeline<Cfg>& pipe)
       : Base(params, pipe) {}
 
   __device__ __forceinline__ void run() {
@@ -24,7 +23,7 @@ class SumsConsumer : GradientConsumer<Cfg> {
       int left = num_steps();
       if (left > 0) {
         this->pipe_.keys().wait_full(this->keys_);
-        this->clean_keys_alone();
+        this->clean_keys();
         for (; left > 0; --left) step();
         this->release_keys(this->keys_);
         ++this->keys_;
@@ -40,37 +39,21 @@ class SumsConsumer : GradientConsumer<Cfg> {
   }
 
   __device__ __forceinline__ void step() {
+    tile::Accumulators<1, Cfg::kHeadDim / 8> dq;
     this->pipe_.gradients().wait_full(this->step_);
-    tile::Accumulators<1, kHeadDim / 8> dq;
     tile::start_ab<T, TileDs, TileK>(dq, this->pipe_.ds_buffer(this->step_),
                                      this->pipe_.k_buffer(this->keys_));
     ptx::wgmma_wait<0>();
     ptx::pin(dq.c[0]);
     this->pipe_.gradients().arrive_empty_if(this->lane() == 0, this->step_);
-    ++this->step_;
-    put<0, 8>(dq);
-    put<8, kHeadDim / 8>(dq);
-  }
-
-  // Columns 8 kBegin to 8 kEnd.
-  template <int kBegin, int kEnd>
-  __device__ __forceinline__ void put(const tile::Accumulators<1, kHeadDim / 8>& dq) {
-    this->pipe_.outs(0).wait_empty(sent_);
-    const uint32_t to = this->pipe_.out_buffer(sent_) + 16 * this->thread();
-#pragma unroll
-    for (int n = kBegin; n < kEnd; ++n) {
-      const float(&x)[4] = dq.c[0][n];
-      ptx::st_shared_128(to + (n - kBegin) * tile::WarpgroupOrder::kEightColumns * 4,
-                         make_uint4(__float_as_uint(x[0]), __float_as_uint(x[1]),
-                                    __float_as_uint(x[2]), __float_as_uint(x[3])));
-    }
+    const auto out = this->pipe_.outs(0);
+    out.wait_empty(this->step_);
+    tile::WarpgroupOrder::store(this->pipe_.out_buffer(0), dq, Cfg::kHeadDim, this->thread());
     ptx::fence_async_proxy();
     __syncwarp();
-    this->pipe_.outs(0).arrive_full_if(this->lane() == 0, sent_);
-    ++sent_;
+    out.arrive_full_if(this->lane() == 0, this->step_);
+    ++this->step_;
   }
-
-  uint32_t sent_ = 0;  // panels
 };
 
 }  // namespace flash::sm90
