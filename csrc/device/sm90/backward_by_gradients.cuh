@@ -172,6 +172,7 @@ class ValuesConsumer : SharingConsumer<Cfg> {
       ptx::pin(s.c[0]);
       this->hide_unseen(s, this->warp_row(), 0);
       exponentiate(s, this->maps_.scale_log2);
+      if constexpr (!kHasLate) tile::pack<T>(p_, s);
     } else {
       ptx::wgmma_wait<0>();
       ptx::pin(s.c[0]);
@@ -189,8 +190,8 @@ class ValuesConsumer : SharingConsumer<Cfg> {
                                     __float_as_uint(x[2]), __float_as_uint(x[3])));
     }
     ptx::named_barrier_arrive(this->p_is_there(), Base::kBothConsumers);
-    if constexpr (kPlain) {
-      if constexpr (kHasLate) this->finish_product(dv_, p_, late);
+    if constexpr (kPlain && kHasLate) {
+      this->finish_product(dv_, p_, late);
       tile::pack<T>(p_, s);
     }
   }
@@ -262,31 +263,31 @@ class KeyGradientsConsumer : SharingConsumer<Cfg> {
     }
   }
 
-  // Up to dS. Sums of dP begin with -delta.
+  // Up to dS.
   template <bool kHasLate>
   __device__ __forceinline__ void step() {
     AccS dp;
-    begin_with(dp, this->statistic(kMinusDelta, 0));
     this->pipe_.douts().wait_full(this->step_);
-    this->start_scores(dp, this->pipe_.v_buffer(), this->pipe_.dout_buffer(this->step_), true);
+    this->start_scores(dp, this->pipe_.v_buffer(), this->pipe_.dout_buffer(this->step_), false);
     if constexpr (kHasLate) start_dk(this->step_ - 1);
     ptx::named_barrier_sync(this->p_is_there(), Base::kBothConsumers);
     ptx::wgmma_wait<kHasLate ? 1 : 0>();
     ptx::pin(dp.c[0]);
+    AccS p;
 #pragma unroll
     for (int n = 0; n < 8; ++n) {
-      const uint4 p = ptx::ld_shared_128(this->p_of_thread() + n * 2048);
-      float(&x)[4] = dp.c[0][n];
-      x[0] *= __uint_as_float(p.x);
-      x[1] *= __uint_as_float(p.y);
-      x[2] *= __uint_as_float(p.z);
-      x[3] *= __uint_as_float(p.w);
+      const uint4 x = ptx::ld_shared_128(this->p_of_thread() + n * 2048);
+      p.c[0][n][0] = __uint_as_float(x.x);
+      p.c[0][n][1] = __uint_as_float(x.y);
+      p.c[0][n][2] = __uint_as_float(x.z);
+      p.c[0][n][3] = __uint_as_float(x.w);
     }
     if constexpr (kIsLate) {
       ptx::named_barrier_arrive(Base::p_is_free(this->step_), Base::kBothConsumers);
     }
+    add_to(dp, this->statistic(kMinusDelta, 0));
     if constexpr (kHasLate) this->finish_product(dk_, ds_, this->step_ - 1);
-    tile::pack<T>(ds_, dp);
+    gradients_of_scores<T>(ds_, p, dp);
   }
 
   __device__ __forceinline__ void start_dk(uint32_t step) {
