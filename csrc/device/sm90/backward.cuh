@@ -16,8 +16,9 @@
 //
 // Up to head dim 128 a consumer has half of the keys, and dQ is multiplied a step later
 // (backward_by_keys.cuh) or by a third consumer (backward_summer.cuh); above that it has dV or dK
-// (backward_by_gradients.cuh), and dQ has a kernel of its own (queries.cuh). Who waits for whom: backward_pipeline.cuh. What bounds it, and
-// what was measured: docs/kernels/sm90_backward.md. Sources: FlashAttention-3 (arXiv:2407.08608).
+// (backward_by_gradients.cuh), and dQ has a kernel of its own (queries.cuh). Who waits for whom:
+// backward_pipeline.cuh. What bounds it, and what was measured: docs/kernels/sm90_backward.md.
+// Sources: FlashAttention-3 (arXiv:2407.08608).
 #pragma once
 
 #include "sm90/backward_by_gradients.cuh"

@@ -1,5 +1,5 @@
-// What all kinds of consumers of the backward kernel do: where they are, clean tails of buffers, and
-// how dK and dV leave.
+// What all kinds of consumers of the backward kernel do: where they are, clean tails of buffers,
+// and how dK and dV leave.
 #pragma once
 
 #include "sm90/backward_scores.cuh"

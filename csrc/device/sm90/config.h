@@ -92,7 +92,7 @@ constexpr ForwardTile forward_tile(Serves serves, int head_dim, int element_byte
 
 // How the two consumers of the backward kernel share out the work on a block of keys.
 enum Share {
-  kByKeys,       // 64 keys each: their dK and dV, and shares of dQ, which are added up in memory
+  kByKeys,       // 64 keys each: their dK and dV; shares of dQ are added up in memory
   kByGradients,  // all 64 keys: dV and dK; dQ has a kernel of its own
 };
 
