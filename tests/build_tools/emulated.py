@@ -20,8 +20,8 @@ FAMILIES = (
 )
 # With turns, and wide; with Q in registers; with one buffer of Q.
 HEAD_DIMS = (64, 128, 256)
-# Steps of 128 queries; dQ by a third consumer; steps of 64; consumers that share keys, with products
-# a step late and without.
+# Steps of 128 queries; dQ by a third consumer; steps of 64; consumers that share keys, with
+# products a step late and without.
 BACKWARD_HEAD_DIMS = (64, 96, 128, 192, 256)
 # Panels of 32 columns; of 64; chunks of Q that threads have no equal shares of; Q in shared memory.
 DECODE_HEAD_DIMS = (96, 128, 192, 256)

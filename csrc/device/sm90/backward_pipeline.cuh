@@ -81,10 +81,9 @@ struct BackwardPipeline {
   using OutRing = Ring<1>;
   using BlockRing = Ring<kBlocks>;
   using LoadRing = Ring<1>;
-  static constexpr int kRecords = kBarriers + KeyRing::kBytes + ValueRing::kBytes +
-                                  2 * QueryRing::kBytes + BlockRing::kBytes +
-                                  Cfg::kSenders * OutRing::kBytes + LoadRing::kBytes +
-                                  Cfg::kHasSummer * GradientRing::kBytes;
+  static constexpr int kRecords =
+      kBarriers + KeyRing::kBytes + ValueRing::kBytes + 2 * QueryRing::kBytes + BlockRing::kBytes +
+      Cfg::kSenders * OutRing::kBytes + LoadRing::kBytes + Cfg::kHasSummer * GradientRing::kBytes;
   static_assert(kRecords % alignof(KeyBlock) == 0 &&
                     kRecords + kBlocks * sizeof(KeyBlock) <= Cfg::kTile.smem_bytes(),
                 "room behind the buffers");
