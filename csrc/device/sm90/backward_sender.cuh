@@ -27,9 +27,9 @@ __device__ inline void send_rows(const TensorMap& map, uint32_t smem, const KeyB
   ptx::tma_store_commit();
 }
 
-// One lane's work: what leaves through a buffer. Of each step dQ is added to the sums in memory: all
-// of it, if it has a consumer; or a consumer's part, a step late, as it is multiplied. Then that
-// one's dV of each block leaves there too.
+// One lane's work: what leaves through a buffer. Of each step dQ is added to the sums in memory:
+// all of it, if it has a consumer; or a consumer's part, a step late, as it is multiplied. Then
+// that one's dV of each block leaves there too.
 //
 // Where sums have one order, a counter of each 64 rows of dQ and sender tells which block of keys is
 // next to add to them, from the last that their queries see down to the first.
