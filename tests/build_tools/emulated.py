@@ -18,9 +18,11 @@ FAMILIES = (
     "sm90_fp8",
     "sm90_fp8_scored",
 )
-# Forward: with turns, and wide; with Q in registers; with one buffer of Q. Backward: steps of 128
-# queries; of 64; consumers that share keys.
+# With turns, and wide; with Q in registers; with one buffer of Q.
 HEAD_DIMS = (64, 128, 256)
+# Steps of 128 queries; dQ by a third consumer; steps of 64; consumers that share keys, with
+# products a step late and without.
+BACKWARD_HEAD_DIMS = (64, 96, 128, 192, 256)
 # Panels of 32 columns; of 64; chunks of Q that threads have no equal shares of; Q in shared memory.
 DECODE_HEAD_DIMS = (96, 128, 192, 256)
 # Panels of 32 columns, once and thrice; of 64; Q in shared memory.
@@ -126,6 +128,12 @@ def build_driver(folder: Path, head_dims: tuple[int, ...], dtype: str = "bf16") 
             unit.family in FAMILIES and unit.head_dim in head_dims and unit.dtype in (dtype, "e4m3")
         )
         or (unit.kind == "decode" and unit.head_dim in DECODE_HEAD_DIMS and unit.dtype == dtype)
+        or (
+            unit.family == "sm90"
+            and unit.kind in ("backward", "convert", "dq")
+            and unit.head_dim in BACKWARD_HEAD_DIMS
+            and unit.dtype == dtype
+        )
         or (unit.kind == "decode" and unit.dtype == "e4m3")
         or (unit.kind in ("fill", "delta") and unit.dtype == dtype)
     ]

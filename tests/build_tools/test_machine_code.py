@@ -32,7 +32,7 @@ WARPGROUPS = (
     (r"USETMAXREG\.TRY_ALLOC", ""),
 )
 HOPPER = ((r"HGMMA\.64x\d+x16\.F32", ""), *WARPGROUPS)
-# How O leaves, but at head dim 256, and dK and dV.
+# How O leaves, but at head dim 256, and mostly dK or dV.
 O_BUFFER = ((r"UTMASTG\.4D", ""), (r"STSM\.16\.M\w*88\.4", ""))
 HOPPERS_FORWARD = (*HOPPER, PRODUCT, FRAGMENT, STORE)
 # Products of 8-bit elements; V is transposed on its way.
@@ -44,7 +44,7 @@ FP8_FORWARD = (
     STORE,
 )
 # Statistics of a block's rows at once.
-HOPPERS_BACKWARD = (*HOPPER, *O_BUFFER, STORE, (r"UBLKCP\.S\.G", ""))
+HOPPERS_BACKWARD = (*HOPPER, STORE, (r"UBLKCP\.S\.G", ""))
 # Up to head dim 128: sums of dQ from shared memory, 16 bytes a lane on their way there; dS stored
 # transposed.
 SUMS = (
@@ -142,8 +142,9 @@ def faults(unit: codegen.Unit, arch: Arch, code: bytes, log: str) -> Iterator[st
     must_have = MUST_HAVE.get(f"{unit.family} {unit.kind}", MUST_HAVE[unit.kind])
     if must_have in (HOPPERS_FORWARD, FP8_FORWARD) and unit.head_dim < 256:
         must_have += O_BUFFER
-    if must_have is HOPPERS_BACKWARD and unit.head_dim <= 128:
-        must_have += SUMS
+    if must_have is HOPPERS_BACKWARD:
+        # Where dQ has a consumer of its own, dK and dV leave from registers.
+        must_have += O_BUFFER * (unit.head_dim != 96) + SUMS * (unit.head_dim <= 128)
     for wanted in must_have:
         if not machine_code.count(found, wanted[form]):
             yield f"no {wanted[form]}"
@@ -169,14 +170,14 @@ def faults(unit: codegen.Unit, arch: Arch, code: bytes, log: str) -> Iterator[st
         yield f"{local} instructions use local memory, {facts.stack} bytes of it"
 
 
-@pytest.mark.parametrize("head_dim", [64, 96, 128])
+@pytest.mark.parametrize(("head_dim", "products"), [(64, 28), (96, 20), (128, 28)])
 def test_hoppers_backward_loop_reads_no_index_and_does_not_diverge(
-    head_dim: int, nvrtc: compilers.Nvrtc
+    head_dim: int, products: int, nvrtc: compilers.Nvrtc
 ) -> None:
     # S2R waits behind additions to memory: calls of head dim 128 took up to 12 % longer.
     unit = next(u for u in codegen.units() if u.symbol == f"flash_bwd_sm90_d{head_dim}_bf16")
     code, _ = nvrtc.compile(unit.source, Arch.parse("90a"))
-    loop = machine_code.main_loop(code, products=28)
+    loop = machine_code.main_loop(code, products=products)
     assert machine_code.count(loop, "MUFU.EX2") >= 32
     assert machine_code.count(loop, r"S2R|WARPSYNC|BRA\.DIV") == 0
 

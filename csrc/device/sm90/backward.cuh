@@ -15,15 +15,17 @@
 //     dK += dS^T Q; dQ = dS K           dQ goes to memory beside another product
 //
 // Up to head dim 128 a consumer has half of the keys, and dQ is multiplied a step later
-// (backward_by_keys.cuh); above that it has dV or dK (backward_by_gradients.cuh), and dQ has a
-// kernel of its own (queries.cuh). Who waits for whom: backward_pipeline.cuh. What bounds it, and
-// what was measured: docs/kernels/sm90_backward.md. Sources: FlashAttention-3 (arXiv:2407.08608).
+// (backward_by_keys.cuh) or by a third consumer (backward_summer.cuh); above that it has dV or dK
+// (backward_by_gradients.cuh), and dQ has a kernel of its own (queries.cuh). Who waits for whom:
+// backward_pipeline.cuh. What bounds it, and what was measured: docs/kernels/sm90_backward.md.
+// Sources: FlashAttention-3 (arXiv:2407.08608).
 #pragma once
 
 #include "sm90/backward_by_gradients.cuh"
 #include "sm90/backward_by_keys.cuh"
 #include "sm90/backward_producer.cuh"
 #include "sm90/backward_sender.cuh"
+#include "sm90/backward_summer.cuh"
 
 namespace flash::sm90 {
 
@@ -41,8 +43,11 @@ __device__ inline void backward(const TmaBackwardParams& params) {
     if (warp == 0) load_steps<Cfg>(params, pipe);
     if (warp == 3) plan_blocks<Cfg>(params, pipe);
     if constexpr (Cfg::kByKeys) {
-      if (warp == 1 || warp == 2) Sender<Cfg>{params, pipe, warp - 1}.run();
+      if (warp >= 1 && warp <= Cfg::kSenders) Sender<Cfg>{params, pipe, warp - 1}.run();
     }
+  } else if (Cfg::kHasSummer && warpgroup == 3) {
+    ptx::give_registers<Cfg::kTile.registers_of_summer()>();
+    if constexpr (Cfg::kHasSummer) Summer<Cfg>(params, pipe).run();
   } else {
     ptx::take_registers<Cfg::kTile.registers_of_consumer()>();
     if constexpr (Cfg::kByKeys) {

@@ -1,6 +1,9 @@
 // Consumers that share 64 keys, where dK and dV of more do not fit the registers of one: the first
 // computes P and dV, the second dS and dK. P goes from one to the other as it is, in float. dQ has
 // a kernel of its own (queries.cuh).
+//
+// Where there are buffers of three steps, dV and dK of a step are multiplied beside S and dP of the
+// next one, and K and V stay in registers.
 #pragma once
 
 #include "sm90/backward_consumer.cuh"
@@ -18,6 +21,8 @@ class SharingConsumer : public GradientConsumer<Cfg> {
   using AccS = typename Cfg::AccS;
   using Packed = uint32_t[4][4];  // 64 keys by 64 queries
   static_assert(Cfg::kBlockM == 64, "one product a step");
+  static constexpr bool kIsLate = Cfg::kStages == 3;
+  static_assert(kIsLate || Cfg::kStages == 2, "buffers of a step late, or of none");
 
   __device__ __forceinline__ SharingConsumer(const TmaBackwardParams& params,
                                              const BackwardPipeline<Cfg>& pipe)
@@ -57,17 +62,39 @@ class SharingConsumer : public GradientConsumer<Cfg> {
     this->close_block();
   }
 
-  // This thread's part of P, from consumer to consumer. There are two buffers, as there are of Q:
-  // what a step writes was read two steps before, or Q would not be there.
-  static_assert(Cfg::kStages == 2, "as many as of P");
+  // This thread's part of P, from consumer to consumer. There are two buffers.
   __device__ uint32_t p_of_thread() const {
     return this->pipe_.p_buffer(this->step_) + this->thread() * 16;
   }
-  // A named barrier, of even or odd steps.
+  // Named barriers, of even or odd steps. What a step writes was read two steps before, or Q would
+  // not be there, if there are only two buffers of it. Else the reader tells.
   __device__ int p_is_there() const { return 4 + this->step_ % 2; }
+  __device__ static int p_is_free(uint32_t step) { return 6 + step % 2; }
 
-  __device__ uint32_t q() const { return this->pipe_.q_buffer(this->step_); }
-  __device__ uint32_t dout() const { return this->pipe_.dout_buffer(this->step_); }
+  // K or V of all products to come.
+  __device__ __forceinline__ void hold(uint32_t keys) {
+    tile::load_a<TileK>(held_, keys, this->warp_row(), this->lane());
+  }
+  // s += K Q^T, or V dO^T.
+  __device__ __forceinline__ void start_scores(AccS& s, uint32_t keys, uint32_t queries,
+                                               bool adds) {
+    if constexpr (kIsLate) {
+      tile::start_abt<T, TileQ>(s, held_, queries, adds);
+    } else {
+      tile::start_abt<T, Cfg::kHeadDim, TileK, TileQ>(s, keys, queries, adds);
+    }
+  }
+  // Ends the product of dV or dK of `step`: `operand` was in registers.
+  __device__ __forceinline__ void finish_product(typename Cfg::AccKV& sums, Packed& operand,
+                                                 uint32_t step) const {
+    ptx::wgmma_wait<0>();
+    ptx::pin(sums.c[0]);
+    ptx::pin(operand);
+    this->release_queries(step);
+  }
+
+ private:
+  uint32_t held_[Cfg::kHeadDim / 16][4];
 };
 
 // P and dV.
@@ -102,31 +129,58 @@ class ValuesConsumer : SharingConsumer<Cfg> {
       this->store(dv_, 1.0f, this->maps_.dv, this->params_.dv_grad, this->params_.dv);
       this->close_keys(has_steps);
     }
+    for (int i = 0; kIsLate && i < 2; ++i) {
+      ptx::named_barrier_sync(Base::p_is_free(i), Base::kBothConsumers);
+    }
   }
 
  private:
-  template <bool kPlain>
-  __device__ __forceinline__ void run_steps() {
-    do {
-      this->open_step();
-      step<kPlain>();
-    } while (this->close_step());
-  }
+  static constexpr bool kIsLate = Base::kIsLate;
 
   template <bool kPlain>
+  __device__ __forceinline__ void run_steps() {
+    if constexpr (kIsLate) {
+      this->hold(this->pipe_.k_buffer(0));
+      this->open_step();
+      step<kPlain, false>();
+      while (this->next_step()) {
+        this->open_step();
+        step<kPlain, true>();
+      }
+      start_dv(this->step_ - 1);
+      this->finish_product(dv_, p_, this->step_ - 1);
+    } else {
+      do {
+        this->open_step();
+        step<kPlain, false>();
+        start_dv(this->step_);
+        this->finish_product(dv_, p_, this->step_);
+      } while (this->next_step());
+    }
+  }
+
+  // Up to P. `kHasLate`: dV of the step before is multiplied beside it.
+  template <bool kPlain, bool kHasLate>
   __device__ __forceinline__ void step() {
+    const uint32_t late = this->step_ - 1;
     AccS s;
     if (kPlain) begin_with(s, this->statistic(kLse, 0), this->maps_.lse_factor);
-    tile::start_abt<T, Cfg::kHeadDim, TileK, TileQ>(s, this->pipe_.k_buffer(0), this->q(), kPlain);
-    ptx::wgmma_wait<0>();
-    ptx::pin(s.c[0]);
-    Packed p;
+    this->start_scores(s, this->pipe_.k_buffer(0), this->pipe_.q_buffer(this->step_), kPlain);
+    if constexpr (kHasLate) start_dv(late);
     if constexpr (kPlain) {
+      ptx::wgmma_wait<kHasLate ? 1 : 0>();
+      ptx::pin(s.c[0]);
       this->hide_unseen(s, this->warp_row(), 0);
       exponentiate(s, this->maps_.scale_log2);
-      tile::pack<T>(p, s);
+      if constexpr (!kHasLate) tile::pack<T>(p_, s);
     } else {
-      this->transform_scores(s, p, this->warp_row(), 0);
+      ptx::wgmma_wait<0>();
+      ptx::pin(s.c[0]);
+      if constexpr (kHasLate) this->finish_product(dv_, p_, late);
+      this->transform_scores(s, p_, this->warp_row(), 0);
+    }
+    if constexpr (kIsLate) {
+      ptx::named_barrier_sync(Base::p_is_free(this->step_), Base::kBothConsumers);
     }
 #pragma unroll
     for (int n = 0; n < 8; ++n) {
@@ -136,13 +190,18 @@ class ValuesConsumer : SharingConsumer<Cfg> {
                                     __float_as_uint(x[2]), __float_as_uint(x[3])));
     }
     ptx::named_barrier_arrive(this->p_is_there(), Base::kBothConsumers);
-    this->pipe_.douts().wait_full(this->step_);
-    tile::start_pb<T, TileQ>(dv_, p, this->dout());
-    ptx::wgmma_wait<0>();
-    ptx::pin(dv_.c[0]);
-    ptx::pin(p);
+    if constexpr (kPlain && kHasLate) {
+      this->finish_product(dv_, p_, late);
+      tile::pack<T>(p_, s);
+    }
   }
 
+  __device__ __forceinline__ void start_dv(uint32_t step) {
+    this->pipe_.douts().wait_full(step);
+    tile::start_pb<T, TileQ>(dv_, p_, this->pipe_.dout_buffer(step));
+  }
+
+  Packed p_;
   typename Cfg::AccKV dv_;
 };
 
@@ -162,15 +221,15 @@ class KeyGradientsConsumer : SharingConsumer<Cfg> {
       : Base(params, pipe) {}
 
   __device__ __forceinline__ void run() {
+    for (int i = 0; kIsLate && i < 2; ++i) {
+      ptx::named_barrier_arrive(Base::p_is_free(i), Base::kBothConsumers);
+    }
     while (this->has_block()) {
       dk_.clear();
       const bool has_steps = this->open_keys();
       if (has_steps) {
         this->clean_keys(0, Cfg::kBlockN);
-        do {
-          this->open_step();
-          step();
-        } while (this->close_step());
+        run_steps();
       }
       this->barrier_of_both();  // nobody needs K any more: dK leaves through it
       this->store(dk_, this->params_.scores.softmax_scale, this->maps_.dk, this->params_.dk,
@@ -180,12 +239,39 @@ class KeyGradientsConsumer : SharingConsumer<Cfg> {
   }
 
  private:
+  static constexpr bool kIsLate = Base::kIsLate;
+
+  __device__ __forceinline__ void run_steps() {
+    if constexpr (kIsLate) {
+      this->pipe_.douts().wait_full(this->step_);  // with the first, V comes
+      this->hold(this->pipe_.v_buffer());
+      this->open_step();
+      step<false>();
+      while (this->next_step()) {
+        this->open_step();
+        step<true>();
+      }
+      start_dk(this->step_ - 1);
+      this->finish_product(dk_, ds_, this->step_ - 1);
+    } else {
+      do {
+        this->open_step();
+        step<false>();
+        start_dk(this->step_);
+        this->finish_product(dk_, ds_, this->step_);
+      } while (this->next_step());
+    }
+  }
+
+  // Up to dS.
+  template <bool kHasLate>
   __device__ __forceinline__ void step() {
     AccS dp;
     this->pipe_.douts().wait_full(this->step_);
-    tile::start_abt<T, Cfg::kHeadDim, TileK, TileQ>(dp, this->pipe_.v_buffer(), this->dout());
+    this->start_scores(dp, this->pipe_.v_buffer(), this->pipe_.dout_buffer(this->step_), false);
+    if constexpr (kHasLate) start_dk(this->step_ - 1);
     ptx::named_barrier_sync(this->p_is_there(), Base::kBothConsumers);
-    ptx::wgmma_wait<0>();
+    ptx::wgmma_wait<kHasLate ? 1 : 0>();
     ptx::pin(dp.c[0]);
     AccS p;
 #pragma unroll
@@ -196,15 +282,19 @@ class KeyGradientsConsumer : SharingConsumer<Cfg> {
       p.c[0][n][2] = __uint_as_float(x.z);
       p.c[0][n][3] = __uint_as_float(x.w);
     }
-    Packed ds;
+    if constexpr (kIsLate) {
+      ptx::named_barrier_arrive(Base::p_is_free(this->step_), Base::kBothConsumers);
+    }
     add_to(dp, this->statistic(kMinusDelta, 0));
-    gradients_of_scores<T>(ds, p, dp);
-    tile::start_pb<T, TileQ>(dk_, ds, this->q());
-    ptx::wgmma_wait<0>();
-    ptx::pin(dk_.c[0]);
-    ptx::pin(ds);
+    if constexpr (kHasLate) this->finish_product(dk_, ds_, this->step_ - 1);
+    gradients_of_scores<T>(ds_, p, dp);
   }
 
+  __device__ __forceinline__ void start_dk(uint32_t step) {
+    tile::start_pb<T, TileQ>(dk_, ds_, this->pipe_.q_buffer(step));
+  }
+
+  Packed ds_;
   typename Cfg::AccKV dk_;
 };
 

@@ -1,7 +1,8 @@
 // A consumer that has 64 keys for itself: their P and dS never leave its registers as operands of
-// dV and dK. Only dQ needs the dS of all keys, so that one goes through shared memory, and the
-// consumers share out dQ's columns, or its rows. A step multiplies the dQ of the step before, of
-// the same block of keys or not, for which the other consumer's dS has long been there.
+// dV and dK. Only dQ needs the dS of all keys, so that one goes through shared memory. It has a
+// consumer (backward_summer.cuh); or these share out dQ's columns, or its rows. Then a step
+// multiplies the dQ of the step before, of the same block of keys or not, for which the other
+// consumer's dS has long been there.
 #pragma once
 
 #include "sm90/backward_consumer.cuh"
@@ -25,7 +26,9 @@ class KeysConsumer : GradientConsumer<Cfg> {
   static constexpr bool kByRows = Cfg::kBlockM == 128;
   // A consumer's K stays in registers, where there is room: shared memory is read less.
   static constexpr bool kHoldsKeys = kByRows;
-  static_assert(kByRows ? Cfg::kHeadDim == 64 : Cfg::kBlockM == 64 && TileK::kCols == 128,
+  static constexpr bool kMakesDq = !Cfg::kHasSummer;
+  static_assert(kByRows ? Cfg::kHeadDim == 64 && kMakesDq
+                        : Cfg::kBlockM == 64 && TileK::kCols == 128,
                 "a consumer has 64 x 64 of dQ");
 
  public:
@@ -34,7 +37,7 @@ class KeysConsumer : GradientConsumer<Cfg> {
       : Base(params, pipe) {}
 
   __device__ __forceinline__ void run() {
-    announce_ds(0);
+    if constexpr (kMakesDq) announce_ds(0);
     while (this->has_block()) {
       dk_.clear();
       dv_.clear();
@@ -48,15 +51,21 @@ class KeysConsumer : GradientConsumer<Cfg> {
         }
       }
       if (has_steps) {
-        send_dv();
-        store_dk();
+        if constexpr (kMakesDq) {
+          send_dv();
+        } else {
+          store(dv_, 1.0f, this->params_.dv_grad, this->params_.dv);
+        }
+        // From registers: dV may be on its way through the buffer.
+        store(dk_, this->params_.scores.softmax_scale, this->params_.dk, this->params_.d);
+        this->barrier();
         ++this->keys_;
       } else {
         this->store_zeros(64 * this->consumer_);
       }
       this->close_block();
     }
-    finish_late_dq();
+    if constexpr (kMakesDq) finish_late_dq();
   }
 
  private:
@@ -76,9 +85,12 @@ class KeysConsumer : GradientConsumer<Cfg> {
       } else {
         step_of_64<kPlain>();
       }
-      if (late_keys_ != this->keys_) this->release_keys(late_keys_);
-      late_keys_ = this->keys_;
+      if constexpr (kMakesDq) {
+        if (late_keys_ != this->keys_) this->release_keys(late_keys_);
+        late_keys_ = this->keys_;
+      }
     } while (this->close_step());
+    if constexpr (!kMakesDq) this->release_keys(this->keys_);
     this->release_values();
   }
 
@@ -91,10 +103,12 @@ class KeysConsumer : GradientConsumer<Cfg> {
     AccS s, dp;
     AccQ dq;
     if (kPlain) begin_with(s, this->statistic(kLse, 0), this->maps_.lse_factor);
-    start_late_dq(dq);
+    if constexpr (kMakesDq) start_late_dq(dq);
     start_s(s, 0, kPlain);
-    ptx::wgmma_wait<1>();
-    put_late_dq(dq);
+    if constexpr (kMakesDq) {
+      ptx::wgmma_wait<1>();
+      put_late_dq(dq);
+    }
     this->pipe_.douts().wait_full(this->step_);
     if (kPlain) start_dp(dp, 0);
     ptx::wgmma_wait<kPlain ? 1 : 0>();
@@ -103,7 +117,7 @@ class KeysConsumer : GradientConsumer<Cfg> {
     absorb<kPlain>(s, p, 0);
     if (!kPlain) start_dp(dp, 0);
     start_dv(p, 0);
-    send_late_dq();
+    if constexpr (kMakesDq) send_late_dq();
     ptx::wgmma_wait<1>();
     ptx::pin(dp.c[0]);
     add_to(dp, this->statistic(kMinusDelta, 0));
@@ -195,11 +209,12 @@ class KeysConsumer : GradientConsumer<Cfg> {
       this->transform_scores(s, p, row, half);
     }
   }
-  // To the other consumer too, as announce_ds() tells it. There are two buffers: the one that a
-  // step writes was read in the step before.
+  // To those of dQ too, as announce_ds() tells them. There are two buffers. The one that a step
+  // writes was read in the step before by a consumer like this one.
   __device__ __forceinline__ void to_gradients(Packed& ds, const AccS& s, const AccS& dp,
                                                int half) const {
     gradients_of_scores<T>(ds, s, dp);
+    if constexpr (!kMakesDq) this->pipe_.gradients().wait_empty(this->step_);
     tile::store_transposed<TileDs>(this->pipe_.ds_buffer(this->step_) + half * kRows, ds,
                                    64 * this->consumer_ + this->warp_row(), this->lane());
     ptx::fence_async_proxy();
@@ -208,7 +223,12 @@ class KeysConsumer : GradientConsumer<Cfg> {
   // dS of the step before `step` is there, for the other consumer. In front of the first step too:
   // dQ is multiplied there as in any other, of whatever the buffer holds, and left.
   __device__ void announce_ds(uint32_t step) const {
-    ptx::named_barrier_arrive(ds_is_there(this->consumer_ ^ 1, step), Base::kBothConsumers);
+    if constexpr (kMakesDq) {
+      ptx::named_barrier_arrive(ds_is_there(this->consumer_ ^ 1, step), Base::kBothConsumers);
+    } else {
+      __syncwarp();
+      this->pipe_.gradients().arrive_full_if(this->lane() == 0, step - 1);
+    }
   }
   __device__ static int ds_is_there(int consumer, uint32_t step) {
     return kDsIsThere + consumer * 2 + step % 2;
@@ -258,14 +278,12 @@ class KeysConsumer : GradientConsumer<Cfg> {
     this->pipe_.outs(this->consumer_).arrive_full_if(this->lane() == 0, num_sent());
   }
 
-  // From registers: dV is still on its way through the buffer.
-  __device__ __forceinline__ void store_dk() const {
-    const float scale = this->params_.scores.softmax_scale;
-    const float factors[2] = {scale, scale};
+  __device__ __forceinline__ void store(const typename Cfg::AccKV& acc, float factor,
+                                        const Rows& to, int num_cols) const {
+    const float factors[2] = {factor, factor};
     const int row = this->block().first + 64 * this->consumer_ + this->warp_row();
-    tile::store_rows<T>(this->rows_of(this->params_.dk, row), this->params_.dk.row, dk_, factors,
-                        this->block().sk - row, this->params_.d, this->lane());
-    this->barrier();
+    tile::store_rows<T>(this->rows_of(to, row), to.row, acc, factors, this->block().sk - row,
+                        num_cols, this->lane());
   }
 
   __device__ __forceinline__ void finish_late_dq() const {

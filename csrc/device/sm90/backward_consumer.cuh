@@ -1,5 +1,5 @@
-// What both kinds of consumers of the backward kernel do: where they are, sums of dQ, clean tails
-// of buffers, and how dK and dV leave.
+// What all kinds of consumers of the backward kernel do: where they are, clean tails of buffers,
+// and how dK and dV leave.
 #pragma once
 
 #include "sm90/backward_scores.cuh"
@@ -62,10 +62,18 @@ class GradientConsumer {
     pipe_.values().arrive_empty_if(lane() == 0, keys_);
   }
 
+  // Likewise of a step's queries.
+  __device__ __forceinline__ void release_queries(uint32_t step) const {
+    __syncwarp();
+    pipe_.queries().arrive_empty_if(lane() == 0, step);
+  }
+
   // The consumer is done with a step, or a block of keys. True: the block has another step.
   __device__ __forceinline__ bool close_step() {
-    __syncwarp();
-    pipe_.queries().arrive_empty_if(lane() == 0, step_);
+    release_queries(step_);
+    return next_step();
+  }
+  __device__ __forceinline__ bool next_step() {
     ++step_;
     ++at_;
     if (at_ < end_) return true;
@@ -82,10 +90,17 @@ class GradientConsumer {
   // hold infinities. `row`, `num_rows`: which of the block's this consumer looks after.
   __device__ __forceinline__ void clean_keys(int row, int num_rows) const {
     const int tail = ptx::uniform(block().tail_k);
-    if (tail == 0 || ptx::uniform(block().first) + Cfg::kBlockN <= ptx::uniform(block().sk)) return;
+    if (tail == 0 || ends_inside()) return;
     pipe_.douts().wait_full(step_);  // with the first, V comes
     clear_rows<TileK>(pipe_.k_buffer(keys_), max(tail, row), row + num_rows);
     clear_rows<TileK>(pipe_.v_buffer(), max(tail, row), row + num_rows);
+    finish_clearing();
+  }
+  // Of keys alone, all rows.
+  __device__ __forceinline__ void clean_keys() const {
+    const int tail = ptx::uniform(block().tail_k);
+    if (tail == 0 || ends_inside()) return;
+    clear_rows<TileK>(pipe_.k_buffer(keys_), tail, Cfg::kBlockN);
     finish_clearing();
   }
 
@@ -212,6 +227,10 @@ class GradientConsumer {
   int head_, at_;
 
  private:
+  // So do all keys of the block.
+  __device__ __forceinline__ bool ends_inside() const {
+    return ptx::uniform(block().first) + Cfg::kBlockN <= ptx::uniform(block().sk);
+  }
   template <class Tile>
   __device__ void clear_rows(uint32_t smem, int begin, int end) const {
     constexpr int kChunks = Tile::kCols / tile::kChunk;

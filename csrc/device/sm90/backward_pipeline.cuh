@@ -17,6 +17,8 @@ struct BackwardConfig {
   static constexpr int kThreads = kTile.threads();
   static constexpr int kStages = kTile.stages;
   static constexpr bool kByKeys = kTile.share == sm90::kByKeys;
+  static constexpr bool kHasSummer = kTile.has_summer;
+  static constexpr int kSenders = kTile.senders();
   static_assert(kBlockN == (kByKeys ? 128 : 64), "a product of a warpgroup has 64 rows");
   using TileQ = tile::SmemTile<kBlockM, kTile.columns()>;
   using TileK = tile::SmemTile<kBlockN, kTile.columns()>;
@@ -50,13 +52,15 @@ struct KeyBlock {
 //   keys, values:    full: TMA has brought them       empty: no product needs them any more, and
 //                                                     what left through them is gone
 //   queries, douts:  full: TMA has brought the block  empty (queries only): all warps are done
+//   gradients:       full: dS is there                empty: dQ of it is multiplied
 //   outs:            full: the consumer has written   empty: TMA has read it
 //                    its part of dQ, or dV
 //   blocks:          full: it has been planned        empty: everyone is done with it
 //   loads:           full: but for the last step's    (nobody waits until it is empty)
 //                    all of a block have begun
 //
-// Outs, a ring for each consumer, are there where consumers have keys of their own.
+// Outs, a ring for each sender, are there where consumers have keys of their own; gradients where a
+// third one multiplies dQ.
 template <class Cfg>
 struct BackwardPipeline {
   static constexpr int kBlocks = 2;
@@ -67,18 +71,19 @@ struct BackwardPipeline {
   static constexpr int kDs = kQueries + 2 * Cfg::kStages * Cfg::TileQ::kBytes;
   static constexpr int kP = kDs + 2 * Cfg::kTile.ds_bytes();
   static constexpr int kOuts = kP + 2 * Cfg::kTile.p_bytes();
-  static constexpr int kStatistics = kOuts + Cfg::kConsumers * Cfg::kTile.out_bytes();
+  static constexpr int kStatistics = kOuts + Cfg::kSenders * Cfg::kTile.out_bytes();
   static constexpr int kBounds = kStatistics + Cfg::kTile.statistics_bytes();
   static constexpr int kBarriers = kBounds + Cfg::kTile.bounds_bytes();
   using KeyRing = Ring<kKeyBuffers>;
   using ValueRing = Ring<1>;
   using QueryRing = Ring<Cfg::kStages>;
+  using GradientRing = Ring<2>;
   using OutRing = Ring<1>;
   using BlockRing = Ring<kBlocks>;
   using LoadRing = Ring<1>;
-  static constexpr int kRecords = kBarriers + KeyRing::kBytes + ValueRing::kBytes +
-                                  2 * QueryRing::kBytes + BlockRing::kBytes +
-                                  Cfg::kConsumers * OutRing::kBytes + LoadRing::kBytes;
+  static constexpr int kRecords =
+      kBarriers + KeyRing::kBytes + ValueRing::kBytes + 2 * QueryRing::kBytes + BlockRing::kBytes +
+      Cfg::kSenders * OutRing::kBytes + LoadRing::kBytes + Cfg::kHasSummer * GradientRing::kBytes;
   static_assert(kRecords % alignof(KeyBlock) == 0 &&
                     kRecords + kBlocks * sizeof(KeyBlock) <= Cfg::kTile.smem_bytes(),
                 "room behind the buffers");
@@ -107,10 +112,10 @@ struct BackwardPipeline {
     return smem + kP + step % 2 * Cfg::kTile.p_bytes();
   }
   // Where dQ and dV leave, or else dV through V and dK through K.
-  __device__ uint32_t out_buffer(int consumer) const {
-    return Cfg::kByKeys    ? smem + kOuts + consumer * Cfg::kTile.out_bytes()
-           : consumer == 0 ? v_buffer()
-                           : k_buffer(0);
+  __device__ uint32_t out_buffer(int sender) const {
+    return Cfg::kByKeys  ? smem + kOuts + sender * Cfg::kTile.out_bytes()
+           : sender == 0 ? v_buffer()
+                         : k_buffer(0);
   }
   // Of each 64 queries of a block, 64 lse and 64 delta.
   __device__ uint32_t statistics(uint32_t step) const {
@@ -125,10 +130,11 @@ struct BackwardPipeline {
   __device__ QueryRing queries() const { return {values().barriers + ValueRing::kBytes}; }
   __device__ QueryRing douts() const { return {queries().barriers + QueryRing::kBytes}; }
   __device__ BlockRing blocks() const { return {douts().barriers + QueryRing::kBytes}; }
-  __device__ OutRing outs(int consumer) const {
-    return {blocks().barriers + BlockRing::kBytes + consumer * OutRing::kBytes};
+  __device__ OutRing outs(int sender) const {
+    return {blocks().barriers + BlockRing::kBytes + sender * OutRing::kBytes};
   }
-  __device__ LoadRing loads() const { return {outs(Cfg::kConsumers).barriers}; }
+  __device__ LoadRing loads() const { return {outs(Cfg::kSenders).barriers}; }
+  __device__ GradientRing gradients() const { return {loads().barriers + LoadRing::kBytes}; }
   __device__ KeyBlock& block(uint32_t i) const {
     return reinterpret_cast<KeyBlock*>(storage + kRecords)[i % kBlocks];
   }
@@ -136,13 +142,14 @@ struct BackwardPipeline {
   // By all threads.
   __device__ void init() const {
     if (threadIdx.x == 0) {
-      keys().init(1, 4 * Cfg::kConsumers);
+      keys().init(1, 4 * (Cfg::kConsumers + Cfg::kHasSummer));
       values().init(1, 4 * Cfg::kConsumers);
       queries().init(1, 4 * Cfg::kConsumers);
       douts().init(1, Cfg::kConsumers);
-      for (int i = 0; i < Cfg::kConsumers; ++i) outs(i).init(4, 1);
-      blocks().init(1, (Cfg::kByKeys ? 2 : 1) * Cfg::kConsumers + 1);
+      for (int i = 0; i < Cfg::kSenders; ++i) outs(i).init(4, 1);
+      blocks().init(1, 1 + Cfg::kConsumers + Cfg::kHasSummer + Cfg::kSenders);
       loads().init(1, 1);
+      if (Cfg::kHasSummer) gradients().init(4 * Cfg::kConsumers, 4);
       ptx::mbarrier_init_fence();
     }
     __syncthreads();

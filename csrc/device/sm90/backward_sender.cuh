@@ -27,18 +27,20 @@ __device__ inline void send_rows(const TensorMap& map, uint32_t smem, const KeyB
   ptx::tma_store_commit();
 }
 
-// One lane's work for each consumer: what leaves through its buffer. Of each step its part of dQ is
-// added to the sums in memory, a step late, as it is multiplied; and dV of each block leaves.
+// One lane's work: what leaves through a buffer. Of each step dQ is added to the sums in memory:
+// all of it, if it has a consumer; or a consumer's part, a step late, as it is multiplied. Then
+// that one's dV of each block leaves there too.
 //
-// Where sums have one order, a counter of each 64 rows of dQ and consumer tells which block of keys
-// is next to add to them, from the last that their queries see down to the first.
+// Where sums have one order, a counter of each 64 rows of dQ and sender tells which block of keys is
+// next to add to them, from the last that their queries see down to the first.
 template <class Cfg>
 struct Sender {
   static constexpr bool kByRows = Cfg::kBlockM == 2 * kSumRows;  // else by columns
+  static constexpr int kColumns = Cfg::kHasSummer ? Cfg::kHeadDim : 64;
   static constexpr int kNone = -1;
   const TmaBackwardParams& maps;
   const BackwardPipeline<Cfg>& pipe;
-  const int consumer;
+  const int consumer;  // or 0
 
   __device__ void run() const {
     const BackwardParams& call = maps.call;
@@ -52,13 +54,18 @@ struct Sender {
       const KeyBlock& block = pipe.block(i);
       const bool has_steps = !block.is_last && block.begin < block.end;
       // Behind the last block there is only the late dQ.
-      int left = has_steps ? (block.end - block.begin) * (call.hq / call.hk) : block.is_last;
+      int left = has_steps ? (block.end - block.begin) * (call.hq / call.hk)
+                           : block.is_last && !Cfg::kHasSummer;
       int at = block.begin;
       int row = block.first_sum + at * Cfg::kBlockM + (kByRows ? kSumRows * consumer : 0);
       for (; left > 0; --left) {
-        if (late != kNone) add(late, late_turn, sent++);
-        late = row;
-        late_turn = block.first / Cfg::kBlockN;
+        if constexpr (Cfg::kHasSummer) {
+          add(row, block.first / Cfg::kBlockN, sent++);
+        } else {
+          if (late != kNone) add(late, late_turn, sent++);
+          late = row;
+          late_turn = block.first / Cfg::kBlockN;
+        }
         row += Cfg::kBlockM;
         if (++at == block.end) {
           at = block.begin;
@@ -66,7 +73,7 @@ struct Sender {
         }
       }
       if (block.is_last) break;
-      if (has_steps) {
+      if (has_steps && !Cfg::kHasSummer) {
         pipe.outs(consumer).wait_full(sent);
         send_values(block);
         pipe.outs(consumer).arrive_empty(sent++);
@@ -91,7 +98,8 @@ struct Sender {
     const int column = kByRows ? 0 : 64 * consumer;
     float* const to = call.dq_accum + int64_t{row} * Cfg::kHeadDim +
                       column / 8 * tile::WarpgroupOrder::kEightColumns;
-    const int bytes = min(Cfg::kHeadDim - column, 64) * kSumRows * static_cast<int>(sizeof(float));
+    const int bytes =
+        min(Cfg::kHeadDim - column, kColumns) * kSumRows * static_cast<int>(sizeof(float));
     int32_t* const counter = call.turns + row / kSumRows * 2 + (kByRows ? 0 : consumer);
     pipe.outs(consumer).wait_full(sent);
     if (call.turns) ptx::wait_until_equal(counter, turn);

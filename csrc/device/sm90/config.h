@@ -97,20 +97,22 @@ constexpr ForwardTile forward_tile(Serves serves, int head_dim, int element_byte
 
 // How the two consumers of the backward kernel share out the work on a block of keys.
 enum Share {
-  kByKeys,       // 64 keys each: their dK and dV, and shares of dQ, which are added up in memory
+  kByKeys,       // 64 keys each: their dK and dV; shares of dQ are added up in memory
   kByGradients,  // all 64 keys: dV and dK; dQ has a kernel of its own
 };
 
 struct BackwardTile {
   int head_dim;
   Share share;
-  int block_m;  // queries of a step
-  int block_n;  // keys of a CTA
-  int stages;   // buffers of Q and dO: a power of two
+  int block_m;      // queries of a step
+  int block_n;      // keys of a CTA
+  int stages;       // buffers of Q and dO
+  bool has_summer;  // a third consumer multiplies dQ, else both do
 
-  constexpr int consumers() const { return 2; }
-  constexpr int threads() const { return 128 * (1 + consumers()); }
-  constexpr int registers_of_consumer() const { return 240; }
+  constexpr int consumers() const { return 2; }  // of dK and dV
+  constexpr int threads() const { return 128 * (1 + consumers() + has_summer); }
+  constexpr int registers_of_consumer() const { return has_summer ? 200 : 240; }
+  constexpr int registers_of_summer() const { return 80; }
   constexpr int registers_of_others() const { return 24; }
   // In shared memory: whole panels of 64.
   constexpr int columns() const { return (head_dim + 63) / 64 * 64; }
@@ -118,8 +120,9 @@ struct BackwardTile {
   constexpr int p_bytes() const { return share == kByGradients ? block_m * block_n * 4 : 0; }
   // Of dS, where dQ is made of it.
   constexpr int ds_bytes() const { return share == kByKeys ? block_m * block_n * 2 : 0; }
-  // Of a consumer's part of dQ, in float, and of dV, which leave by TMA from there.
-  constexpr int out_bytes() const { return share == kByKeys ? 64 * 64 * 4 : 0; }
+  // Where dQ of a step leaves by TMA, in float: a consumer's part of it, and then its dV, or all.
+  constexpr int senders() const { return share != kByKeys ? 0 : has_summer ? 1 : consumers(); }
+  constexpr int out_bytes() const { return 64 * (has_summer ? head_dim : 64) * 4; }
   // Of K. Where there are two, dQ of a block's last step is multiplied beside the next block's
   // first.
   constexpr int key_buffers() const { return share == kByKeys ? 2 : 1; }
@@ -129,17 +132,17 @@ struct BackwardTile {
   // queries see a key; barriers and records.
   constexpr int smem_bytes() const {
     return ((key_buffers() + 1) * block_n + 2 * stages * block_m) * columns() * 2 +
-           2 * (ds_bytes() + p_bytes()) + consumers() * out_bytes() + statistics_bytes() +
+           2 * (ds_bytes() + p_bytes()) + senders() * out_bytes() + statistics_bytes() +
            bounds_bytes() + 512;
   }
 };
 
 constexpr BackwardTile kBackwardTiles[] = {
-    {64, kByKeys, 128, 128, 2},      //
-    {96, kByKeys, 64, 128, 2},       //
-    {128, kByKeys, 64, 128, 2},      //
-    {192, kByGradients, 64, 64, 2},  //
-    {256, kByGradients, 64, 64, 2},  //
+    {64, kByKeys, 128, 128, 2, false},      //
+    {96, kByKeys, 64, 128, 2, true},        //
+    {128, kByKeys, 64, 128, 2, false},      //
+    {192, kByGradients, 64, 64, 3, false},  //
+    {256, kByGradients, 64, 64, 2, false},  //
 };
 
 constexpr BackwardTile backward_tile(int head_dim) {

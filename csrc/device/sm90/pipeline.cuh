@@ -76,10 +76,10 @@ struct Descale {
 };
 
 // A ring of buffers. Entry i, counted from the start of the kernel, is in buffer i % kSize; each
-// buffer has a barrier that tells when it is full and one that tells when it may be overwritten.
+// buffer has a barrier that tells when it is full and one that tells when it may be overwritten. Of
+// kSize a power of two, i may pass 2^32.
 template <int kSize>
 struct Ring {
-  static_assert((kSize & (kSize - 1)) == 0, "buffers are chosen by bits");
   static constexpr int kBytes = kSize * 16;
   uint32_t barriers;
 
