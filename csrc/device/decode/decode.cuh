@@ -164,7 +164,8 @@ __device__ inline void decode(const DecodeParams& params) {
   ptx::wait_for_kernel_in_front();
   Walk<Cfg::kBlockN> walk(params);
   if (walk.left == 0) return;
-  if (Cfg::kHasClusters && call.cluster > 0 && thread == 0) exchange.prepare();
+  const int cluster = Cfg::kHasClusters ? walk.cluster() : 0;
+  if (cluster > 0 && thread == 0) exchange.prepare();
   KeyRing<Cfg> ring(params, walk, ptx::smem_address(storage), thread);
   Queries<Cfg> queries;
 #pragma unroll 1
@@ -178,11 +179,11 @@ __device__ inline void decode(const DecodeParams& params) {
   for (;;) {
     queries.store(params, walk.seq, walk.head, q, of_rows, thread);
     const bool is_whole = walk.is_whole();
-    const Parts parts = is_whole ? Parts{0, 1, 0} : walk.parts();
+    const Parts parts = is_whole ? Parts{0, 1, 0, 1} : walk.parts();
     __syncthreads();
     // Its answer comes while keys and values are on their way.
     if (!is_whole && thread == Cfg::kThreads - 1) {
-      const Parts in_memory = call.cluster > 0 ? parts.of_clusters(call.cluster) : parts;
+      const Parts in_memory = cluster > 0 ? parts.of_clusters(cluster) : parts;
       if (in_memory.count > 1) {
         attn::Counter{call.next_tile + in_memory.first}.open(params.call_number);
       }
@@ -219,7 +220,8 @@ __device__ inline void decode(const DecodeParams& params) {
     walk.advance(count);
     const bool is_last = walk.left == 0;
     if (Cfg::kLoadsEarly && !is_last) queries.load(params, walk.seq, walk.head, thread);
-    finish<Cfg>(params, seq, head, o, softmax, warp_rows, exchange, is_whole, parts, flag, thread);
+    finish<Cfg>(params, seq, head, o, softmax, warp_rows, exchange, is_whole, parts, cluster, flag,
+                thread);
     if (is_last) return;
     if (!Cfg::kLoadsEarly) queries.load(params, walk.seq, walk.head, thread);
     __syncthreads();  // everyone is done with scratch

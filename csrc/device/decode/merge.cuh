@@ -62,7 +62,7 @@ struct PartRows {
   uint32_t width;
 
   __device__ PartRows(const DecodeParams& params, const Parts& parts)
-      : rooms(params.call.num_splits > 0 ? 1 : 2),
+      : rooms(parts.rooms),
         stride(parts.stride),
         rows(params.group * params.call.seqs.sq),
         width(params.call.dv) {
@@ -281,10 +281,9 @@ template <class Cfg>
 __device__ inline void finish(const DecodeParams& params, const attn::Sequence& seq, int head_k,
                               const typename Cfg::AccO& o, typename Cfg::Softmax& softmax,
                               const WarpRows<Cfg>& scratch, Exchange<Cfg> exchange, bool is_whole,
-                              const Parts& parts, int* flag, int thread) {
+                              const Parts& parts, int cluster, int* flag, int thread) {
   const ForwardParams& call = params.call;
   const int rows = num_rows(params, seq);
-  const int cluster = Cfg::kHasClusters ? call.cluster : 0;
   const bool exchanges = cluster > 0 && !is_whole;
   Parts in_memory = parts;
   Quads quads = {0, rows * exchange.kQuads};

@@ -2,7 +2,8 @@
 //
 // The blocks of all (sequence, key-value head) pairs stand in one line, pair behind pair. Every CTA
 // finds its share of the line by itself: lengths are read on the device, so a captured call can run
-// again with others.
+// again with others. Where a call has clusters, and lengths are about equal, each pair is cut into as
+// many parts as clusters have CTAs, or some times as many.
 #pragma once
 
 #include "attn/mask.cuh"
@@ -100,6 +101,7 @@ struct Parts {
   int first;  // share with the pair's first block
   int count;
   int index;  // of this share's part
+  int rooms;  // of a share: two where pairs are cut anywhere
   int stride = 1;
 
   // What clusters of a power of two make of them. Its CTAs have each a piece of the rows, and meet
@@ -107,7 +109,7 @@ struct Parts {
   __device__ Parts of_clusters(int size) const {
     const int shift = __ffs(size) - 1;
     const int rank = index & (size - 1);
-    return {first + rank, (count + size - 1) >> shift, index >> shift, size};
+    return {first + rank, (count + size - 1) >> shift, index >> shift, rooms, size};
   }
 };
 
@@ -123,15 +125,20 @@ struct Walk {
   Deal deal;
   // Of the pair's first block in the line; of the part, where each pair is cut into num_splits.
   uint32_t index;
+  uint32_t splits;  // of each pair; 0: pairs are cut where shares end
 
-  __device__ explicit Walk(const DecodeParams& params) : params(params), left(0) {
+  __device__ explicit Walk(const DecodeParams& params)
+      : params(params), left(0), splits(params.call.num_splits) {
     const uint32_t share = blockIdx.x;
-    if (params.call.num_splits > 0) {
+    if (splits > 0) {
       take_split(share);
     } else {
       take_share(share);
     }
   }
+
+  // CTAs that merge in shared memory; 0: none do.
+  __device__ int cluster() const { return splits > 0 ? params.call.cluster : 0; }
 
   // Blocks of the pair that are in the share.
   __device__ int here() const { return min(left, span.end - block); }
@@ -140,13 +147,13 @@ struct Walk {
 
   __device__ Parts parts() const {
     const int share = blockIdx.x;
-    if (params.call.num_splits > 0) {
+    if (splits > 0) {
       const int part = index;
-      return {share - part, static_cast<int>(min(num_parts(), span.size())), part};
+      return {share - part, static_cast<int>(min(num_parts(), span.size())), part, 1};
     }
     const int first = deal.owner_of(index);
     const int last = deal.owner_of(index + span.size() - 1);
-    return {first, last - first + 1, share - first};
+    return {first, last - first + 1, share - first, 2};
   }
 
   // Behind `count` blocks of the pair, which are all of them or the last of the share. Returns
@@ -172,12 +179,12 @@ struct Walk {
     span = Span(params, seq, kBlockN);
   }
 
-  // One of num_splits parts of a pair, or of fewer if clusters would have CTAs without work: all of
+  // One of `splits` parts of a pair, or of fewer if clusters would have CTAs without work: all of
   // them are full, or there is one.
   __device__ void take_split(uint32_t share) {
-    const uint32_t splits = params.call.num_splits;
     const uint32_t pair = share / splits;
     const uint32_t sequence = pair / params.call.hk;
+    if (sequence >= params.call.seqs.b) return;
     head = pair - sequence * params.call.hk;
     find(sequence);
     const Deal parts(num_parts(), span.size());
@@ -188,7 +195,6 @@ struct Walk {
   }
 
   __device__ uint32_t num_parts() const {
-    const uint32_t splits = params.call.num_splits;
     const uint32_t cluster = params.call.cluster;
     if (cluster == 0) return splits;
     if (span.size() <= kFewBlocks * cluster) return cluster;
@@ -204,10 +210,12 @@ struct Walk {
     const int lane = threadIdx.x % 32;
     const int each = (b + 31) / 32;
     uint32_t mine = 0;
+    uint32_t longest = 0;
 #pragma unroll 1
     for (int i = lane * each; i < min(b, (lane + 1) * each); ++i) {
       find(i);
       mine += num_blocks();
+      longest = max(longest, num_blocks());
     }
     uint32_t up_to_here = mine;
 #pragma unroll
@@ -217,7 +225,13 @@ struct Walk {
     }
     const uint32_t rows = params.group * params.call.seqs.sq;
     const uint32_t all = __shfl_sync(kAllLanes, up_to_here, 31);
-    deal = Deal(gridDim.x, all, b * params.call.hk, rows);
+    const uint32_t num_pairs = b * params.call.hk;
+    if (params.call.cluster > 0 && __all_sync(kAllLanes, longest * b <= all + all / 8)) {
+      splits = gridDim.x / (num_pairs * params.call.cluster) * params.call.cluster;
+      take_split(share);
+      return;
+    }
+    deal = Deal(gridDim.x, all, num_pairs, rows);
     if (share >= deal.num) return;
     const uint32_t first = deal.first_of(share);
     left = deal.size_of(share, all);
