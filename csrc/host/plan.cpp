@@ -195,6 +195,7 @@ int64_t num_shares(const ForwardParams& params, const Shape& shape, const Device
 void choose_clusters(ForwardParams* params, const Shape& shape, const Device& device,
                      const Clusters& clusters) {
   if (params->num_splits != 0 || params->seqs.b == 0) return;
+  const bool is_one = params->seqs.b == 1;
   const int64_t pairs = int64_t{params->hk} * params->seqs.b;
   const int64_t blocks = ceil_div(params->seqs.sk, shape.block_n);
   const int64_t all = int64_t{device.num_sms} * shape.ctas;
@@ -202,18 +203,18 @@ void choose_clusters(ForwardParams* params, const Shape& shape, const Device& de
   for (const int count : clusters.count) {
     const int64_t of_pair = count / pairs;
     // Larger clusters leave less to merge in memory, and mostly some multiprocessors idle.
-    const bool are_few = params->seqs.b == 1 && blocks <= decode::kFewBlocks * size;
+    const bool are_few = blocks <= decode::kFewBlocks * size;
     const bool fill_device = of_pair * pairs * size * 8 >= all * 7;
-    if (params->seqs.b > 1 && count < all / size) {
-      size /= 2;
-      continue;
-    }
-    if (of_pair > 0 && (are_few || fill_device)) {
+    if (is_one && of_pair > 0 && (are_few || fill_device)) {
       params->cluster = size;
-      // Of several sequences the device knows whether they are about as long as one another.
-      if (params->seqs.b == 1) {
-        params->num_splits = size * (are_few ? 1 : clamp(ceil_div(blocks, size), 1, of_pair));
-      }
+      params->num_splits = size * (are_few ? 1 : clamp(ceil_div(blocks, size), 1, of_pair));
+      return;
+    }
+    // Of several sequences the device knows whether they are about as long as one another. Then
+    // nothing is merged in memory; else all CTAs have shares.
+    const bool hold_all = size <= decode::kFewInCluster && count >= all / size;
+    if (!is_one && hold_all && of_pair == 1 && fill_device) {
+      params->cluster = size;
       return;
     }
     size /= 2;

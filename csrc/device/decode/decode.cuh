@@ -166,20 +166,19 @@ __device__ inline void decode(const DecodeParams& params) {
   if (walk.left == 0) return;
   const int cluster = Cfg::kHasClusters ? walk.cluster() : 0;
   if (cluster > 0 && thread == 0) exchange.prepare();
-  KeyRing<Cfg> ring(params, walk, ptx::smem_address(storage), thread);
   Queries<Cfg> queries;
+  queries.load(params, walk.seq, walk.head, thread);
+  KeyRing<Cfg> ring(params, walk, ptx::smem_address(storage), thread);
 #pragma unroll 1
-  for (int i = 0; i < Cfg::kStages - 1; ++i) {
-    ring.start();
-    if (i == 0) queries.load(params, walk.seq, walk.head, thread);
-  }
+  for (int i = 0; i < Cfg::kStages - 1; ++i) ring.start();
 
   const bool is_plain = attn::is_plain(call.scores);
   const float scale_log2 = is_plain ? call.scores.softmax_scale * attn::kLog2e : attn::kLog2e;
   for (;;) {
-    queries.store(params, walk.seq, walk.head, q, of_rows, thread);
     const bool is_whole = walk.is_whole();
     const Parts parts = is_whole ? Parts{0, 1, 0, 1} : walk.parts();
+    const RowRules rules(params, walk.seq, walk.head, warp_row + lane / 4);
+    queries.store(params, walk.seq, walk.head, q, of_rows, thread);
     __syncthreads();
     // Its answer comes while keys and values are on their way.
     if (!is_whole && thread == Cfg::kThreads - 1) {
@@ -191,7 +190,6 @@ __device__ inline void decode(const DecodeParams& params) {
     typename Cfg::HeldQ held;
     held.template load<TileQ>(q, warp_row, lane);
     const typename Queries<Cfg>::Rescale rescale(of_rows, warp_row + lane / 4);
-    const RowRules rules(params, walk.seq, walk.head, warp_row + lane / 4);
     typename Cfg::AccO o;
     typename Cfg::Softmax softmax;
     o.clear();

@@ -147,7 +147,8 @@ struct KeyRing {
         const uint32_t row = (to ^ at % 8 * 16) + at * (TileK::kPanel * 2);
 #pragma unroll
         for (int panel = 0; panel < kPanels; ++panel) {
-          ptx::cp_async_16(row + panel * TileK::kPanelBytes, from + panel * TileK::kPanel, true);
+          ptx::cp_async_16_once(row + panel * TileK::kPanelBytes, from + panel * TileK::kPanel,
+                                true);
         }
         from += kRowsPerPass * x.row;
       }
@@ -220,7 +221,7 @@ struct KeyRing {
         const auto* chunk = reinterpret_cast<const uint16_t*>(from) + col + panel * TileK::kPanel;
         const bool valid = is_full || (from != kNoRow && col + panel * TileK::kPanel < num_cols);
         if (is_full || from != kNewRow) {
-          ptx::cp_async_16(to + panel * TileK::kPanelBytes, chunk, valid);
+          ptx::cp_async_16_once(to + panel * TileK::kPanelBytes, chunk, valid);
         }
       }
     }

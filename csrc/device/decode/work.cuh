@@ -2,13 +2,14 @@
 //
 // The blocks of all (sequence, key-value head) pairs stand in one line, pair behind pair. Every CTA
 // finds its share of the line by itself: lengths are read on the device, so a captured call can run
-// again with others. Where a call has clusters, and lengths are about equal, each pair is cut into as
-// many parts as clusters have CTAs, or some times as many.
+// again with others. Where a call has clusters, and lengths are about equal, each pair is cut into
+// as many parts as clusters have CTAs, or some times as many.
 #pragma once
 
 #include "attn/mask.cuh"
 #include "attn/sequence.cuh"
 #include "decode/config.h"
+#include "ptx/cluster.cuh"
 #include "ptx/memory.cuh"
 
 namespace flash::decode {
@@ -101,7 +102,6 @@ struct Parts {
   int first;  // share with the pair's first block
   int count;
   int index;  // of this share's part
-  int rooms;  // of a share: two where pairs are cut anywhere
   int stride = 1;
 
   // What clusters of a power of two make of them. Its CTAs have each a piece of the rows, and meet
@@ -109,7 +109,7 @@ struct Parts {
   __device__ Parts of_clusters(int size) const {
     const int shift = __ffs(size) - 1;
     const int rank = index & (size - 1);
-    return {first + rank, (count + size - 1) >> shift, index >> shift, rooms, size};
+    return {first + rank, (count + size - 1) >> shift, index >> shift, size};
   }
 };
 
@@ -149,11 +149,11 @@ struct Walk {
     const int share = blockIdx.x;
     if (splits > 0) {
       const int part = index;
-      return {share - part, static_cast<int>(min(num_parts(), span.size())), part, 1};
+      return {share - part, static_cast<int>(min(num_parts(), span.size())), part};
     }
     const int first = deal.owner_of(index);
     const int last = deal.owner_of(index + span.size() - 1);
-    return {first, last - first + 1, share - first, 2};
+    return {first, last - first + 1, share - first};
   }
 
   // Behind `count` blocks of the pair, which are all of them or the last of the share. Returns
@@ -226,7 +226,8 @@ struct Walk {
     const uint32_t rows = params.group * params.call.seqs.sq;
     const uint32_t all = __shfl_sync(kAllLanes, up_to_here, 31);
     const uint32_t num_pairs = b * params.call.hk;
-    if (params.call.cluster > 0 && __all_sync(kAllLanes, longest * b <= all + all / 8)) {
+    if (ptx::kHasClusters && params.call.cluster > 0 &&
+        __all_sync(kAllLanes, longest * b <= all + all / 8)) {
       splits = gridDim.x / (num_pairs * params.call.cluster) * params.call.cluster;
       take_split(share);
       return;
