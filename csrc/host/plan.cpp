@@ -213,7 +213,7 @@ void choose_clusters(ForwardParams* params, const Shape& shape, const Device& de
     // Of several sequences the device knows whether they are about as long as one another. Then
     // nothing is merged in memory; else all CTAs have shares.
     const bool hold_all = size <= decode::kFewInCluster && count >= all / size;
-    if (!is_one && hold_all && of_pair == 1 && fill_device) {
+    if (!is_one && shape.block_m == 16 && hold_all && of_pair == 1 && fill_device) {
       params->cluster = size;
       return;
     }

@@ -42,7 +42,8 @@ struct Config {
   // Steps of Q that stay in registers, where there are some.
   static constexpr int kHeld = kRows == 16 && kHeadDim <= 128 ? kHeadDim / 16 : 0;
   static constexpr bool kHasClusters = ptx::kHasClusters && kTile.merges_in_clusters();
-  static constexpr bool kLoadsEarly = kHeld > 0;  // Q of the next pair
+  static constexpr bool kMayBeEqual = kHasClusters && kRows == 16;  // clusters of several sequences
+  static constexpr bool kLoadsEarly = kHeld > 0;                    // Q of the next pair
   static_assert(kRowWarps == 1 || kKeyGroups == 1, "warps share either rows or keys");
   using TileQ = tile::SmemTile<kRows, kHeadDim>;
   using TileK = tile::SmemTile<kGroupKeys, kHeadDim * kTile.element_bytes / 2>;
@@ -162,12 +163,12 @@ __device__ inline void decode(const DecodeParams& params) {
   ptx::let_kernel_behind_begin();
   fetch(params, lane);
   ptx::wait_for_kernel_in_front();
-  Walk<Cfg::kBlockN> walk(params);
+  Walk<Cfg> walk(params);
   if (walk.left == 0) return;
-  const int cluster = Cfg::kHasClusters ? walk.cluster() : 0;
+  const int cluster = walk.cluster();
   if (cluster > 0 && thread == 0) exchange.prepare();
   Queries<Cfg> queries;
-  queries.load(params, walk.seq, walk.head, thread);
+  queries.load(params, walk.seq, walk.head, thread);  // they are needed first
   KeyRing<Cfg> ring(params, walk, ptx::smem_address(storage), thread);
 #pragma unroll 1
   for (int i = 0; i < Cfg::kStages - 1; ++i) ring.start();

@@ -9,7 +9,6 @@
 #include "attn/mask.cuh"
 #include "attn/sequence.cuh"
 #include "decode/config.h"
-#include "ptx/cluster.cuh"
 #include "ptx/memory.cuh"
 
 namespace flash::decode {
@@ -114,7 +113,7 @@ struct Parts {
 };
 
 // Walks over a CTA's share, pair by pair.
-template <int kBlockN>
+template <class Cfg>
 struct Walk {
   const DecodeParams& params;
   attn::Sequence seq;
@@ -125,20 +124,27 @@ struct Walk {
   Deal deal;
   // Of the pair's first block in the line; of the part, where each pair is cut into num_splits.
   uint32_t index;
-  uint32_t splits;  // of each pair; 0: pairs are cut where shares end
+  bool is_equal;  // pairs are, and each is cut into as many parts
 
-  __device__ explicit Walk(const DecodeParams& params)
-      : params(params), left(0), splits(params.call.num_splits) {
+  __device__ explicit Walk(const DecodeParams& params) : params(params), left(0), is_equal(false) {
     const uint32_t share = blockIdx.x;
-    if (splits > 0) {
+    if (params.call.num_splits > 0) {
       take_split(share);
     } else {
       take_share(share);
     }
   }
 
+  // Parts of each pair; 0: pairs are cut where shares end.
+  __device__ uint32_t splits() const {
+    return Cfg::kMayBeEqual && is_equal ? params.call.cluster : params.call.num_splits;
+  }
+
   // CTAs that merge in shared memory; 0: none do.
-  __device__ int cluster() const { return splits > 0 ? params.call.cluster : 0; }
+  __device__ int cluster() const {
+    if (!Cfg::kHasClusters) return 0;
+    return Cfg::kMayBeEqual && splits() == 0 ? 0 : params.call.cluster;
+  }
 
   // Blocks of the pair that are in the share.
   __device__ int here() const { return min(left, span.end - block); }
@@ -147,7 +153,7 @@ struct Walk {
 
   __device__ Parts parts() const {
     const int share = blockIdx.x;
-    if (splits > 0) {
+    if (splits() > 0) {
       const int part = index;
       return {share - part, static_cast<int>(min(num_parts(), span.size())), part};
     }
@@ -176,12 +182,13 @@ struct Walk {
  private:
   __device__ void find(int sequence) {
     seq = attn::Sequence(params.call.seqs, sequence);
-    span = Span(params, seq, kBlockN);
+    span = Span(params, seq, Cfg::kBlockN);
   }
 
   // One of `splits` parts of a pair, or of fewer if clusters would have CTAs without work: all of
   // them are full, or there is one.
   __device__ void take_split(uint32_t share) {
+    const uint32_t splits = this->splits();
     const uint32_t pair = share / splits;
     const uint32_t sequence = pair / params.call.hk;
     if (sequence >= params.call.seqs.b) return;
@@ -196,9 +203,9 @@ struct Walk {
 
   __device__ uint32_t num_parts() const {
     const uint32_t cluster = params.call.cluster;
-    if (cluster == 0) return splits;
+    if (cluster == 0) return splits();
     if (span.size() <= kFewBlocks * cluster) return cluster;
-    return min(splits, span.size() / cluster * cluster);
+    return min(splits(), span.size() / cluster * cluster);
   }
 
   // Blocks of the sequence's pairs.
@@ -226,9 +233,9 @@ struct Walk {
     const uint32_t rows = params.group * params.call.seqs.sq;
     const uint32_t all = __shfl_sync(kAllLanes, up_to_here, 31);
     const uint32_t num_pairs = b * params.call.hk;
-    if (ptx::kHasClusters && params.call.cluster > 0 &&
+    if (Cfg::kMayBeEqual && params.call.cluster > 0 &&
         __all_sync(kAllLanes, longest * b <= all + all / 8)) {
-      splits = gridDim.x / (num_pairs * params.call.cluster) * params.call.cluster;
+      is_equal = true;
       take_split(share);
       return;
     }
