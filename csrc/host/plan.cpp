@@ -199,25 +199,22 @@ void choose_clusters(ForwardParams* params, const Shape& shape, const Device& de
   const int64_t pairs = int64_t{params->hk} * params->seqs.b;
   const int64_t blocks = ceil_div(params->seqs.sk, shape.block_n);
   const int64_t all = int64_t{device.num_sms} * shape.ctas;
-  int size = decode::kMostInCluster;
+  int size = 2 * decode::kMostInCluster;
   for (const int count : clusters.count) {
+    size /= 2;
     const int64_t of_pair = count / pairs;
     // Larger clusters leave less to merge in memory, and mostly some multiprocessors idle.
-    const bool are_few = blocks <= decode::kFewBlocks * size;
+    const bool are_few = is_one && blocks <= decode::kFewBlocks * size;
     const bool fill_device = of_pair * pairs * size * 8 >= all * 7;
-    if (is_one && of_pair > 0 && (are_few || fill_device)) {
-      params->cluster = size;
+    if (of_pair == 0 || !(are_few || fill_device)) continue;
+    if (is_one) {
       params->num_splits = size * (are_few ? 1 : clamp(ceil_div(blocks, size), 1, of_pair));
-      return;
+    } else if (of_pair > 1 || size > decode::kFewInCluster || count < all / size ||
+               shape.block_m != 16) {
+      continue;
     }
-    // Of several sequences the device knows whether they are about as long as one another. Then
-    // nothing is merged in memory; else all CTAs have shares.
-    const bool hold_all = size <= decode::kFewInCluster && count >= all / size;
-    if (!is_one && shape.block_m == 16 && hold_all && of_pair == 1 && fill_device) {
-      params->cluster = size;
-      return;
-    }
-    size /= 2;
+    params->cluster = size;
+    return;
   }
 }
 

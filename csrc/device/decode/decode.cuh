@@ -165,8 +165,7 @@ __device__ inline void decode(const DecodeParams& params) {
   ptx::wait_for_kernel_in_front();
   Walk<Cfg> walk(params);
   if (walk.left == 0) return;
-  const int cluster = walk.cluster();
-  if (cluster > 0 && thread == 0) exchange.prepare();
+  if (walk.cluster() > 0 && thread == 0) exchange.prepare();
   Queries<Cfg> queries;
   queries.load(params, walk.seq, walk.head, thread);  // they are needed first
   KeyRing<Cfg> ring(params, walk, ptx::smem_address(storage), thread);
@@ -177,12 +176,13 @@ __device__ inline void decode(const DecodeParams& params) {
   const float scale_log2 = is_plain ? call.scores.softmax_scale * attn::kLog2e : attn::kLog2e;
   for (;;) {
     const bool is_whole = walk.is_whole();
-    const Parts parts = is_whole ? Parts{0, 1, 0, 1} : walk.parts();
+    const Parts parts = is_whole ? Parts{0, 1, 0} : walk.parts();
     const RowRules rules(params, walk.seq, walk.head, warp_row + lane / 4);
     queries.store(params, walk.seq, walk.head, q, of_rows, thread);
     __syncthreads();
     // Its answer comes while keys and values are on their way.
     if (!is_whole && thread == Cfg::kThreads - 1) {
+      const int cluster = walk.cluster();
       const Parts in_memory = cluster > 0 ? parts.of_clusters(cluster) : parts;
       if (in_memory.count > 1) {
         attn::Counter{call.next_tile + in_memory.first}.open(params.call_number);
@@ -219,8 +219,8 @@ __device__ inline void decode(const DecodeParams& params) {
     walk.advance(count);
     const bool is_last = walk.left == 0;
     if (Cfg::kLoadsEarly && !is_last) queries.load(params, walk.seq, walk.head, thread);
-    finish<Cfg>(params, seq, head, o, softmax, warp_rows, exchange, is_whole, parts, cluster, flag,
-                thread);
+    finish<Cfg>(params, seq, head, o, softmax, warp_rows, exchange, is_whole, parts, walk.cluster(),
+                flag, thread);
     if (is_last) return;
     if (!Cfg::kLoadsEarly) queries.load(params, walk.seq, walk.head, thread);
     __syncthreads();  // everyone is done with scratch

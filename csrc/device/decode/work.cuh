@@ -2,8 +2,8 @@
 //
 // The blocks of all (sequence, key-value head) pairs stand in one line, pair behind pair. Every CTA
 // finds its share of the line by itself: lengths are read on the device, so a captured call can run
-// again with others. Where a call has clusters, and lengths are about equal, each pair is cut into
-// as many parts as clusters have CTAs, or some times as many.
+// again with others. Where there is a cluster for each pair, and lengths turn out to be about
+// equal, shares are the parts of pairs that clusters merge.
 #pragma once
 
 #include "attn/mask.cuh"
@@ -122,9 +122,9 @@ struct Walk {
   int block;  // the next one, of those of the pair
   int left;   // blocks of the share from there on
   Deal deal;
-  // Of the pair's first block in the line; of the part, where each pair is cut into num_splits.
+  // Of the pair's first block in the line; of the part, where each pair is cut into as many.
   uint32_t index;
-  bool is_equal;  // pairs are, and each is cut into as many parts
+  bool is_equal;  // sequences are about as long as one another, and each pair has a cluster
 
   __device__ explicit Walk(const DecodeParams& params) : params(params), left(0), is_equal(false) {
     const uint32_t share = blockIdx.x;
@@ -232,14 +232,13 @@ struct Walk {
     }
     const uint32_t rows = params.group * params.call.seqs.sq;
     const uint32_t all = __shfl_sync(kAllLanes, up_to_here, 31);
-    const uint32_t num_pairs = b * params.call.hk;
     if (Cfg::kMayBeEqual && params.call.cluster > 0 &&
         __all_sync(kAllLanes, longest * b <= all + all / 8)) {
       is_equal = true;
       take_split(share);
       return;
     }
-    deal = Deal(gridDim.x, all, num_pairs, rows);
+    deal = Deal(gridDim.x, all, b * params.call.hk, rows);
     if (share >= deal.num) return;
     const uint32_t first = deal.first_of(share);
     left = deal.size_of(share, all);
