@@ -198,6 +198,18 @@ def test_forward_repeats_bit_by_bit(d: int) -> None:
     )
 
 
+@pytest.mark.parametrize("sq", [512, 1000, 1100])
+@pytest.mark.parametrize("d", [64, 128, 256])
+def test_packed_calls_have_the_bits_of_dense_ones(d: int, sq: int) -> None:
+    # Of which some run in pairs of CTAs on Hopper.
+    q, k, v = replace(REPEATED, d=d, sq=sq).tensors("cuda").leaves
+    dense = flash_attn.flash_attn_func(q, k, v, causal=True)
+    starts = [torch.arange(len(x) + 1, device="cuda").int() * x.shape[1] for x in (q, k)]
+    packed = [x.flatten(0, 1) for x in (q, k, v)]
+    out = flash_attn.flash_attn_varlen_func(*packed, *starts, q.shape[1], k.shape[1], causal=True)
+    assert torch.equal(out.view_as(dense), dense)
+
+
 @pytest.mark.parametrize("d", [64, 128, 256])
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_backward_repeats_bit_by_bit(d: int, deterministic: bool) -> None:

@@ -152,10 +152,11 @@ bool run_forward(const Call& call, const ForwardParams& params) {
   if (ctas == 0) return true;
   if (ready.shape.box_m == 0) return call.run(ready, ctas, &params);
   TmaForwardParams with_maps;
-  if (!make_tma_params(params, ready.shape, call.dtype, &with_maps)) return false;
+  const bool in_pairs = is_paired(params, ready.shape, call.on);
+  if (!make_tma_params(params, ready.shape, call.dtype, in_pairs, &with_maps)) return false;
   with_maps.call_number = next_call_number();
   with_maps.last_section = last_section(params, ready.shape, call.on);
-  return call.run(ready, ctas, &with_maps);
+  return call.run(ready, ctas, &with_maps, in_pairs ? 2 : 0);
 }
 
 bool forward(const Call& call, const ForwardParams& params) {

@@ -103,6 +103,7 @@ Shape shape_of_hopper(int family, int kind, int head_dim) {
   const sm90::ForwardTile tile = sm90::forward_tile(serves, head_dim, element_bytes(family));
   Shape shape = {tile.block_m(), tile.block_n, tile.threads(), tile.smem_bytes(), sm90::kBoxM};
   shape.element_bytes = tile.element_bytes;
+  shape.may_pair = tile.may_pair();
   return shape;
 }
 
@@ -172,6 +173,13 @@ bool takes(int family, const BackwardParams& params) {
   return has_rows(params.seqs) && params.scores.rng_state == nullptr && have_tensor_maps(params);
 }
 
+bool is_paired(const ForwardParams& params, const Shape& shape, const Device& device) {
+  const Sequences& seqs = params.seqs;
+  return shape.may_pair && grows(params.scores) && num_sms_for(params, device) > 1 &&
+         seqs.cu_seqlens_q == nullptr && seqs.block_table == nullptr &&
+         ceil_div(seqs.sq, shape.block_m) % 2 == 0;
+}
+
 bool shares_tiles(const ForwardParams& params, const Shape& shape, const Device& device) {
   // CTAs that load by TMA have a multiprocessor to themselves.
   const int64_t tiles = num_tiles(params, shape);
@@ -180,7 +188,10 @@ bool shares_tiles(const ForwardParams& params, const Shape& shape, const Device&
 }
 
 int64_t num_ctas(const ForwardParams& params, const Shape& shape, const Device& device) {
-  if (shape.box_m > 0 && params.next_tile != nullptr) return num_sms_for(params, device);
+  if (shape.box_m > 0 && params.next_tile != nullptr) {
+    const int sms = num_sms_for(params, device);
+    return is_paired(params, shape, device) ? sms / 2 * 2 : sms;
+  }
   return num_tiles(params, shape) * params.num_splits;
 }
 

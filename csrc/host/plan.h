@@ -33,6 +33,7 @@ struct Shape {
   bool has_clusters = false;  // may run in clusters, on devices that have them
   bool waits = false;         // by itself for the kernel in front, and begins beside its end
   int element_bytes = 2;      // of Q, K and V
+  bool may_pair = false;      // two CTAs with neighbouring rows may load K and V together
 };
 
 // How many clusters of 16, 8, 4 and 2 CTAs of a kernel a device holds at once.
@@ -69,6 +70,10 @@ int choose_section(const ForwardParams& params, const Shape& shape, const Device
 
 // The section that has all heads behind it too: enough of them that CTAs end at about one time.
 uint32_t last_section(const ForwardParams& params, const Shape& shape, const Device& device);
+
+// Whether CTAs run in pairs that load K and V together: of a causal call, in which few CTAs read
+// the same keys at one time, and where no CTA of a pair would be left without rows.
+bool is_paired(const ForwardParams& params, const Shape& shape, const Device& device);
 
 // Whether CTAs take tile after tile from a counter.
 bool shares_tiles(const ForwardParams& params, const Shape& shape, const Device& device);

@@ -9,7 +9,9 @@ namespace {
 
 // Values of cuda.h.
 enum : int { kFloat16 = 6, kBfloat16 = 9 };
-enum : int { kNotInterleaved = 0, kSwizzle128 = 3, kPromote256 = 3, kFillZeros = 0 };
+enum : int { kNotInterleaved = 0, kSwizzle128 = 3, kFillZeros = 0 };
+// Bytes that L2 fetches from memory at least.
+enum Promotion : int { kPromote128 = 2, kPromote256 = 3 };
 
 constexpr uint32_t kBoxCols = 64;  // 128 bytes, the width of the swizzle
 constexpr int kElementBytes = 2;   // of a map: two neighbours of 8 bits are one element
@@ -52,7 +54,7 @@ bool has_map(const Rows& x, const Extent& extent, int element_bytes = kElementBy
 
 // `box_rows` rows of one panel are one copy.
 bool make_map(const Rows& x, const Extent& extent, int box_rows, int dtype, TensorMap* map,
-              int element_bytes = kElementBytes) {
+              Promotion promotion = kPromote256, int element_bytes = kElementBytes) {
   const auto dim = [](int64_t size) { return static_cast<uint64_t>(size < 1 ? 1 : size); };
   const uint64_t dims[] = {dim(extent.cols * element_bytes / kElementBytes), dim(extent.rows),
                            dim(extent.heads), dim(extent.batch)};
@@ -66,7 +68,7 @@ bool make_map(const Rows& x, const Extent& extent, int box_rows, int dtype, Tens
   const uint32_t steps[] = {1, 1, 1, 1};
   return check(driver()->cuTensorMapEncodeTiled(map, dtype == FLASH_BF16 ? kBfloat16 : kFloat16, 4,
                                                 x.ptr, dims, strides, box, steps, kNotInterleaved,
-                                                kSwizzle128, kPromote256, kFillZeros),
+                                                kSwizzle128, promotion, kFillZeros),
                "cuTensorMapEncodeTiled");
 }
 
@@ -84,18 +86,18 @@ bool have_tensor_maps(const BackwardParams& params) {
          has_map(params.dout, all.o) && has_map(params.dk, all.k) && has_map(params.dv_grad, all.v);
 }
 
-bool make_tma_params(const ForwardParams& params, const Shape& shape, int dtype,
+bool make_tma_params(const ForwardParams& params, const Shape& shape, int dtype, bool is_paired,
                      TmaForwardParams* made) {
   const Extents all = extents_of(params, params.seqs.cache_rows);
   made->call = params;
   made->scale_log2 = params.scores.softmax_scale * kLog2e;
   const int bytes = shape.element_bytes;
   const int rows = params.seqs.block_table == nullptr
-                       ? shape.block_n
+                       ? shape.block_n / (is_paired ? 2 : 1)
                        : sm90::rows_of_piece(params.seqs.page_size, shape.block_n);
-  return make_map(params.q, all.q, shape.box_m, dtype, &made->q, bytes) &&
-         make_map(params.k, all.k, rows, dtype, &made->k, bytes) &&
-         make_map(params.v, all.v, rows, dtype, &made->v, bytes) &&
+  return make_map(params.q, all.q, shape.box_m, dtype, &made->q, kPromote128, bytes) &&
+         make_map(params.k, all.k, rows, dtype, &made->k, kPromote128, bytes) &&
+         make_map(params.v, all.v, rows, dtype, &made->v, kPromote128, bytes) &&
          make_map(params.o, all.o, shape.box_m, dtype, &made->o);
 }
 

@@ -12,7 +12,7 @@ bool have_tensor_maps(const BackwardParams& params);
 
 // The parameters of a kernel that loads and stores by that accelerator. Cheap enough for every
 // call: 125 ns a map on an H100's host.
-bool make_tma_params(const ForwardParams& params, const Shape& shape, int dtype,
+bool make_tma_params(const ForwardParams& params, const Shape& shape, int dtype, bool is_paired,
                      TmaForwardParams* made);
 bool make_tma_params(const BackwardParams& params, const Shape& shape, int dtype,
                      TmaBackwardParams* made);

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import pytest
 from emulated import FORWARD_CASES, HEAD_DIMS, answers
-from native_tools import Stub
+from native_tools import Stub, lines_of
 
 PROGRAM = """
 from oracle import kvcache_attention, varlen_attention
@@ -107,6 +107,17 @@ CASES = {
     "pages_of_jumping_scores": "paged({d}, 24, 200, (900, 600), jump=200.0)",
     "pages_and_packed_queries": "paged({d}, 32, 0, (300, 7, 64), lens_q=(100, 0, 40), causal=True)",
 }
+# Of head dim 256, where CTAs run in pairs. One of a pair has fewer blocks of keys, or rows without
+# any.
+PAIRS = {
+    "equal": "dense({d}, 500, 500, hq=4, hk=2, b=3, causal=True)",
+    "more_keys": "dense({d}, 256, 700, causal=True)",
+    "rows_without_keys": "dense({d}, 400, 150, causal=True)",
+    "later_keys": "dense({d}, 512, 600, window=(-1, 70))",
+    "softcap": "dense({d}, 450, 400, softcap=10.0, causal=True)",
+    "jumping_scores": "dense({d}, 450, 900, jump=200.0, causal=True)",
+    "narrow_v": "dense({d}, 256, 270, dv={d} - 104, causal=True)",
+}
 
 
 @pytest.fixture(scope="module")
@@ -126,3 +137,22 @@ def test_hoppers_kernels_compute_attention(
     told: dict[tuple[int, str], str], d: int, name: str
 ) -> None:
     assert told[d, name] == ""
+
+
+@pytest.fixture(scope="module")
+def told_of_pairs(
+    machine: Stub, tmp_path_factory: pytest.TempPathFactory
+) -> dict[tuple[int, str], str]:
+    """What each case of pairs came to, with one multiprocessor too many."""
+    log = tmp_path_factory.mktemp("pairs") / "log"
+    results, _ = answers(machine, log, PROGRAM, PAIRS, (256,), num_sms=5)
+    pairs = [f"flash_fwd_sm90{kernel}_d256_bf16 2" for kernel in ("", "_scored")]
+    found = [line.removeprefix("cluster ") for line in lines_of(log, "cluster")]
+    assert len(found) == len(PAIRS)
+    assert set(found) == set(pairs)
+    return results
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_two_ctas_load_keys_together(told_of_pairs: dict[tuple[int, str], str], name: str) -> None:
+    assert told_of_pairs[256, name] == ""

@@ -130,7 +130,7 @@ def offsets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
     """Offsets of fields of flash::ForwardParams, as the host's compiler lays them out."""
     folder = tmp_path_factory.mktemp("offsets")
     sizes = ("b", "sq", "sk", "cache_rows", "block_table", "num_pages", "page_size")
-    sizes += ("seqused_k", "leftpad_k")
+    sizes += ("seqused_k", "leftpad_k", "cu_seqlens_q")
     fields = {name: f"seqs.{name}" for name in sizes}
     fields["rng_state"] = "scores.rng_state"
     fields["alibi_slopes"] = "scores.alibi_slopes"
@@ -407,6 +407,29 @@ def test_hopper_runs_its_own_kernel_on_all_multiprocessors(
     assert (few.grid, many.grid, few.block) == (2 * 4 * 3, 132, 3 * 128)
     # Q and O, K and V twice each, in 128 columns of 2 bytes; two floats a row, and barriers.
     assert few.smem == (2 * 128 + 2 * 2 * 128) * 128 * 2 + 2 * 128 * 4 + 1024
+
+
+def test_causal_calls_at_head_dim_256_run_in_pairs(
+    stub: Stub, hopper: Path, tmp_path: Path, offsets: dict[str, int]
+) -> None:
+    text = """
+def call(sq=1024, right=0, **options):
+    say(plan_and_run(0, d=256, sq=sq, sk=1024, right=right, **options))
+call()
+call(b=20)
+call(b=20, margin=1)
+# One is left without another, or is the only one; all rows see the same keys; nobody knows how
+# many rows a sequence has.
+call(sq=1100)
+call(margin=131)
+call(right=-1)
+call(given=["cu_seqlens_q"])
+"""
+    found = run_with(hopper, stub, tmp_path / "log", offsets, text)
+    assert {x.kernel for x in found[:-1]} == {"flash_fwd_sm90_d256_bf16"}
+    assert [x.grid for x in found[:5]] == [2 * 4 * 8, 132, 130, 2 * 4 * 9, 1]
+    pair = "cluster flash_fwd_sm90_d256_bf16 2"
+    assert lines_of(tmp_path / "log", "cluster") == [pair] * 3
 
 
 def test_a_call_that_is_not_split_after_all_has_a_cta_for_each_tile(

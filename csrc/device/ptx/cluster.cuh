@@ -25,6 +25,23 @@ __device__ inline void cluster_wait() {
 #endif
 }
 
+// How many CTAs the cluster of this one has, and which of them it is.
+__device__ inline int cluster_size() {
+  int size = 1;
+#if __CUDA_ARCH__ >= 900
+  asm("mov.u32 %0, %%cluster_nctaid.x;" : "=r"(size));
+#endif
+  return size;
+}
+
+__device__ inline int cluster_rank() {
+  int rank = 0;
+#if __CUDA_ARCH__ >= 900
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+#endif
+  return rank;
+}
+
 // Where CTA `rank` of the cluster has in shared memory what this one has at `smem`.
 __device__ inline uint32_t of_cta(uint32_t smem, int rank) {
   uint32_t there = smem;
@@ -32,6 +49,27 @@ __device__ inline uint32_t of_cta(uint32_t smem, int rank) {
   asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(smem), "r"(rank));
 #endif
   return there;
+}
+
+// Arrives at CTA `rank`'s barrier, by some threads only, without a branch.
+__device__ inline void mbarrier_arrive_there_if(bool is_due, uint32_t barrier, int rank) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "{.reg .pred due; setp.ne.s32 due, %1, 0;"
+      " @due mbarrier.arrive.shared::cluster.b64 _, [%0];}" ::"r"(of_cta(barrier, rank)),
+      "r"(static_cast<int>(is_due))
+      : "memory");
+#endif
+}
+
+// A number on its way to another CTA, whose barrier counts its bytes.
+__device__ inline void send(uint32_t to, uint32_t x, uint32_t barrier) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.u32 [%0], %1, [%2];" ::"r"(to),
+      "r"(x), "r"(barrier)
+      : "memory");
+#endif
 }
 
 // Four floats, or two, on their way to another CTA, whose barrier counts their bytes.

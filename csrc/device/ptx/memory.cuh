@@ -89,6 +89,12 @@ __device__ inline void st_shared_32(uint32_t smem, uint32_t x) {
   asm volatile("st.shared.b32 [%0], %1;" ::"r"(smem), "r"(x) : "memory");
 }
 
+__device__ inline uint32_t ld_shared_32(uint32_t smem) {
+  uint32_t x;
+  asm volatile("ld.shared.b32 %0, [%1];" : "=r"(x) : "r"(smem) : "memory");
+  return x;
+}
+
 __device__ inline float ld_shared_f32(uint32_t smem) {
   float x;
   asm volatile("ld.shared.f32 %0, [%1];" : "=f"(x) : "r"(smem) : "memory");

@@ -16,6 +16,33 @@ __device__ inline void tma_load(uint32_t smem, const TensorMap& map, uint32_t ba
       : "memory");
 }
 
+// What L2 does with lines: gives them up before others, or after. The values are those that
+// `createpolicy` makes for all of a copy.
+enum class Keep : uint64_t { kShort = 0x12F0000000000000, kLong = 0x14F0000000000000 };
+
+__device__ inline void tma_load(uint32_t smem, const TensorMap& map, uint32_t barrier, int col,
+                                int row, int head, int batch, Keep keep) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+      "[%0], [%1, {%3, %4, %5, %6}], [%2], %7;" ::"r"(smem),
+      "l"(&map), "r"(barrier), "r"(col), "r"(row), "r"(head), "r"(batch),
+      "l"(static_cast<uint64_t>(keep))
+      : "memory");
+}
+
+// The same to both CTAs of a cluster of two, to the same place in each, where a barrier at the same
+// place counts it.
+__device__ inline void tma_load_to_both(uint32_t smem, const TensorMap& map, uint32_t barrier,
+                                        int col, int row, int head, int batch, Keep keep) {
+  constexpr uint16_t kBoth = 3;
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes"
+      ".multicast::cluster.L2::cache_hint [%0], [%1, {%3, %4, %5, %6}], [%2], %7, %8;" ::"r"(smem),
+      "l"(&map), "r"(barrier), "r"(col), "r"(row), "r"(head), "r"(batch), "h"(kBoth),
+      "l"(static_cast<uint64_t>(keep))
+      : "memory");
+}
+
 // Copies contiguous bytes, a multiple of 16 at multiples of 16, which count at `barrier`.
 __device__ inline void bulk_load(uint32_t smem, const void* gmem, int bytes, uint32_t barrier) {
   asm volatile(

@@ -26,11 +26,16 @@ struct ForwardTile {
   int block_n;
   int stages;  // buffers of K, and of V: a power of two
   int q_buffers;
-  bool holds_q;           // Q goes to registers, and leaves its buffer at once
-  bool takes_turns;       // the consumers issue their products one after the other
+  bool holds_q;      // Q goes to registers, and leaves its buffer at once
+  bool takes_turns;  // the consumers issue their products one after the other
+  // Who plans a tile loads its Q, as soon as there is room; else it comes with the first block.
+  bool plans_q = false;
   int element_bytes = 2;  // of Q, K and V
 
   constexpr int block_m() const { return kBoxM * consumers; }
+  // Two CTAs with neighbouring rows may load K and V together. Where Q and O leave room for no more
+  // than two short blocks, that is faster than each by itself.
+  constexpr bool may_pair() const { return head_dim == 256 && element_bytes == 2; }
   // Products of 8-bit elements want V by columns: it is transposed in shared memory.
   constexpr bool transposes_v() const { return element_bytes == 1; }
   constexpr int threads() const { return 128 * (1 + consumers); }
@@ -58,16 +63,21 @@ struct ForwardTile {
   }
 };
 
+// Wide or not, head dim, consumers, keys, buffers of K and of V, buffers of Q, holds Q, takes
+// turns, plans Q; and bytes of an element.
 constexpr ForwardTile kForwardTiles[] = {
-    {false, 64, 2, 128, 4, 1, true, true},    //
-    {false, 96, 2, 128, 2, 1, true, false},   //
-    {false, 128, 2, 128, 2, 1, true, false},  //
-    {false, 192, 2, 64, 2, 1, true, false},   //
-    {false, 256, 2, 64, 2, 1, false, false},  //
-    {true, 64, 3, 128, 4, 2, false, true},    //
-    {false, 64, 3, 128, 2, 1, true, true, 1},   {false, 96, 3, 96, 2, 1, true, false, 1},
-    {false, 128, 2, 128, 2, 1, true, false, 1}, {false, 192, 2, 96, 2, 1, true, false, 1},
-    {false, 256, 2, 96, 2, 1, false, false, 1}, {true, 128, 2, 192, 2, 1, true, false, 1},
+    {false, 64, 2, 128, 4, 1, true, true},
+    {false, 96, 2, 128, 2, 1, true, true, true},
+    {false, 128, 2, 128, 2, 1, true, true, true},
+    {false, 192, 2, 64, 2, 1, true, true},
+    {false, 256, 2, 64, 2, 1, false, false, true},
+    {true, 64, 3, 128, 4, 2, false, true},
+    {false, 64, 3, 128, 2, 1, true, true, false, 1},
+    {false, 96, 3, 96, 2, 1, true, false, false, 1},
+    {false, 128, 2, 128, 2, 1, true, false, false, 1},
+    {false, 192, 2, 96, 2, 1, true, false, false, 1},
+    {false, 256, 2, 96, 2, 1, false, false, false, 1},
+    {true, 128, 2, 192, 2, 1, true, false, false, 1},
 };
 
 constexpr ForwardTile forward_tile(Serves serves, int head_dim, int element_bytes = 2) {

@@ -62,12 +62,17 @@ class Consumer {
   // Tile after tile, where there is no room for the next Q, nor for all of O.
   __device__ __forceinline__ void run_apart() {
     for (uint32_t tile = 0; pipe_.tile(tile).end > 0; ++tile) {
+      const Tile& t = pipe_.tile(tile);
+      const bool is_of_pair = Cfg::kMayPair && pipe_.ctas() > 1;
+      if (is_of_pair) skip_blocks(t.of_pair.end - t.end);
       open(tile);
-      skip_blocks(pipe_.tile(tile).skipped[consumer_]);
+      left_ -= t.skipped[consumer_];
+      skip_blocks(t.skipped[consumer_]);
       first_step();
       while (left_ > 0) step(false);
       last_step();
       ++block_;
+      if (is_of_pair) skip_blocks(t.begin - t.of_pair.begin);
       pipe_.tiles().wait_full(tile + 1);
     }
     output_.store_rest(tile_);
@@ -88,15 +93,27 @@ class Consumer {
     }
   }
 
-  // Gives back the first blocks of a tile in front of which no product is due.
+  // Gives back the next blocks, in front of which no product is due: K first, whose buffers the
+  // tile's own blocks wait for.
   __device__ __forceinline__ void skip_blocks(int blocks) {
 #pragma unroll 1
-    for (left_ -= blocks; blocks > 0; --blocks, ++block_) {
-      pipe_.k().wait_full(block_);
-      release(pipe_.k(), block_);
-      pipe_.v().wait_full(block_);
-      release(pipe_.v(), block_);
+    while (blocks > 0) {
+      const int some = min(blocks, Cfg::kStages);
+      give_back(pipe_.k(), some);
+      give_back(pipe_.v(), some);
+      block_ += some;
+      blocks -= some;
     }
+  }
+
+  // A warp that came late would look for a phase that is two behind: so all meet.
+  template <class Ring>
+  __device__ __forceinline__ void give_back(const Ring& ring, int blocks) const {
+#pragma unroll 1
+    for (int i = 0; i < blocks; ++i) ring.wait_full(block_ + i);
+    ptx::named_barrier_sync(1 + consumer_, 128);
+#pragma unroll 1
+    for (int i = 0; i < blocks; ++i) release(ring, block_ + i);
   }
 
   // How many blocks, from the one in front of this down, may have a lazy maximum; below 1 there is
@@ -187,12 +204,18 @@ class Consumer {
   }
 
   __device__ __forceinline__ void start_scores(AccS& s, uint32_t block) {
-    const uint32_t k = pipe_.k_buffer(block);
+    const uint32_t k = operand(pipe_.k_buffer(block));
     if constexpr (Cfg::kTile.holds_q) {
       tile::start_abt<T, TileK>(s, q_, k);
     } else {
-      tile::start_abt<T, Cfg::kDepth, TileQ, TileK>(s, pipe_.q_buffer(tile_, consumer_), k);
+      tile::start_abt<T, Cfg::kDepth, TileQ, TileK>(s, operand(pipe_.q_buffer(tile_, consumer_)),
+                                                    k);
     }
+  }
+
+  // What descriptors take: an address without the CTA's place in its cluster.
+  __device__ static uint32_t operand(uint32_t smem) {
+    return Cfg::kMayPair ? smem & 0xFFFFFF : smem;
   }
 
   // Zeros in registers would cost the uniform ones that 8-bit kernels count in.
@@ -221,7 +244,7 @@ class Consumer {
     } else {
       if (is_cut_) clear_tail(pipe_.tile(tile).tail);
       is_cut_ = false;
-      tile::start_pb<T, TileK>(o_, p_, pipe_.v_buffer(block_));
+      tile::start_pb<T, TileK>(o_, p_, operand(pipe_.v_buffer(block_)));
     }
   }
 
@@ -295,7 +318,13 @@ class Consumer {
   // By one lane: products are over for the whole warpgroup at once.
   template <class Ring>
   __device__ void release(const Ring& ring, uint32_t block) const {
-    ring.arrive_empty_if(Own::thread() == 0, block);
+    const int thread = Own::thread();
+    if constexpr (Cfg::kMayPair) {
+      // In each CTA of the pair.
+      ptx::mbarrier_arrive_there_if(thread < pipe_.ctas(), ring.empty(block), thread % 2);
+    } else {
+      ring.arrive_empty_if(thread == 0, block);
+    }
   }
 
   __device__ Turns<Cfg::kConsumers> turns() const { return {consumer_}; }

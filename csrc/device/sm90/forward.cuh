@@ -29,7 +29,12 @@ __device__ inline void forward(const TmaForwardParams& params) {
     ptx::give_registers<Cfg::kTile.registers_of_others()>();
     const int warp = threadIdx.x / 32;
     const int lane = threadIdx.x % 32;
-    if (warp == 0) load_tiles<Cfg>(params, pipe, lane);
+    if (warp == 0) {
+      load_tiles<Cfg>(params, pipe, lane);
+      __syncwarp();
+      // The other CTA may still have to say that it is done with a block.
+      if constexpr (Cfg::kMayPair) pipe.meet();
+    }
     if constexpr (Cfg::kIsFp8) {
       if (warp == 1) plan_and_store_tiles<Cfg>(params, pipe, lane);
       if (warp >= 2) transpose_values<Cfg>(pipe, warp - 2, lane);

@@ -6,14 +6,16 @@
 
 namespace flash::sm90 {
 
-// Copies the first `num_panels` panels of a tile; their bytes count at `full`.
-template <class SmemTile>
+// Copies the first `num_panels` panels of a tile; their bytes count at `full`. `keep`: what L2 does
+// with them, if anything is said.
+template <class SmemTile, class... Keep>
 __device__ inline void copy_tile(uint32_t smem, const TensorMap& map, uint32_t full, int num_panels,
-                                 int row, int head, int batch) {
+                                 int row, int head, int batch, Keep... keep) {
 #pragma unroll
   for (int panel = 0; panel < SmemTile::kCols / 64; ++panel) {
     if (panel < num_panels) {
-      ptx::tma_load(smem + panel * SmemTile::kPanelBytes, map, full, panel * 64, row, head, batch);
+      ptx::tma_load(smem + panel * SmemTile::kPanelBytes, map, full, panel * 64, row, head, batch,
+                    keep...);
     }
   }
 }
@@ -26,6 +28,9 @@ __device__ inline void load_tile(uint32_t smem, const TensorMap& map, uint32_t f
   copy_tile<SmemTile>(smem, map, full, num_panels, row, head, batch);
 }
 
+// Keys are read again for other rows, Q is not.
+constexpr ptx::Keep kKeepKeys = ptx::Keep::kLong;
+
 // A block whose rows stand one behind the other. One lane copies it.
 template <class TileK>
 class BlockOfRows {
@@ -37,8 +42,54 @@ class BlockOfRows {
       : row_(tile.first_k + j * TileK::kRows), head_(tile.head_k), batch_(tile.batch_k) {}
 
   __device__ void load(uint32_t smem, const TensorMap& map, uint32_t full, int num_panels) const {
-    load_tile<TileK>(smem, map, full, num_panels, row_, head_, batch_);
+    ptx::mbarrier_arrive_expect(full, num_panels * TileK::kPanelBytes);
+    copy_tile<TileK>(smem, map, full, num_panels, row_, head_, batch_, kKeepKeys);
   }
+  __device__ static int begin(const Tile& tile) { return tile.begin; }
+  __device__ static int end(const Tile& tile) { return tile.end; }
+  __device__ static bool is_leader(int) { return true; }
+  __device__ static void join() {}
+};
+
+// The same by two CTAs: what both need, each copies half of to both. What this one has no use for
+// is no copy.
+template <class TileK>
+class BlockOfPair {
+  static constexpr int kHalf = TileK::kRows / 2;  // rows of a copy
+  int row_, head_, batch_;
+  bool is_own_, is_shared_;
+
+ public:
+  __device__ BlockOfPair() {}
+  __device__ BlockOfPair(const Sequences&, const Tile& tile, int j, int)
+      : row_(tile.first_k + j * TileK::kRows),
+        head_(tile.head_k),
+        batch_(tile.batch_k),
+        is_own_(tile.begin <= j && j < tile.end),
+        is_shared_(tile.shared.begin <= j && j < tile.shared.end) {}
+
+  __device__ void load(uint32_t smem, const TensorMap& map, uint32_t full, int num_panels) const {
+    if (!is_own_) {
+      ptx::mbarrier_arrive(full);
+      return;
+    }
+    ptx::mbarrier_arrive_expect(full, num_panels * TileK::kPanelBytes);
+    const int first = is_shared_ ? ptx::cluster_rank() : 0;
+#pragma unroll 1
+    for (int panel = 0; panel < num_panels; ++panel) {
+      const uint32_t to = smem + panel * TileK::kPanelBytes + first * kHalf * 128;
+      const int row = row_ + first * kHalf;
+      if (is_shared_) {
+        ptx::tma_load_to_both(to, map, full, panel * 64, row, head_, batch_, kKeepKeys);
+      } else {
+        ptx::tma_load(to, map, full, panel * 64, row, head_, batch_, kKeepKeys);
+        ptx::tma_load(to + kHalf * 128, map, full, panel * 64, row + kHalf, head_, batch_,
+                      kKeepKeys);
+      }
+    }
+  }
+  __device__ static int begin(const Tile& tile) { return tile.of_pair.begin; }
+  __device__ static int end(const Tile& tile) { return tile.of_pair.end; }
   __device__ static bool is_leader(int) { return true; }
   __device__ static void join() {}
 };
@@ -80,9 +131,11 @@ class BlockOfPages {
     join();
     if (panel_ < num_panels) {
       ptx::tma_load(smem + panel_ * TileK::kPanelBytes + first_ * 128, map, full, panel_ * 64, row_,
-                    head_, page_);
+                    head_, page_, kKeepKeys);
     }
   }
+  __device__ static int begin(const Tile& tile) { return tile.begin; }
+  __device__ static int end(const Tile& tile) { return tile.end; }
   __device__ static bool is_leader(int lane) { return lane == 0; }
   __device__ static void join() { __syncwarp(); }
 };

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "attn/mask.cuh"
+#include "ptx/cluster.cuh"
 #include "ptx/mbarrier.cuh"
 #include "sm90/config.h"
 #include "tile/accumulators.cuh"
@@ -27,6 +28,7 @@ struct ForwardConfig {
   static constexpr int kElementBytes = Element<T>::kBytes;
   static constexpr bool kIsFp8 = kElementBytes == 1;
   static constexpr ForwardTile kTile = forward_tile(kServes, kHeadDim_, kElementBytes);
+  static constexpr bool kMayPair = kTile.may_pair();
   static constexpr bool kIsPlain = kServes != kAll;
   static constexpr int kConsumers = kTile.consumers;
   static constexpr int kBlockM = kTile.block_m();
@@ -54,6 +56,8 @@ constexpr int kMaxConsumers = 3;
 // else reads it.
 struct Tile {
   int begin, end;  // blocks of keys, at least one; end 0: there are no more tiles
+  // Blocks that this CTA or the other of its pair takes, and those that both do.
+  attn::Keys of_pair, shared;
   attn::Keys seen_by_all[kMaxConsumers];  // what all rows of a consumer see
   // Of the last blocks: none of the consumer's rows sees them. Where tiles are done one by one.
   int skipped[kMaxConsumers];
@@ -111,6 +115,11 @@ struct Ring {
 //          of 16-bit elements v itself
 //   tiles: full: the planner has written     empty: all of its O is there, and it has been loaded
 //   begun: full: its loads have begun        (nobody waits until it is empty)
+//   next:  full: the other CTA of the pair   empty: the planner has read it
+//          has sent the next tile's number
+//
+// Of a pair, entries of k and v are the same blocks in both CTAs: where one has no use for a block,
+// its entry is full as it is.
 template <class Cfg>
 struct Pipeline {
   static constexpr int kTiles = 4;
@@ -127,7 +136,8 @@ struct Pipeline {
   using TileRing = Ring<kTiles>;
   static constexpr int kTileRecords = kConsumers * (QRing::kBytes + ORing::kBytes) +
                                       (2 + Cfg::kIsFp8) * KRing::kBytes + 2 * TileRing::kBytes;
-  static constexpr int kDescales = kTileRecords + kTiles * sizeof(Tile);
+  static constexpr int kNextTiles = kTileRecords + kTiles * sizeof(Tile);
+  static constexpr int kDescales = kNextTiles + Cfg::kMayPair * (TileRing::kBytes + 4 * kTiles);
   static_assert(kDescales + Cfg::kIsFp8 * kTiles * sizeof(Descale) <= 1024, "room at the end");
 
   unsigned char* storage;
@@ -170,6 +180,14 @@ struct Pipeline {
   __device__ Tile& tile(uint32_t i) const {
     return reinterpret_cast<Tile*>(storage + kBarriers + kTileRecords)[i % kTiles];
   }
+  __device__ TileRing next() const { return {smem + kBarriers + kNextTiles}; }
+  __device__ uint32_t next_tile(uint32_t i) const {
+    return next().barriers + TileRing::kBytes + i % kTiles * 4;
+  }
+  // CTAs that load K and V together, and which of them this is.
+  __device__ int ctas() const { return Cfg::kMayPair ? ptx::cluster_size() : 1; }
+  __device__ int rank() const { return Cfg::kMayPair ? ptx::cluster_rank() : 0; }
+
   // Of the tile.
   __device__ Descale& descale(uint32_t i) const {
     static_assert(Cfg::kIsFp8, "16-bit elements are taken as they are");
@@ -183,14 +201,22 @@ struct Pipeline {
         q(consumer).init(1, 4);  // its warps
         o(consumer).init(128, 1);
       }
-      k().init(1, kConsumers);
-      v().init(Cfg::kIsFp8 ? kTransposers : 1, kConsumers);
+      k().init(1, ctas() * kConsumers);
+      v().init(Cfg::kIsFp8 ? kTransposers : 1, ctas() * kConsumers);
+      if constexpr (Cfg::kMayPair) next().init(1, 1);
       if constexpr (Cfg::kIsFp8) v_in().init(1, kTransposers);
       tiles().init(1, kConsumers + 1 + Cfg::kIsFp8 * kTransposers);
       begun().init(1, 1);
       ptx::mbarrier_init_fence();
     }
     __syncthreads();
+    if constexpr (Cfg::kMayPair) meet();
+  }
+
+  // By all threads of a warp, and of those of the pair that have not ended.
+  __device__ void meet() const {
+    ptx::cluster_arrive();
+    ptx::cluster_wait();
   }
 };
 

@@ -17,14 +17,19 @@ template <class Cfg>
 struct Schedule {
   const TmaForwardParams& with_maps;
   const ForwardParams& params;
+  const Pipeline<Cfg>& pipe;
+  const int rows;  // of the CTAs of a pair together
   const uint32_t num_blocks, num_tiles;
   uint32_t index;
+  uint32_t num_sent = 0;
   bool is_first = true;
 
-  __device__ explicit Schedule(const TmaForwardParams& with_maps)
+  __device__ Schedule(const TmaForwardParams& with_maps, const Pipeline<Cfg>& pipe)
       : with_maps(with_maps),
         params(with_maps.call),
-        num_blocks((params.seqs.sq + Cfg::kBlockM - 1) / Cfg::kBlockM),
+        pipe(pipe),
+        rows(pipe.ctas() * Cfg::kBlockM),
+        num_blocks((params.seqs.sq + rows - 1) / rows),
         num_tiles(num_blocks * params.hq * params.seqs.b) {}
 
   // Fills in the next tile that has rows, or one with `end` 0 if there is none.
@@ -36,7 +41,7 @@ struct Schedule {
       const attn::TileIndex at(index, num_blocks, params.hq, params.seqs.b,
                                params.heads_per_section, with_maps.last_section);
       const attn::Sequence seq(params.seqs, at.sequence);
-      if (at.block_m * Cfg::kBlockM < seq.sq) describe(at, seq, tile);
+      if (at.block_m * rows < seq.sq) describe(at, seq, tile);
     }
   }
 
@@ -44,22 +49,52 @@ struct Schedule {
   // In the end every CTA takes a number that is no tile's; who takes the last closes the counter.
   __device__ void advance() {
     const attn::Counter counter = {params.next_tile};
+    const uint32_t first = blockIdx.x / pipe.ctas();
     if (is_first) {
-      index = blockIdx.x;
+      index = first;
     } else if (!counter.word) {
       index = num_tiles;
+    } else if (pipe.rank() > 0) {
+      receive();
     } else {
-      if (index == blockIdx.x) counter.open(with_maps.call_number);
+      if (index == first) counter.open(with_maps.call_number);
       const uint32_t taken = counter.count();
       if (taken == num_tiles - 1) counter.close();
-      index = gridDim.x + taken;
+      index = gridDim.x / pipe.ctas() + taken;
+      if (pipe.ctas() > 1) send();
     }
     is_first = false;
   }
 
+  // The first CTA of a pair counts for both.
+  __device__ void send() {
+    pipe.next().wait_empty(num_sent);
+    ptx::send(ptx::of_cta(pipe.next_tile(num_sent), 1), index,
+              ptx::of_cta(pipe.next().full(num_sent), 1));
+    ++num_sent;
+  }
+
+  __device__ void receive() {
+    ptx::mbarrier_arrive_expect(pipe.next().full(num_sent), sizeof(index));
+    pipe.next().wait_full(num_sent);
+    index = ptx::ld_shared_32(pipe.next_tile(num_sent));
+    ptx::mbarrier_arrive_there_if(true, pipe.next().empty(num_sent), 0);
+    ++num_sent;
+  }
+
+  // What the tile of rows from `row0` on takes. Rows that see no key, and a pair's rows that are
+  // not there, take a block all the same, and hide it.
+  __device__ static attn::Keys blocks_of(const attn::Mask& mask, int row0, int sq) {
+    const int last_row = min(row0 + Cfg::kBlockM, sq) - 1;
+    const int begin = mask.lowest(row0) / Cfg::kBlockN;
+    const int end = (max(mask.highest(last_row), 0) + Cfg::kBlockN - 1) / Cfg::kBlockN;
+    if (begin < end && row0 < sq) return {begin, end};
+    return {0, 1};
+  }
+
   __device__ void describe(const attn::TileIndex& at, const attn::Sequence& seq, Tile& tile) const {
     const Sequences& seqs = params.seqs;
-    const int row0 = at.block_m * Cfg::kBlockM;
+    const int row0 = at.block_m * rows + pipe.rank() * Cfg::kBlockM;
     tile.sequence = at.sequence;
     tile.head = at.head;
     tile.row0 = row0;
@@ -73,11 +108,15 @@ struct Schedule {
 
     const attn::Mask mask(params.scores, seq.sq, seq.sk);
     const int last_row = min(row0 + Cfg::kBlockM, seq.sq) - 1;
-    const int begin = mask.lowest(row0) / Cfg::kBlockN;
-    const int end = (max(mask.highest(last_row), 0) + Cfg::kBlockN - 1) / Cfg::kBlockN;
-    // Rows that see no key take a block all the same, and hide it.
-    tile.begin = begin < end ? begin : 0;
-    tile.end = begin < end ? end : 1;
+    const attn::Keys own = blocks_of(mask, row0, seq.sq);
+    tile.begin = own.begin;
+    tile.end = own.end;
+    if (pipe.ctas() > 1) {
+      const int there = row0 + (pipe.rank() == 0 ? 1 : -1) * Cfg::kBlockM;
+      const attn::Keys other = blocks_of(mask, there, seq.sq);
+      tile.of_pair = {min(own.begin, other.begin), max(own.end, other.end)};
+      tile.shared = {max(own.begin, other.begin), min(own.end, other.end)};
+    }
 #pragma unroll 1
     for (int consumer = 0; consumer < Cfg::kConsumers; ++consumer) {
       const int first = row0 + 64 * consumer;
@@ -85,7 +124,7 @@ struct Schedule {
       if (!Cfg::kHasOBuffer) {
         const int seen = mask.highest(min(first + 63, last_row));
         const int end_of_seen = max((seen + Cfg::kBlockN - 1) / Cfg::kBlockN, tile.begin + 1);
-        tile.skipped[consumer] = tile.end - end_of_seen;
+        tile.skipped[consumer] = max(tile.end - end_of_seen, 0);
       }
     }
     // Behind the last row of K and V there are zeros; behind a sequence, and behind the last key of
@@ -105,6 +144,22 @@ __device__ inline Descale descale_of(const ForwardParams& params, const Tile& ti
   return {factor(params.q_descale) * factor(params.k_descale), factor(params.v_descale)};
 }
 
+// Q of a tile, for each consumer as soon as it has read the one before; copied by one lane.
+template <class Cfg>
+__device__ inline void load_q(const TmaForwardParams& params, const Pipeline<Cfg>& pipe,
+                              const Tile& tile, uint32_t i, bool is_leader = true) {
+#pragma unroll 1
+  for (int consumer = 0; consumer < Cfg::kConsumers; ++consumer) {
+    pipe.q(consumer).wait_empty(i);
+    if (!is_leader) continue;
+    using TileQ = typename Cfg::TileQ;
+    ptx::mbarrier_arrive_expect(pipe.q(consumer).full(i), TileQ::kBytes);
+    copy_tile<TileQ>(pipe.q_buffer(i, consumer), params.q, pipe.q(consumer).full(i),
+                     TileQ::kCols / 64, tile.first_q + tile.row0 + 64 * consumer, tile.head,
+                     tile.batch_q, ptx::Keep::kShort);
+  }
+}
+
 // One lane's work: what the CTA does next. False: there is no more.
 template <class Cfg>
 __device__ inline bool plan_tile(const TmaForwardParams& params, const Pipeline<Cfg>& pipe,
@@ -119,14 +174,17 @@ __device__ inline bool plan_tile(const TmaForwardParams& params, const Pipeline<
   }
   const bool is_long = tile.end - tile.begin > kShort;
   pipe.tiles().arrive_full(i);
+  if constexpr (Cfg::kTile.plans_q) {
+    if (!is_last) load_q(params, pipe, tile, i);
+  }
   // No tile is taken while a long one waits: another CTA may be free sooner.
-  if (!is_last && is_long) pipe.begun().wait_full(i);
+  if (!is_last && (Cfg::kTile.plans_q || is_long)) pipe.begun().wait_full(i);
   return !is_last;
 }
 
 template <class Cfg>
 __device__ inline void plan_tiles(const TmaForwardParams& params, const Pipeline<Cfg>& pipe) {
-  Schedule<Cfg> schedule(params);
+  Schedule<Cfg> schedule(params, pipe);
   for (uint32_t i = 0; plan_tile(params, pipe, schedule, i); ++i) {
   }
 }
@@ -137,7 +195,6 @@ __device__ inline void plan_tiles(const TmaForwardParams& params, const Pipeline
 template <class Cfg, class Block>
 __device__ inline void load_tiles(const TmaForwardParams& params, const Pipeline<Cfg>& pipe,
                                   int lane) {
-  using TileQ = typename Cfg::TileQ;
   constexpr int kPanels = Cfg::TileK::kCols / 64;
   // Columns of V behind its head dim meet columns of O that nobody stores.
   constexpr int kPanel = 128 / Cfg::kElementBytes;
@@ -153,29 +210,20 @@ __device__ inline void load_tiles(const TmaForwardParams& params, const Pipeline
     pipe.v_in().wait_empty(block - 1);
     last.load(pipe.v_in_buffer(block - 1), params.v, pipe.v_in().full(block - 1), panels_v);
   };
-  const auto load_q = [&](uint32_t i, const Tile& tile) {
-#pragma unroll 1
-    for (int consumer = 0; consumer < Cfg::kConsumers; ++consumer) {
-      pipe.q(consumer).wait_empty(i);
-      if (!Block::is_leader(lane)) continue;
-      load_tile<TileQ>(pipe.q_buffer(i, consumer), params.q, pipe.q(consumer).full(i), kPanels,
-                       tile.first_q + tile.row0 + 64 * consumer, tile.head, tile.batch_q);
-    }
-  };
   for (uint32_t i = 0;; ++i) {
     pipe.tiles().wait_full(i);
     const Tile& tile = pipe.tile(i);
     if (tile.end == 0) break;
     if (Block::is_leader(lane)) pipe.begun().arrive_full(i);
-    for (int j = tile.end - 1; j >= tile.begin; --j) {
+    for (int j = Block::end(tile) - 1; j >= Block::begin(tile); --j) {
       const Block now(params.call.seqs, tile, j, lane);
       pipe.k().wait_empty(block);
       now.load(pipe.k_buffer(block), params.k, pipe.k().full(block), kPanels);
-      const bool is_first = j == tile.end - 1;
+      const bool is_first = j == Block::end(tile) - 1;
       // Where the next Q waits for this tile's last scores, it must not hold up the last V.
       if (!is_first || !Cfg::kHasOBuffer) load_last_v();
       if (is_first) {
-        load_q(i, tile);
+        if constexpr (!Cfg::kTile.plans_q) load_q(params, pipe, tile, i, Block::is_leader(lane));
         if (Cfg::kHasOBuffer) load_last_v();
       }
       last = now;
@@ -195,6 +243,12 @@ __device__ inline void load_tiles(const TmaForwardParams& params, const Pipeline
   if constexpr (!Cfg::kIsFp8) {
     if (params.call.seqs.block_table) {
       load_tiles<Cfg, BlockOfPages<TileK>>(params, pipe, lane);
+      return;
+    }
+  }
+  if constexpr (Cfg::kMayPair) {
+    if (pipe.ctas() > 1) {
+      if (lane == 0) load_tiles<Cfg, BlockOfPair<TileK>>(params, pipe, 0);
       return;
     }
   }
@@ -288,7 +342,7 @@ __device__ inline void store_tiles(const TmaForwardParams& params, const Pipelin
 template <class Cfg>
 __device__ inline void plan_and_store_tiles(const TmaForwardParams& params,
                                             const Pipeline<Cfg>& pipe, int lane) {
-  Schedule<Cfg> schedule(params);
+  Schedule<Cfg> schedule(params, pipe);
   uint32_t planned = 0;
   bool has_more = true;
   if (lane == 0) ptx::tma_prefetch(params.o);

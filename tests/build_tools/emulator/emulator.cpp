@@ -63,6 +63,7 @@ struct CopyGroups {
 };
 
 constexpr int kRankShift = 24;  // of a CTA's rank in addresses of shared memory
+constexpr uint32_t kHere = (1u << kRankShift) - 1;
 constexpr size_t kStackBytes = 256 * 1024;
 
 struct Cta {
@@ -129,6 +130,13 @@ void end_phase_if_due(MBarrier& barrier) {
   if (barrier.pending != 0 || barrier.bytes != 0) return;
   ++barrier.phase;
   barrier.pending = barrier.count;
+}
+
+// Another CTA, which must still be there.
+Cta& running_cta(unsigned rank) {
+  Cta& cta = *g_cluster.ctas[rank];
+  if (cta.running() == 0) stop("CTA %u of the cluster has ended", rank);
+  return cta;
 }
 
 // The tensor map of tests/build_tools/stub_driver.cpp.
@@ -333,7 +341,9 @@ void barrier_sync(int id, int count) {
              "a named barrier");
 }
 
-void mbarrier_init(uint32_t barrier, int count) { g_cta->mbarriers[barrier] = {count, count, 0, 0}; }
+void mbarrier_init(uint32_t barrier, int count) {
+  g_cta->mbarriers[barrier] = {count, count, 0, 0};
+}
 
 void mbarrier_arrive(uint32_t address, int bytes) {
   MBarrier& barrier = mbarrier(address);
@@ -383,15 +393,18 @@ void bulk_load(uint32_t smem, const void* gmem, int bytes, uint32_t address) {
   });
 }
 
-void tma_load(uint32_t smem, const flash::TensorMap& map, uint32_t address, const int (&place)[4]) {
+void tma_load(uint32_t smem, const flash::TensorMap& map, uint32_t address, const int (&place)[4],
+              unsigned ctas) {
   const Map read = read_map(map);
   const std::vector<int> where(place, place + 4);
-  g_cta->copies.push_back([=] {
+  const auto copy = [=] {
     copy_box(read, {where[0], where[1], where[2], where[3]}, smem, true);
     MBarrier& barrier = mbarrier(address);
     barrier.bytes -= int64_t{2} * read.box[0] * read.box[1];
     end_phase_if_due(barrier);
-  });
+  };
+  if (ctas == 0) g_cta->copies.push_back(copy);
+  for (unsigned rank = 0; rank < ctas; ++rank) running_cta(rank).copies.push_back(copy);
 }
 
 void tma_store(uint32_t smem, const flash::TensorMap& map, const int (&place)[4]) {
@@ -499,20 +512,28 @@ void cluster_wait() {
   wait_until(is_over, "its cluster");
 }
 
+int cluster_size() { return static_cast<int>(g_cluster.size); }
+
+int cluster_rank() { return static_cast<int>(blockIdx.x % g_cluster.size); }
+
 uint32_t of_cta(uint32_t smem, unsigned rank) {
   if (rank >= g_cluster.size) stop("CTA %u is not in the cluster", rank);
   return smem | (rank + 1) << kRankShift;
+}
+
+void arrive_there(uint32_t barrier) {
+  running_cta((barrier >> kRankShift) - 1).copies.push_back([=] {
+    mbarrier_arrive(barrier & kHere, 0);
+  });
 }
 
 void send(uint32_t to, const void* bytes, int count, uint32_t barrier) {
   const unsigned rank = (to >> kRankShift) - 1;
   if (barrier >> kRankShift != rank + 1) stop("a barrier of another CTA counts what is sent");
   if (to % static_cast<uint32_t>(count) != 0) stop("%d bytes to %u are not aligned", count, to);
-  Cta& cta = *g_cluster.ctas[rank];
-  if (cta.running() == 0) stop("CTA %u of the cluster has ended", rank);
+  Cta& cta = running_cta(rank);
   const auto* first = static_cast<const unsigned char*>(bytes);
   const std::vector<unsigned char> sent(first, first + count);
-  constexpr uint32_t kHere = (1u << kRankShift) - 1;
   cta.copies.push_back([=] {
     memcpy(at(to & kHere, static_cast<uint32_t>(count)), sent.data(), sent.size());
     MBarrier& counting = mbarrier(barrier & kHere);

@@ -1,11 +1,12 @@
-// A CTA on a CPU, or a cluster of them: enough of CUDA's words and of a multiprocessor to run device
-// code as it stands.
+// A CTA on a CPU, or a cluster of them: enough of CUDA's words and of a multiprocessor to run
+// device code as it stands.
 //
 // Every thread of a CTA is a fiber; they take turns in an order drawn anew each time. What the GPU
-// does asynchronously is done late and at random here: copies by TMA some turns after they were asked
-// for, those of cp.async at any time up to their wait, products of warpgroups some turns after the
-// last warp asked, reading shared memory and registers as they are at that moment. So a missing wait or a buffer that is released too early
-// gives a wrong result, and a barrier that is never completed a report.
+// does asynchronously is done late and at random here: copies by TMA some turns after they were
+// asked for, those of cp.async at any time up to their wait, products of warpgroups some turns
+// after the last warp asked, reading shared memory and registers as they are at that moment. So a
+// missing wait or a buffer that is released too early gives a wrong result, and a barrier that is
+// never completed a report.
 #pragma once
 
 #include <math.h>
@@ -78,7 +79,9 @@ void cp_async_commit();
 void cp_async_wait(int pending);
 
 void bulk_load(uint32_t smem, const void* gmem, int bytes, uint32_t barrier);
-void tma_load(uint32_t smem, const flash::TensorMap& map, uint32_t barrier, const int (&place)[4]);
+// To this CTA, or to the first `ctas` of its cluster.
+void tma_load(uint32_t smem, const flash::TensorMap& map, uint32_t barrier, const int (&place)[4],
+              unsigned ctas = 0);
 void tma_store(uint32_t smem, const flash::TensorMap& map, const int (&place)[4]);
 void bulk_add(float* gmem, uint32_t smem, int bytes);
 void tma_store_wait();
@@ -109,10 +112,16 @@ float element_of(uint64_t packed, int index, Format format);
 // For all threads of the cluster that have not ended.
 void cluster_arrive();
 void cluster_wait();
+// How many CTAs the cluster has, and which of them this one is.
+int cluster_size();
+int cluster_rank();
 // Where CTA `rank` of the cluster has what this one has at `smem`.
 uint32_t of_cta(uint32_t smem, unsigned rank);
 // Bytes on their way there, which a barrier there counts.
 void send(uint32_t to, const void* bytes, int count, uint32_t barrier);
+
+// Arrives at a barrier there.
+void arrive_there(uint32_t barrier);
 
 // Runs the CTAs of a cluster to their ends.
 void run_cluster(unsigned first, unsigned size, unsigned grid, unsigned threads,

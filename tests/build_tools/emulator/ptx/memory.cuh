@@ -65,6 +65,11 @@ inline float2 ld_shared_v2_f32(uint32_t smem) {
   return x;
 }
 
+inline uint32_t ld_shared_32(uint32_t smem) {
+  uint32_t x;
+  memcpy(&x, emulator::at(smem, 4), 4);
+  return x;
+}
 inline float ld_shared_f32(uint32_t smem) {
   float x;
   memcpy(&x, emulator::at(smem, 4), 4);

@@ -8,6 +8,15 @@ inline void tma_load(uint32_t smem, const TensorMap& map, uint32_t barrier, int 
                      int head, int batch) {
   emulator::tma_load(smem, map, barrier, {col, row, head, batch});
 }
+enum class Keep : uint64_t { kShort, kLong };
+inline void tma_load(uint32_t smem, const TensorMap& map, uint32_t barrier, int col, int row,
+                     int head, int batch, Keep) {
+  emulator::tma_load(smem, map, barrier, {col, row, head, batch});
+}
+inline void tma_load_to_both(uint32_t smem, const TensorMap& map, uint32_t barrier, int col,
+                             int row, int head, int batch, Keep) {
+  emulator::tma_load(smem, map, barrier, {col, row, head, batch}, 2);
+}
 inline void bulk_load(uint32_t smem, const void* gmem, int bytes, uint32_t barrier) {
   emulator::bulk_load(smem, gmem, bytes, barrier);
 }
