@@ -234,7 +234,8 @@ void plan_decode(const Ready& ready, const Device& on, ForwardParams* params,
   // With one part, or one cluster, a head nothing is merged in memory.
   if (params->num_splits == (params->cluster > 0 ? params->cluster : 1)) return;
   const int64_t shares = num_shares(*params, shape, on);
-  const int64_t rows = 2 * shares * (params->hq / params->hk) * params->seqs.sq;
+  const int64_t rooms = params->num_splits == 0 ? 2 * shares : shares;
+  const int64_t rows = rooms * (params->hq / params->hk) * params->seqs.sq;
   workspace->o_partial = rows * params->dv;
   workspace->lse_partial = 2 * rows;
   workspace->next_tile = 2 * shares;

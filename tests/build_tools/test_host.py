@@ -246,7 +246,9 @@ say(plan_and_run(0, splits=5, b=1, sq=1, sk=8192))
 def test_several_sequences_get_a_small_cluster_for_each_head_if_that_fills_the_device(
     stub: Stub, tmp_path: Path, offsets: dict[str, int]
 ) -> None:
-    text = "".join(f"say(plan_and_run(0, splits=0, b={b}, sq=1, sk=2048))\n" for b in (64, 32, 16, 48))
+    text = "".join(
+        f"say(plan_and_run(0, splits=0, b={b}, sq=1, sk=2048))\n" for b in (64, 32, 16, 48)
+    )
     run_calls(stub, tmp_path / "log", offsets, text)
     # Whether they are about equal is found out on the device: else CTAs have equal shares.
     assert {x.grid for x in launches(tmp_path / "log")} == {2 * 132}

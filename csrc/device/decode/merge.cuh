@@ -51,19 +51,22 @@ __device__ inline void store_lse(const ForwardParams& call, const attn::Sequence
       sum == 0.0f ? attn::infinity() : (shift + ptx::lg2(sum)) * attn::kLn2;
 }
 
-// Where the parts of a pair stand. A share has two rooms: one for a pair that began in front of it,
-// then one for a pair that goes on behind it.
+// Where the parts of a pair stand. Where pairs are cut anywhere, a share has two rooms: one for a
+// pair that began in front of it, then one for a pair that goes on behind it.
 struct PartRows {
-  static constexpr uint32_t kRooms = 2;
   float* o;
   float2* statistics;
+  uint32_t rooms;  // of a share
   uint32_t stride;
   uint32_t rows;  // of a room
   uint32_t width;
 
   __device__ PartRows(const DecodeParams& params, const Parts& parts)
-      : stride(parts.stride), rows(params.group * params.call.seqs.sq), width(params.call.dv) {
-    const int64_t first = static_cast<int64_t>(parts.first * kRooms) * rows;
+      : rooms(params.call.num_splits > 0 ? 1 : 2),
+        stride(parts.stride),
+        rows(params.group * params.call.seqs.sq),
+        width(params.call.dv) {
+    const int64_t first = static_cast<int64_t>(parts.first * rooms) * rows;
     o = params.call.o_partial + first * width;
     statistics = reinterpret_cast<float2*>(params.call.lse_partial) + first;
   }
@@ -78,7 +81,7 @@ struct PartRows {
   }
 
  private:
-  __device__ uint32_t room(uint32_t part) const { return max(part * stride * kRooms, kRooms - 1); }
+  __device__ uint32_t room(uint32_t part) const { return max(part * stride * rooms, rooms - 1); }
 };
 
 // A sum of parts whose shifts differ.

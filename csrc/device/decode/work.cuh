@@ -191,7 +191,7 @@ struct Walk {
     const uint32_t splits = this->splits();
     const uint32_t pair = share / splits;
     const uint32_t sequence = pair / params.call.hk;
-    if (sequence >= params.call.seqs.b) return;
+    if (Cfg::kMayBeEqual && sequence >= params.call.seqs.b) return;
     head = pair - sequence * params.call.hk;
     find(sequence);
     const Deal parts(num_parts(), span.size());
