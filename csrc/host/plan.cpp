@@ -196,27 +196,36 @@ int64_t num_ctas(const ForwardParams& params, const Shape& shape, const Device& 
 }
 
 int64_t num_shares(const ForwardParams& params, const Shape& shape, const Device& device) {
-  if (params.num_splits == 0) return int64_t{device.num_sms} * shape.ctas;
+  if (params.num_splits == 0) {
+    const int64_t all = int64_t{device.num_sms} * shape.ctas;
+    return params.cluster == 0 ? all : all / params.cluster * params.cluster;
+  }
   return int64_t{params.num_splits} * params.hk * params.seqs.b;
 }
 
 void choose_clusters(ForwardParams* params, const Shape& shape, const Device& device,
                      const Clusters& clusters) {
-  if (params->num_splits != 0 || params->seqs.b != 1) return;
+  if (params->num_splits != 0 || params->seqs.b == 0) return;
+  const bool is_one = params->seqs.b == 1;
+  const int64_t pairs = int64_t{params->hk} * params->seqs.b;
   const int64_t blocks = ceil_div(params->seqs.sk, shape.block_n);
   const int64_t all = int64_t{device.num_sms} * shape.ctas;
-  int size = decode::kMostInCluster;
+  int size = 2 * decode::kMostInCluster;
   for (const int count : clusters.count) {
-    const int64_t of_pair = count / params->hk;
-    // Larger clusters leave less to merge in memory, and mostly some multiprocessors idle.
-    const bool are_few = blocks <= decode::kFewBlocks * size;
-    const bool fill_device = of_pair * params->hk * size * 8 >= all * 7;
-    if (of_pair > 0 && (are_few || fill_device)) {
-      params->cluster = size;
-      params->num_splits = size * (are_few ? 1 : clamp(ceil_div(blocks, size), 1, of_pair));
-      return;
-    }
     size /= 2;
+    const int64_t of_pair = count / pairs;
+    // Larger clusters leave less to merge in memory, and mostly some multiprocessors idle.
+    const bool are_few = is_one && blocks <= decode::kFewBlocks * size;
+    const bool fill_device = of_pair * pairs * size * 8 >= all * 7;
+    if (of_pair == 0 || !(are_few || fill_device)) continue;
+    if (is_one) {
+      params->num_splits = size * (are_few ? 1 : clamp(ceil_div(blocks, size), 1, of_pair));
+    } else if (of_pair > 1 || size > decode::kFewInCluster || count < all / size ||
+               shape.block_m != 16) {
+      continue;
+    }
+    params->cluster = size;
+    return;
   }
 }
 

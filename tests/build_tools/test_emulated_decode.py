@@ -62,7 +62,8 @@ CASES = {
     "unaligned_head_dim": "step(d={d} - 5, s_new=2, sq=2, causal=True)",
 }
 # One sequence, on a device of six multiprocessors: clusters of two to eight CTAs, three of them for
-# a long head. Lengths leave clusters without work, and CTAs of a cluster.
+# a long head. Lengths leave clusters without work, and CTAs of a cluster. Several sequences use
+# clusters if they are about as long as one another.
 CLUSTERED = {
     "long": "step(d={d}, b=1, hq=2, hk=1, seqlens=(2300,), capacity=2300)",
     "uneven": "step(d={d}, b=1, hq=6, hk=2, seqlens=(931,), capacity=2300, sq=2, causal=True)",
@@ -76,6 +77,11 @@ CLUSTERED = {
     " seqlens=(1601,))",
     "pages": "step(d={d}, b=1, page=16, s_new=1, seqlens=(1777,), capacity=2300)",
     "narrow_v": "step(d={d}, dv={d} - 24, b=1, hk=1, seqlens=(1700,), capacity=2300)",
+    "several": "step(d={d}, b=3, hq=4, hk=1, seqlens=(1100, 1087, 1120), capacity=1200)",
+    "several_ragged": "step(d={d}, b=3, hq=4, hk=1, seqlens=(1100, 0, 620), capacity=1200)",
+    "several_short": "step(d={d}, b=3, hq=16, hk=1, seqlens=(70, 65, 128), capacity=1200)",
+    "several_pages": "step(d={d}, b=2, hq=6, hk=3, page=16, s_new=2, sq=2, causal=True,"
+    " seqlens=(400, 412), capacity=1200)",
 }
 
 

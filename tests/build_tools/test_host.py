@@ -243,6 +243,19 @@ say(plan_and_run(0, splits=5, b=1, sq=1, sk=8192))
     assert launches(tmp_path / "few")[0].grid == 2 * 5 * 2
 
 
+def test_several_sequences_get_a_small_cluster_for_each_head_if_that_fills_the_device(
+    stub: Stub, tmp_path: Path, offsets: dict[str, int]
+) -> None:
+    text = "".join(
+        f"say(plan_and_run(0, splits=0, b={b}, sq=1, sk=2048))\n" for b in (64, 32, 16, 48)
+    )
+    run_calls(stub, tmp_path / "log", offsets, text)
+    # Whether they are about equal is found out on the device: else CTAs have equal shares.
+    assert {x.grid for x in launches(tmp_path / "log")} == {2 * 132}
+    names = [f"cluster flash_fwd_decode_d64_bf16 {size}" for size in (2, 4)]
+    assert lines_of(tmp_path / "log", "cluster") == names
+
+
 @pytest.mark.parametrize(("archs", "overlaps"), [(("90",), True), (("80+ptx",), False)])
 def test_a_launch_overlaps_only_where_the_code_waits_by_itself(
     stub: Stub, tmp_path: Path, offsets: dict[str, int], archs: tuple[str, ...], overlaps: bool

@@ -7,6 +7,7 @@
 namespace flash::decode {
 
 constexpr int kMostInCluster = 16;  // CTAs
+constexpr int kFewInCluster = 4;    // where there are several sequences
 // So many blocks of a CTA take no longer than fewer of them and merging in memory do.
 constexpr int kFewBlocks = 4;
 

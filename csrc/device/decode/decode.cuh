@@ -42,7 +42,8 @@ struct Config {
   // Steps of Q that stay in registers, where there are some.
   static constexpr int kHeld = kRows == 16 && kHeadDim <= 128 ? kHeadDim / 16 : 0;
   static constexpr bool kHasClusters = ptx::kHasClusters && kTile.merges_in_clusters();
-  static constexpr bool kLoadsEarly = kHeld > 0;  // Q of the next pair
+  static constexpr bool kMayBeEqual = kHasClusters && kRows == 16;  // clusters of several sequences
+  static constexpr bool kLoadsEarly = kHeld > 0;                    // Q of the next pair
   static_assert(kRowWarps == 1 || kKeyGroups == 1, "warps share either rows or keys");
   using TileQ = tile::SmemTile<kRows, kHeadDim>;
   using TileK = tile::SmemTile<kGroupKeys, kHeadDim * kTile.element_bytes / 2>;
@@ -162,27 +163,27 @@ __device__ inline void decode(const DecodeParams& params) {
   ptx::let_kernel_behind_begin();
   fetch(params, lane);
   ptx::wait_for_kernel_in_front();
-  Walk<Cfg::kBlockN> walk(params);
+  Walk<Cfg> walk(params);
   if (walk.left == 0) return;
-  if (Cfg::kHasClusters && call.cluster > 0 && thread == 0) exchange.prepare();
-  KeyRing<Cfg> ring(params, walk, ptx::smem_address(storage), thread);
+  if (walk.cluster() > 0 && thread == 0) exchange.prepare();
   Queries<Cfg> queries;
+  queries.load(params, walk.seq, walk.head, thread);  // they are needed first
+  KeyRing<Cfg> ring(params, walk, ptx::smem_address(storage), thread);
 #pragma unroll 1
-  for (int i = 0; i < Cfg::kStages - 1; ++i) {
-    ring.start();
-    if (i == 0) queries.load(params, walk.seq, walk.head, thread);
-  }
+  for (int i = 0; i < Cfg::kStages - 1; ++i) ring.start();
 
   const bool is_plain = attn::is_plain(call.scores);
   const float scale_log2 = is_plain ? call.scores.softmax_scale * attn::kLog2e : attn::kLog2e;
   for (;;) {
-    queries.store(params, walk.seq, walk.head, q, of_rows, thread);
     const bool is_whole = walk.is_whole();
     const Parts parts = is_whole ? Parts{0, 1, 0} : walk.parts();
+    const RowRules rules(params, walk.seq, walk.head, warp_row + lane / 4);
+    queries.store(params, walk.seq, walk.head, q, of_rows, thread);
     __syncthreads();
     // Its answer comes while keys and values are on their way.
     if (!is_whole && thread == Cfg::kThreads - 1) {
-      const Parts in_memory = call.cluster > 0 ? parts.of_clusters(call.cluster) : parts;
+      const int cluster = walk.cluster();
+      const Parts in_memory = cluster > 0 ? parts.of_clusters(cluster) : parts;
       if (in_memory.count > 1) {
         attn::Counter{call.next_tile + in_memory.first}.open(params.call_number);
       }
@@ -190,7 +191,6 @@ __device__ inline void decode(const DecodeParams& params) {
     typename Cfg::HeldQ held;
     held.template load<TileQ>(q, warp_row, lane);
     const typename Queries<Cfg>::Rescale rescale(of_rows, warp_row + lane / 4);
-    const RowRules rules(params, walk.seq, walk.head, warp_row + lane / 4);
     typename Cfg::AccO o;
     typename Cfg::Softmax softmax;
     o.clear();
@@ -219,7 +219,8 @@ __device__ inline void decode(const DecodeParams& params) {
     walk.advance(count);
     const bool is_last = walk.left == 0;
     if (Cfg::kLoadsEarly && !is_last) queries.load(params, walk.seq, walk.head, thread);
-    finish<Cfg>(params, seq, head, o, softmax, warp_rows, exchange, is_whole, parts, flag, thread);
+    finish<Cfg>(params, seq, head, o, softmax, warp_rows, exchange, is_whole, parts, walk.cluster(),
+                flag, thread);
     if (is_last) return;
     if (!Cfg::kLoadsEarly) queries.load(params, walk.seq, walk.head, thread);
     __syncthreads();  // everyone is done with scratch

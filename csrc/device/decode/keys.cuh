@@ -25,7 +25,7 @@ struct KeyRing {
   static_assert(kLoadRows <= 16 && kLoadRows % kRowsPerPass == 0, "a lane finds one row");
 
   const DecodeParams& params;
-  Walk<Cfg::kBlockN> walk;
+  Walk<Cfg> walk;
   const int lane, warp;
   const uint32_t smem;   // of this warp's keys in the first stage
   uint32_t read, write;  // stages, as offsets
@@ -34,8 +34,7 @@ struct KeyRing {
   int end_of_cache;  // of the pair: from here on slots are filled by new rows, or not at all
   const uint16_t* of_pair[2];  // this lane's first chunk of K and of V in slot 0 of the pair
 
-  __device__ KeyRing(const DecodeParams& params, const Walk<Cfg::kBlockN>& walk, uint32_t smem,
-                     int thread)
+  __device__ KeyRing(const DecodeParams& params, const Walk<Cfg>& walk, uint32_t smem, int thread)
       : params(params),
         walk(walk),
         lane(thread % 32),
@@ -147,7 +146,8 @@ struct KeyRing {
         const uint32_t row = (to ^ at % 8 * 16) + at * (TileK::kPanel * 2);
 #pragma unroll
         for (int panel = 0; panel < kPanels; ++panel) {
-          ptx::cp_async_16(row + panel * TileK::kPanelBytes, from + panel * TileK::kPanel, true);
+          ptx::cp_async_16_once(row + panel * TileK::kPanelBytes, from + panel * TileK::kPanel,
+                                true);
         }
         from += kRowsPerPass * x.row;
       }
@@ -220,7 +220,7 @@ struct KeyRing {
         const auto* chunk = reinterpret_cast<const uint16_t*>(from) + col + panel * TileK::kPanel;
         const bool valid = is_full || (from != kNoRow && col + panel * TileK::kPanel < num_cols);
         if (is_full || from != kNewRow) {
-          ptx::cp_async_16(to + panel * TileK::kPanelBytes, chunk, valid);
+          ptx::cp_async_16_once(to + panel * TileK::kPanelBytes, chunk, valid);
         }
       }
     }

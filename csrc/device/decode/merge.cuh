@@ -281,10 +281,9 @@ template <class Cfg>
 __device__ inline void finish(const DecodeParams& params, const attn::Sequence& seq, int head_k,
                               const typename Cfg::AccO& o, typename Cfg::Softmax& softmax,
                               const WarpRows<Cfg>& scratch, Exchange<Cfg> exchange, bool is_whole,
-                              const Parts& parts, int* flag, int thread) {
+                              const Parts& parts, int cluster, int* flag, int thread) {
   const ForwardParams& call = params.call;
   const int rows = num_rows(params, seq);
-  const int cluster = Cfg::kHasClusters ? call.cluster : 0;
   const bool exchanges = cluster > 0 && !is_whole;
   Parts in_memory = parts;
   Quads quads = {0, rows * exchange.kQuads};

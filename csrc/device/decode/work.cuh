@@ -2,7 +2,8 @@
 //
 // The blocks of all (sequence, key-value head) pairs stand in one line, pair behind pair. Every CTA
 // finds its share of the line by itself: lengths are read on the device, so a captured call can run
-// again with others.
+// again with others. Where there is a cluster for each pair, and lengths turn out to be about
+// equal, shares are the parts of pairs that clusters merge.
 #pragma once
 
 #include "attn/mask.cuh"
@@ -112,7 +113,7 @@ struct Parts {
 };
 
 // Walks over a CTA's share, pair by pair.
-template <int kBlockN>
+template <class Cfg>
 struct Walk {
   const DecodeParams& params;
   attn::Sequence seq;
@@ -121,16 +122,28 @@ struct Walk {
   int block;  // the next one, of those of the pair
   int left;   // blocks of the share from there on
   Deal deal;
-  // Of the pair's first block in the line; of the part, where each pair is cut into num_splits.
+  // Of the pair's first block in the line; of the part, where each pair is cut into as many.
   uint32_t index;
+  bool is_equal;  // sequences are about as long as one another, and each pair has a cluster
 
-  __device__ explicit Walk(const DecodeParams& params) : params(params), left(0) {
+  __device__ explicit Walk(const DecodeParams& params) : params(params), left(0), is_equal(false) {
     const uint32_t share = blockIdx.x;
     if (params.call.num_splits > 0) {
       take_split(share);
     } else {
       take_share(share);
     }
+  }
+
+  // Parts of each pair; 0: pairs are cut where shares end.
+  __device__ uint32_t splits() const {
+    return Cfg::kMayBeEqual && is_equal ? params.call.cluster : params.call.num_splits;
+  }
+
+  // CTAs that merge in shared memory; 0: none do.
+  __device__ int cluster() const {
+    if (!Cfg::kHasClusters) return 0;
+    return Cfg::kMayBeEqual && splits() == 0 ? 0 : params.call.cluster;
   }
 
   // Blocks of the pair that are in the share.
@@ -140,7 +153,7 @@ struct Walk {
 
   __device__ Parts parts() const {
     const int share = blockIdx.x;
-    if (params.call.num_splits > 0) {
+    if (splits() > 0) {
       const int part = index;
       return {share - part, static_cast<int>(min(num_parts(), span.size())), part};
     }
@@ -169,15 +182,16 @@ struct Walk {
  private:
   __device__ void find(int sequence) {
     seq = attn::Sequence(params.call.seqs, sequence);
-    span = Span(params, seq, kBlockN);
+    span = Span(params, seq, Cfg::kBlockN);
   }
 
-  // One of num_splits parts of a pair, or of fewer if clusters would have CTAs without work: all of
+  // One of `splits` parts of a pair, or of fewer if clusters would have CTAs without work: all of
   // them are full, or there is one.
   __device__ void take_split(uint32_t share) {
-    const uint32_t splits = params.call.num_splits;
+    const uint32_t splits = this->splits();
     const uint32_t pair = share / splits;
     const uint32_t sequence = pair / params.call.hk;
+    if (Cfg::kMayBeEqual && sequence >= params.call.seqs.b) return;
     head = pair - sequence * params.call.hk;
     find(sequence);
     const Deal parts(num_parts(), span.size());
@@ -188,11 +202,10 @@ struct Walk {
   }
 
   __device__ uint32_t num_parts() const {
-    const uint32_t splits = params.call.num_splits;
     const uint32_t cluster = params.call.cluster;
-    if (cluster == 0) return splits;
+    if (cluster == 0) return splits();
     if (span.size() <= kFewBlocks * cluster) return cluster;
-    return min(splits, span.size() / cluster * cluster);
+    return min(splits(), span.size() / cluster * cluster);
   }
 
   // Blocks of the sequence's pairs.
@@ -204,10 +217,12 @@ struct Walk {
     const int lane = threadIdx.x % 32;
     const int each = (b + 31) / 32;
     uint32_t mine = 0;
+    uint32_t longest = 0;
 #pragma unroll 1
     for (int i = lane * each; i < min(b, (lane + 1) * each); ++i) {
       find(i);
       mine += num_blocks();
+      longest = max(longest, num_blocks());
     }
     uint32_t up_to_here = mine;
 #pragma unroll
@@ -217,6 +232,12 @@ struct Walk {
     }
     const uint32_t rows = params.group * params.call.seqs.sq;
     const uint32_t all = __shfl_sync(kAllLanes, up_to_here, 31);
+    if (Cfg::kMayBeEqual && params.call.cluster > 0 &&
+        __all_sync(kAllLanes, longest * b <= all + all / 8)) {
+      is_equal = true;
+      take_split(share);
+      return;
+    }
     deal = Deal(gridDim.x, all, b * params.call.hk, rows);
     if (share >= deal.num) return;
     const uint32_t first = deal.first_of(share);

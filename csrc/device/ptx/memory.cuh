@@ -37,6 +37,17 @@ __device__ inline void cp_async_16(uint32_t smem, const void* gmem, bool valid) 
                : "memory");
 }
 
+// The same of what is read once: it goes from L2 before anything else does.
+__device__ inline void cp_async_16_once(uint32_t smem, const void* gmem, bool valid) {
+  const int bytes = valid ? 16 : 0;
+  asm volatile(
+      "{.reg .b64 once;\n"
+      "createpolicy.fractional.L2::evict_first.b64 once, 1.0;\n"
+      "cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2, once;}" ::"r"(smem),
+      "l"(gmem), "r"(bytes)
+      : "memory");
+}
+
 // Copies 16 bytes if `is_due`.
 __device__ inline void cp_async_16_if(bool is_due, uint32_t smem, const void* gmem) {
   asm volatile(

@@ -19,6 +19,9 @@ inline float opaque(float x) { return x; }
 inline void cp_async_16(uint32_t smem, const void* gmem, bool valid) {
   emulator::cp_async(smem, valid ? gmem : nullptr);
 }
+inline void cp_async_16_once(uint32_t smem, const void* gmem, bool valid) {
+  cp_async_16(smem, gmem, valid);
+}
 inline void cp_async_commit() { emulator::cp_async_commit(); }
 template <int kPending>
 void cp_async_wait() {
