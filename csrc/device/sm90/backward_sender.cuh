@@ -31,8 +31,8 @@ __device__ inline void send_rows(const TensorMap& map, uint32_t smem, const KeyB
 // all of it, if it has a consumer; or a consumer's part, a step late, as it is multiplied. Then
 // that one's dV of each block leaves there too.
 //
-// Where sums have one order, a counter of each 64 rows of dQ and sender tells which block of keys is
-// next to add to them, from the last that their queries see down to the first.
+// Where sums have one order, a counter of each 64 rows of dQ and sender tells which block of keys
+// is next to add to them, from the last that their queries see down to the first.
 template <class Cfg>
 struct Sender {
   static constexpr bool kByRows = Cfg::kBlockM == 2 * kSumRows;  // else by columns
