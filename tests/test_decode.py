@@ -25,6 +25,8 @@ def lengths(*values: int) -> Tensor:
 LONG = {"capacity": 9000, "seqlens": (9000, 4111, 0, 64), "b": 4}
 # On Hopper in clusters.
 ONE = {"capacity": 9000, "b": 1}
+# The same, if all are about as long.
+MANY = {"capacity": 1000, "b": 16, "hq": 32, "hk": 8, "d": 128}
 
 
 @pytest.mark.parametrize(
@@ -54,6 +56,8 @@ ONE = {"capacity": 9000, "b": 1}
             **ONE, seqlens=(8000,), hq=6, hk=3, d=192, dtype=BF16, s_new=3, sq=3, causal=True
         ),
         CacheProblem(b=1, capacity=1000, seqlens=(1000,), hq=8, hk=8, d=128, dtype=FP16),
+        CacheProblem(**MANY, seqlens=tuple(range(985, 1001)), dtype=BF16),
+        CacheProblem(**MANY, seqlens=tuple(range(0, 992, 62)), dtype=BF16),
     ],
     ids=str,
 )  # fmt: skip
