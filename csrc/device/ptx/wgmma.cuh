@@ -113,7 +113,7 @@ struct Wgmma;
       asm volatile("{.reg .pred adds; setp.ne.s32 adds, " X5                                      \
                    ", 0; wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE           \
                    " {" FLASH_NAMES_##N "}, {" X0 ", " X1 ", " X2 ", " X3 "}, " X4                \
-                   ", adds, 1, 1, 1;}"                                                            \
+                                        ", adds, 1, 1, 1;}"                                       \
                    : FLASH_OPERANDS_##N                                                           \
                    : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(adds));              \
     }                                                                                             \

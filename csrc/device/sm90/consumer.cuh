@@ -146,9 +146,7 @@ class Consumer {
   }
 
   // Scores go to softmax as they are.
-  __device__ bool is_plain() const {
-    return Cfg::kIsPlain || attn::is_plain(params_.scores);
-  }
+  __device__ bool is_plain() const { return Cfg::kIsPlain || attn::is_plain(params_.scores); }
 
   // Scores of the first block of all, or of a tile that is done by itself.
   __device__ __forceinline__ void first_step() {
