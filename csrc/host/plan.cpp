@@ -221,7 +221,7 @@ void choose_clusters(ForwardParams* params, const Shape& shape, const Device& de
     if (is_one) {
       params->num_splits = size * (are_few ? 1 : clamp(ceil_div(blocks, size), 1, of_pair));
     } else if (of_pair > 1 || size > decode::kFewInCluster || count < all / size ||
-               shape.block_m != 16) {
+               !decode::many_have_clusters(shape.block_m)) {
       continue;
     }
     params->cluster = size;

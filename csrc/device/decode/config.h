@@ -11,6 +11,9 @@ constexpr int kFewInCluster = 4;    // where there are several sequences
 // So many blocks of a CTA take no longer than fewer of them and merging in memory do.
 constexpr int kFewBlocks = 4;
 
+// Whether several sequences may have clusters, of tiles of so many rows.
+constexpr bool many_have_clusters(int rows) { return rows == 16; }
+
 struct Tile {
   int rows;  // queries times heads of a group
   int head_dim;

@@ -42,8 +42,8 @@ struct Config {
   // Steps of Q that stay in registers, where there are some.
   static constexpr int kHeld = kRows == 16 && kHeadDim <= 128 ? kHeadDim / 16 : 0;
   static constexpr bool kHasClusters = ptx::kHasClusters && kTile.merges_in_clusters();
-  static constexpr bool kMayBeEqual = kHasClusters && kRows == 16;  // clusters of several sequences
-  static constexpr bool kLoadsEarly = kHeld > 0;                    // Q of the next pair
+  static constexpr bool kMayBeEqual = kHasClusters && many_have_clusters(kRows);
+  static constexpr bool kLoadsEarly = kHeld > 0;  // Q of the next pair
   static_assert(kRowWarps == 1 || kKeyGroups == 1, "warps share either rows or keys");
   using TileQ = tile::SmemTile<kRows, kHeadDim>;
   using TileK = tile::SmemTile<kGroupKeys, kHeadDim * kTile.element_bytes / 2>;

@@ -40,7 +40,7 @@ struct Sender {
   static constexpr int kNone = -1;
   const TmaBackwardParams& maps;
   const BackwardPipeline<Cfg>& pipe;
-  const int consumer;  // or 0
+  const int consumer;  // whose part leaves; 0 where all of dQ does
 
   __device__ void run() const {
     const BackwardParams& call = maps.call;

@@ -21,11 +21,11 @@ __device__ inline void copy_tile(uint32_t smem, const TensorMap& map, uint32_t f
 }
 
 // The same, announced; `more_bytes` will come by another copy.
-template <class SmemTile>
+template <class SmemTile, class... Keep>
 __device__ inline void load_tile(uint32_t smem, const TensorMap& map, uint32_t full, int num_panels,
-                                 int row, int head, int batch, int more_bytes = 0) {
+                                 int row, int head, int batch, int more_bytes = 0, Keep... keep) {
   ptx::mbarrier_arrive_expect(full, num_panels * SmemTile::kPanelBytes + more_bytes);
-  copy_tile<SmemTile>(smem, map, full, num_panels, row, head, batch);
+  copy_tile<SmemTile>(smem, map, full, num_panels, row, head, batch, keep...);
 }
 
 // Keys are read again for other rows, Q is not.
@@ -34,6 +34,7 @@ constexpr ptx::Keep kKeepKeys = ptx::Keep::kLong;
 // A block whose rows stand one behind the other. One lane copies it.
 template <class TileK>
 class BlockOfRows {
+ protected:
   int row_, head_, batch_;
 
  public:
@@ -42,8 +43,7 @@ class BlockOfRows {
       : row_(tile.first_k + j * TileK::kRows), head_(tile.head_k), batch_(tile.batch_k) {}
 
   __device__ void load(uint32_t smem, const TensorMap& map, uint32_t full, int num_panels) const {
-    ptx::mbarrier_arrive_expect(full, num_panels * TileK::kPanelBytes);
-    copy_tile<TileK>(smem, map, full, num_panels, row_, head_, batch_, kKeepKeys);
+    load_tile<TileK>(smem, map, full, num_panels, row_, head_, batch_, 0, kKeepKeys);
   }
   __device__ static int begin(const Tile& tile) { return tile.begin; }
   __device__ static int end(const Tile& tile) { return tile.end; }
@@ -54,17 +54,18 @@ class BlockOfRows {
 // The same by two CTAs: what both need, each copies half of to both. What this one has no use for
 // is no copy.
 template <class TileK>
-class BlockOfPair {
+class BlockOfPair : public BlockOfRows<TileK> {
+  using Base = BlockOfRows<TileK>;
+  using Base::batch_;
+  using Base::head_;
+  using Base::row_;
   static constexpr int kHalf = TileK::kRows / 2;  // rows of a copy
-  int row_, head_, batch_;
   bool is_own_, is_shared_;
 
  public:
   __device__ BlockOfPair() {}
-  __device__ BlockOfPair(const Sequences&, const Tile& tile, int j, int)
-      : row_(tile.first_k + j * TileK::kRows),
-        head_(tile.head_k),
-        batch_(tile.batch_k),
+  __device__ BlockOfPair(const Sequences& seqs, const Tile& tile, int j, int lane)
+      : Base(seqs, tile, j, lane),
         is_own_(tile.begin <= j && j < tile.end),
         is_shared_(tile.shared.begin <= j && j < tile.shared.end) {}
 
@@ -90,8 +91,6 @@ class BlockOfPair {
   }
   __device__ static int begin(const Tile& tile) { return tile.of_pair.begin; }
   __device__ static int end(const Tile& tile) { return tile.of_pair.end; }
-  __device__ static bool is_leader(int) { return true; }
-  __device__ static void join() {}
 };
 
 // The page of a key of a tile's sequence: one of the cache, whatever the table holds.
