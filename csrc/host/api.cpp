@@ -313,6 +313,7 @@ int flash_plan_forward(int ordinal, int dtype, int num_splits, ForwardParams* pa
   if (on == nullptr) return 0;
   Ready ready;
   params->num_splits = num_splits;
+  params->heads_of_tile = 1;
   *workspace = {};
   const int head_dim = wider(params->d, params->dv);
   const char* missed = dtype == FLASH_E4M3 ? misses_fp8_forward(*params) : nullptr;
@@ -329,11 +330,12 @@ int flash_plan_forward(int ordinal, int dtype, int num_splits, ForwardParams* pa
   if (dtype == FLASH_E4M3) params->num_splits = num_splits = 1;  // they take all keys at once
   const Want want = {FLASH_FORWARD, head_dim, dtype, on->cc, params};
   if (!prepare(want, *on, &ready)) return 0;
+  params->heads_of_tile = choose_heads_of_tile(*params, ready.shape);
   params->num_splits = splits_of(num_splits, *params, ready.shape, *on);
   const Want merging = {FLASH_COMBINE, params->dv, dtype, on->cc};
-  if (params->num_splits > 1 && num_splits == 0 && !find(merging)) {
-    params->num_splits = 1;
-  } else if ((params->num_splits > 1) != (num_splits > 1)) {
+  if (num_splits == 0 && params->num_splits > 1 && !find(merging))
+    params->num_splits = num_splits = 1;
+  if (params->heads_of_tile > 1 || (params->num_splits > 1) != (num_splits > 1)) {
     // Who takes it so may have other tiles.
     if (!prepare(want, *on, &ready)) return 0;
     params->num_splits = splits_of(num_splits, *params, ready.shape, *on);

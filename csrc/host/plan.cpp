@@ -23,8 +23,13 @@ int section(int64_t heads, int64_t most) {
   return clamp(ceil_div(heads, ceil_div(heads, most < 1 ? 1 : most)), 1, INT32_MAX);
 }
 
+// Tiles of the rows of a head, or of the heads that share tiles.
+int64_t num_row_blocks(const ForwardParams& params, const Shape& shape) {
+  return ceil_div(int64_t{params.seqs.sq} * params.heads_of_tile, shape.block_m);
+}
+
 int64_t num_tiles(const ForwardParams& params, const Shape& shape) {
-  return ceil_div(params.seqs.sq, shape.block_m) * params.hq * params.seqs.b;
+  return num_row_blocks(params, shape) * (params.hq / params.heads_of_tile) * params.seqs.b;
 }
 
 bool has_mask(const Scores& scores) {
@@ -150,6 +155,7 @@ bool takes(int family, const ForwardParams& params) {
     return params.scores.rng_state == nullptr && decode_rows(params) <= rows_of(family);
   }
   if (!is_hopper(family)) return true;
+  if ((params.num_splits > 1 || params.heads_of_tile > 1) && family != kSm90Scored) return false;
   const bool is_scored = family == kSm90Scored || family == kSm90Fp8Scored;
   if (!is_scored && !is_plain(params.scores)) return false;
   // A wide tile has more rows that are empty, and more keys that a mask hides.
@@ -161,7 +167,6 @@ bool takes(int family, const ForwardParams& params) {
   if (seqs.block_table != nullptr && (element_bytes(family) == 1 || !has_whole_pieces(seqs))) {
     return false;
   }
-  if (params.num_splits > 1 && family != kSm90Scored) return false;
   return has_rows(seqs) && params.scores.rng_state == nullptr &&
          have_tensor_maps(params, element_bytes(family));
 }
@@ -178,7 +183,7 @@ bool is_paired(const ForwardParams& params, const Shape& shape, const Device& de
   const Sequences& seqs = params.seqs;
   return shape.may_pair && grows(params.scores) && num_sms_for(params, device) > 1 &&
          seqs.cu_seqlens_q == nullptr && seqs.block_table == nullptr && params.num_splits <= 1 &&
-         ceil_div(seqs.sq, shape.block_m) % 2 == 0;
+         params.heads_of_tile == 1 && ceil_div(seqs.sq, shape.block_m) % 2 == 0;
 }
 
 bool shares_tiles(const ForwardParams& params, const Shape& shape, const Device& device) {
@@ -262,6 +267,18 @@ bool prefers_decode(const ForwardParams& params) {
   return seqs.b > 0 && seqs.sq > 0 && fits_decode(params) && (has_cache || seqs.sk >= kManyKeys);
 }
 
+int choose_heads_of_tile(const ForwardParams& params, const Shape& shape) {
+  const int group = params.hq / params.hk;
+  const bool can_share = shape.box_m > 0 && shape.element_bytes == 2 && sm90::kBoxM % group == 0 &&
+                         params.scores.alibi_slopes == nullptr;
+  // Rows of a tile for each head by itself, and for all of them. Less than a quarter less costs
+  // more.
+  constexpr int64_t kRows = 2 * sm90::kBoxM;
+  const int64_t apart = group * ceil_div(params.seqs.sq, kRows);
+  const int64_t together = ceil_div(int64_t{params.seqs.sq} * group, kRows);
+  return can_share && 4 * together <= 3 * apart ? group : 1;
+}
+
 namespace {
 
 // Keys that some row of a tile sees, at most.
@@ -316,7 +333,7 @@ int limit_splits(int wanted, const ForwardParams& params, const Shape& shape) {
 }
 
 int choose_section(const ForwardParams& params, const Shape& shape, const Device& device) {
-  const int group = params.hq / params.hk;
+  const int group = params.hq / params.hk / params.heads_of_tile;  // tiles with the same keys
   const int64_t bytes = int64_t{shape.element_bytes} * params.seqs.sk * (params.d + params.dv);
   const int64_t heads = int64_t{params.hk} * params.seqs.b;
   // Heads whose K and V take such a part of L2.
@@ -325,7 +342,7 @@ int choose_section(const ForwardParams& params, const Shape& shape, const Device
     if (!grows(params.scores)) return group;
     // Tiles for two rounds of the device: more read K and V from memory all at once, and none
     // after.
-    const int64_t blocks = ceil_div(params.seqs.sq, shape.block_m);
+    const int64_t blocks = num_row_blocks(params, shape);
     const int64_t few = blocks == 0 ? 1 : ceil_div(2 * int64_t{device.num_sms}, blocks * group);
     const int64_t third = fitting(3);
     return section(heads, third < few ? third : few) * group;
@@ -339,8 +356,8 @@ int choose_section(const ForwardParams& params, const Shape& shape, const Device
 
 uint32_t last_section(const ForwardParams& params, const Shape& shape, const Device& device) {
   if (!grows(params.scores)) return UINT32_MAX;
-  const int64_t heads = int64_t{params.hq} * params.seqs.b;
-  const int64_t blocks = ceil_div(params.seqs.sq, shape.block_m);
+  const int64_t heads = int64_t{params.hq / params.heads_of_tile} * params.seqs.b;
+  const int64_t blocks = num_row_blocks(params, shape);
   // A CTA's share is as long as the longest tile, or twice as long where that costs no L2: heads of
   // so many rows fill the device, so few are read at once.
   const int64_t tiles = (2 * blocks > device.num_sms ? 4 : 2) * int64_t{device.num_sms};

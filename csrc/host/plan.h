@@ -59,6 +59,10 @@ bool prefers_decode(const ForwardParams& params);
 // What such a tile holds.
 int most_decode_rows();
 
+// Query heads of a group that share tiles: all of them, where queries are so few that tiles of one
+// head would be empty for the most part; else 1. `shape`: of who takes the call otherwise.
+int choose_heads_of_tile(const ForwardParams& params, const Shape& shape);
+
 // `wanted` parts, or fewer where some would have no keys.
 int limit_splits(int wanted, const ForwardParams& params, const Shape& shape);
 

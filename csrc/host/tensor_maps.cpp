@@ -52,9 +52,10 @@ bool has_map(const Rows& x, const Extent& extent, int element_bytes = kElementBy
          is_right(extent.heads, x.head) && is_right(extent.batch, x.batch);
 }
 
-// `box_rows` rows of one panel are one copy.
+// `box_rows` rows of one panel are one copy; those of several heads, one behind the other.
 bool make_map(const Rows& x, const Extent& extent, int box_rows, int dtype, TensorMap* map,
-              Promotion promotion = kPromote256, int element_bytes = kElementBytes) {
+              Promotion promotion = kPromote256, int element_bytes = kElementBytes,
+              int box_heads = 1) {
   const auto dim = [](int64_t size) { return static_cast<uint64_t>(size < 1 ? 1 : size); };
   const uint64_t dims[] = {dim(extent.cols * element_bytes / kElementBytes), dim(extent.rows),
                            dim(extent.heads), dim(extent.batch)};
@@ -64,7 +65,8 @@ bool make_map(const Rows& x, const Extent& extent, int box_rows, int dtype, Tens
   };
   const uint64_t strides[] = {bytes(dims[1], x.row), bytes(dims[2], x.head),
                               bytes(dims[3], x.batch)};
-  const uint32_t box[] = {kBoxCols, static_cast<uint32_t>(box_rows), 1, 1};
+  const uint32_t box[] = {kBoxCols, static_cast<uint32_t>(box_rows / box_heads),
+                          static_cast<uint32_t>(box_heads), 1};
   const uint32_t steps[] = {1, 1, 1, 1};
   return check(driver()->cuTensorMapEncodeTiled(map, dtype == FLASH_BF16 ? kBfloat16 : kFloat16, 4,
                                                 x.ptr, dims, strides, box, steps, kNotInterleaved,
@@ -95,10 +97,11 @@ bool make_tma_params(const ForwardParams& params, const Shape& shape, int dtype,
   const int rows = params.seqs.block_table == nullptr
                        ? shape.block_n / (is_paired ? 2 : 1)
                        : sm90::rows_of_piece(params.seqs.page_size, shape.block_n);
-  return make_map(params.q, all.q, shape.box_m, dtype, &made->q, kPromote128, bytes) &&
+  const int heads = params.heads_of_tile;
+  return make_map(params.q, all.q, shape.box_m, dtype, &made->q, kPromote128, bytes, heads) &&
          make_map(params.k, all.k, rows, dtype, &made->k, kPromote128, bytes) &&
          make_map(params.v, all.v, rows, dtype, &made->v, kPromote128, bytes) &&
-         make_map(params.o, all.o, shape.box_m, dtype, &made->o);
+         make_map(params.o, all.o, shape.box_m, dtype, &made->o, kPromote256, kElementBytes, heads);
 }
 
 bool make_tma_params(const BackwardParams& params, const Shape& shape, int dtype,

@@ -189,7 +189,7 @@ CUresult cuOccupancyMaxActiveClusters(int* count, CUkernel, const CUlaunchConfig
 CUresult cuMemsetD32Async(CUdeviceptr, unsigned int, size_t, CUstream) { return 0; }
 
 // A map in the open: the address, four sizes, three strides in bytes, columns and rows of the box,
-// the element type and the swizzle.
+// the element type, the swizzle and heads of the box.
 CUresult cuTensorMapEncodeTiled(void* map, int type, uint32_t rank, void* address,
                                 const uint64_t* dims, const uint64_t* strides, const uint32_t* box,
                                 const uint32_t* steps, int interleave, int swizzle, int, int fill) {
@@ -210,6 +210,7 @@ CUresult cuTensorMapEncodeTiled(void* map, int type, uint32_t rank, void* addres
   words[9] = box[1];
   words[10] = static_cast<uint64_t>(type);
   words[11] = static_cast<uint64_t>(swizzle);
+  words[12] = box[2];
   memcpy(map, words, sizeof(words));
   return is_right ? 0 : 1;
 }

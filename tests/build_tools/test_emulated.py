@@ -118,6 +118,14 @@ CASES = {
     "split_jumping_scores": "dense({d}, 200, 900, jump=200.0, splits=2)",
     "split_packed": "packed({d}, (100, 0, 200, 1), (100, 50, 633, 257), splits=3)",
     "split_pages": "paged({d}, 16, 150, (333, 0, 700), splits=3)",
+    "heads_share_tiles": "dense({d}, 9, 400, hq=16, hk=2, causal=True)",
+    "heads_share_tiles_in_parts": "dense({d}, 20, 700, hq=8, hk=2, causal=True, splits=3)",
+    "heads_share_tiles_in_a_window": "dense({d}, 35, 400, hq=8, hk=2, window=(100, 5))",
+    "heads_share_tiles_with_softcap": "dense({d}, 3, 300, hq=64, hk=1, softcap=10.0, causal=True)",
+    "heads_share_tiles_of_jumping_scores": "dense({d}, 20, 900, hq=8, hk=1, jump=200.0)",
+    "heads_share_packed_tiles": "packed({d}, (20, 0, 33, 1), (100, 50, 333, 257), hq=8, hk=2, causal=True)",
+    "heads_share_packed_tiles_in_parts": "packed({d}, (20, 0, 33, 1), (100, 50, 333, 257), hq=8, hk=2, splits=2)",
+    "heads_share_tiles_over_pages": "paged({d}, 16, 0, (300, 7, 264), hq=16, hk=2, lens_q=(20, 0, 9), causal=True)",
     "pages_and_packed_queries": "paged({d}, 32, 0, (300, 7, 64), lens_q=(100, 0, 40), causal=True)",
 }
 # Of head dim 256, where CTAs run in pairs. One of a pair has fewer blocks of keys, or rows without

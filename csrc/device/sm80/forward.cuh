@@ -151,8 +151,15 @@ __device__ inline void store(const ForwardParams& params, const attn::TileIndex&
     }
   }
   if (is_split) {
-    tile::store_floats(params.o_partial + part * params.dv, o, {1.0f, 1.0f}, num_rows, params.dv,
-                       row, lane);
+#pragma unroll
+    for (int m = 0; m < Cfg::kRows / 16; ++m) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int r = row + 16 * m + lane / 4 + 8 * h;
+        float* to = params.o_partial + (part + r) * params.dv;
+        if (r < num_rows) tile::store_row(to, o.c[m], h, 1.0f, params.dv, lane);
+      }
+    }
     return;
   }
   // A warp's rows of Q are read by that warp alone: they make room for its rows of O.

@@ -293,9 +293,9 @@ class Consumer {
   // The ordinary way: for blocks of which some row does not see all, or whose scores must be
   // transformed first. 8-bit elements have no other; what all rows see needs no look-ups.
   __device__ __forceinline__ void absorb(AccS& s, const Sight& sight) {
-    const Tile& t = pipe_.tile(tile_);
+    const auto& t = pipe_.tile(tile_);
     const int block = key_block();
-    const int row = first_row(t, consumer_);
+    const int row = own_query(t, consumer_);
     const int key = first_key<kBlockN>(block);
     float scale = scale_log2_;
     if (!is_plain()) {

@@ -53,20 +53,25 @@ class Output {
 
   // The second half of O's columns, for which there was no room beside the first.
   __device__ __forceinline__ void store_rest(uint32_t tile) {
-    if (!is_split<Cfg>(params_)) store_half(pipe_.tile(tile), rest_, kHalf);
+    const auto& t = pipe_.tile(tile);
+    if (!Cfg::kServesAll || is_whole(t)) store_half(t, rest_, kHalf);
     pipe_.o(consumer_).arrive_full(tile);
   }
 
  private:
+  __device__ bool is_whole(const TileOf<Cfg::kServesAll>& t) const {
+    return is_stored_whole<Cfg>(params_, t, consumer_);
+  }
+
   __device__ __forceinline__ void store_ordered(const AccO& o, uint32_t tile) {
     const auto& t = pipe_.tile(tile);
     const uint32_t factors =
         pipe_.factor_buffer(consumer_) + (Own::warp_row() + Own::lane() / 4) * 4;
     __syncwarp();
     const float factor[2] = {ptx::ld_shared_f32(factors), ptx::ld_shared_f32(factors + 32)};
-    if constexpr (Cfg::kMaySplit) {
-      if (params_.num_splits > 1) {
-        store_part(t, o, factor);
+    if constexpr (Cfg::kServesAll) {
+      if (!is_whole(t)) {
+        store_row_by_row(t, o, factor);
         if constexpr (Cfg::kHasOBuffer) {
           pipe_.o(consumer_).arrive_full(tile);
         } else {
@@ -79,9 +84,7 @@ class Output {
     if constexpr (Cfg::kHasOBuffer) {
       const uint32_t smem = pipe_.o_buffer(consumer_);
       tile::store_matrix<Out, TileO>(smem, o, factor, Own::warp_row(), Own::lane());
-      if (!is_stored_whole<Cfg>(params_, t, consumer_)) {
-        store_rows<TileO>(params_, t, smem, consumer_, Own::warp_row(), 0, Own::lane());
-      }
+      store_tail(t, smem, 0);
       ptx::fence_async_proxy();
       pipe_.o(consumer_).arrive_full(tile);
     } else {
@@ -92,33 +95,54 @@ class Output {
     }
   }
 
-  // O of a part: unrounded, and at once.
-  __device__ __forceinline__ void store_part(const TileOf<true>& t, const AccO& o,
-                                             const float (&factor)[2]) const {
-    const int row0 = t.row0 + 64 * consumer_;
-    const int64_t row = row_of_part(params_, t) + row0;
-    tile::store_floats(params_.o_partial + row * params_.dv, o, factor, t.sq - row0, params_.dv,
-                       Own::warp_row(), Own::lane());
+  // What does not leave in one piece, from registers: parts, unrounded, and rows behind which
+  // another sequence's stand.
+  __device__ __forceinline__ void store_row_by_row(const TileOf<true>& t, const AccO& o,
+                                                   const float (&factor)[2]) const {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int row = Own::warp_row() + Own::lane() / 4 + 8 * h;
+      const int query = query_of(t, consumer_, row);
+      const int head = head_of(t, row);
+      if (query >= t.sq) continue;
+      if (params_.num_splits > 1) {
+        const int64_t at = row_of_part(params_, t, head) + query;
+        tile::store_row(params_.o_partial + at * params_.dv, o.c[0], h, factor[h], params_.dv,
+                        Own::lane());
+      } else {
+        const Rows& to = params_.o;
+        const int64_t at = t.batch_q * to.batch + (t.head + head) * to.head +
+                           (int64_t{t.first_q} + query) * to.row;
+        tile::store_row<Out>(static_cast<uint16_t*>(to.ptr) + at, o.c[0], h, factor[h], params_.dv,
+                             Own::lane());
+      }
+    }
+  }
+
+  // The same, from shared memory, of kernels that have no parts.
+  __device__ __forceinline__ void store_tail(const TileOf<Cfg::kServesAll>& t, uint32_t smem,
+                                             int col) const {
+    if (Cfg::kServesAll || is_whole(t)) return;
+    store_rows<TileO>(params_, t, smem, consumer_, Own::warp_row(), col, Own::lane());
   }
 
   // Half of O, from column `col` on: it leaves while the consumer goes on.
-  __device__ __forceinline__ void store_half(const Tile& t, const uint32_t (&half)[kHalf / 16][4],
-                                             int col) const {
+  __device__ __forceinline__ void store_half(const TileOf<Cfg::kServesAll>& t,
+                                             const uint32_t (&half)[kHalf / 16][4], int col) const {
     const uint32_t smem = pipe_.o_buffer(consumer_);
-    const bool is_whole = is_stored_whole<Cfg>(params_, t, consumer_);
+    const bool leaves_whole = Cfg::kServesAll || is_whole(t);
     ptx::tma_store_wait_read<0>();
     ptx::named_barrier_sync(1 + consumer_, 128);
     tile::store_a<TileO>(smem, half, Own::warp_row(), Own::lane());
-    if (!is_whole)
-      store_rows<TileO>(params_, t, smem, consumer_, Own::warp_row(), col, Own::lane());
+    store_tail(t, smem, col);
     ptx::fence_async_proxy();
     ptx::named_barrier_sync(1 + consumer_, 128);
 #pragma unroll
     for (int panel = 0; panel < kHalf / 64; ++panel) {
       const int at = col + 64 * panel;
-      ptx::tma_store_if(is_whole && Own::thread() == 0 && at < params_.dv, map_,
-                        smem + panel * TileO::kPanelBytes, at, t.first_q + t.row0 + 64 * consumer_,
-                        t.head, t.batch_q);
+      ptx::tma_store_if(leaves_whole && Own::thread() == 0 && at < params_.dv, map_,
+                        smem + panel * TileO::kPanelBytes, at,
+                        t.first_q + first_query(t, consumer_), t.head, t.batch_q);
     }
     ptx::tma_store_commit();
   }

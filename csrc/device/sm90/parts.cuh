@@ -1,4 +1,5 @@
-// Calls whose keys are cut into parts: where a tile's results go.
+// Which query and head a row of a tile is, and where its results go: of heads that share a tile,
+// and of keys that are cut into parts.
 #pragma once
 
 #include "attn/schedule.cuh"
@@ -6,23 +7,48 @@
 
 namespace flash::sm90 {
 
+// A consumer has 64 rows: queries of one head, or as many fewer as heads share a tile.
+__device__ inline int queries_of(const TileOf<false>&) { return 64; }
+__device__ inline int queries_of(const TileOf<true>& tile) { return tile.queries; }
+
+// The first one of a consumer.
+template <class AnyTile>
+__device__ inline int first_query(const AnyTile& tile, int consumer) {
+  return tile.row0 + queries_of(tile) * consumer;
+}
+
+// The query that a consumer's row is, and which of the tile's heads it belongs to.
+__device__ inline int query_of(const TileOf<false>& tile, int consumer, int row) {
+  return first_query(tile, consumer) + row;
+}
+__device__ inline int query_of(const TileOf<true>& tile, int consumer, int row) {
+  return first_query(tile, consumer) + (row & (tile.queries - 1));
+}
+__device__ inline int head_of(const TileOf<false>&, int) { return 0; }
+__device__ inline int head_of(const TileOf<true>& tile, int row) {
+  return static_cast<uint32_t>(row) / static_cast<uint32_t>(tile.queries);
+}
+
 template <class Cfg>
 __device__ inline bool is_split(const ForwardParams& params) {
-  return Cfg::kMaySplit && params.num_splits > 1;
+  return Cfg::kServesAll && params.num_splits > 1;
 }
 
-// Row 0 of a tile's sequence among those of parts.
-__device__ inline int64_t row_of_part(const ForwardParams& params, const TileOf<true>& tile) {
-  return attn::row_of_part(params, tile.split, tile.sequence, tile.head);
+// Query 0 of a tile's sequence among the rows of parts.
+__device__ inline int64_t row_of_part(const ForwardParams& params, const TileOf<true>& tile,
+                                      int head) {
+  return attn::row_of_part(params, tile.split, tile.sequence, tile.head + head);
 }
 
-// Where the log-sum-exps of a tile go, from row 0 of its sequence on.
-template <bool kMaySplit>
-__device__ inline float* lse_of(const ForwardParams& params, const TileOf<kMaySplit>& tile) {
-  if constexpr (kMaySplit) {
-    if (params.num_splits > 1) return params.lse_partial + row_of_part(params, tile);
+// Where the log-sum-exps of one of a tile's heads go, from query 0 of its sequence on.
+template <bool kServesAll>
+__device__ inline float* lse_of(const ForwardParams& params, const TileOf<kServesAll>& tile,
+                                int head) {
+  if constexpr (kServesAll) {
+    if (params.num_splits > 1) return params.lse_partial + row_of_part(params, tile, head);
   }
-  return params.lse + tile.batch_q * params.lse_batch + tile.head * params.lse_head + tile.first_q;
+  return params.lse + tile.batch_q * params.lse_batch + (tile.head + head) * params.lse_head +
+         tile.first_q;
 }
 
 }  // namespace flash::sm90

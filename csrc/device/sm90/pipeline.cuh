@@ -30,7 +30,8 @@ struct ForwardConfig {
   static constexpr ForwardTile kTile = forward_tile(kServes, kHeadDim_, kElementBytes);
   static constexpr bool kMayPair = kTile.may_pair();
   static constexpr bool kIsPlain = kServes != kAll;
-  static constexpr bool kMaySplit = !kIsPlain && !kIsFp8;
+  // Keys may be cut into parts, and rows of a group's heads may share a tile.
+  static constexpr bool kServesAll = !kIsPlain && !kIsFp8;
   static constexpr int kConsumers = kTile.consumers;
   static constexpr int kBlockM = kTile.block_m();
   static constexpr int kHeadDim = kHeadDim_;
@@ -76,12 +77,13 @@ struct Descale {
   float qk, v;
 };
 
-// The same of kernels whose calls may be split.
-template <bool kMaySplit>
+// The same of kernels that serve all calls.
+template <bool kServesAll>
 struct TileOf : Tile {};
 template <>
 struct TileOf<true> : Tile {
-  int split;  // which part of the keys
+  int split;    // which part of the keys
+  int queries;  // of a consumer: its 64 rows are those of several heads, one behind the other
 };
 
 // A ring of buffers. Entry i, counted from the start of the kernel, is in buffer i % kSize; each
@@ -143,7 +145,7 @@ struct Pipeline {
   using ORing = Ring<1>;
   using KRing = Ring<Cfg::kStages>;
   using TileRing = Ring<kTiles>;
-  using AnyTile = TileOf<Cfg::kMaySplit>;
+  using AnyTile = TileOf<Cfg::kServesAll>;
   static constexpr int kTileRecords = kConsumers * (QRing::kBytes + ORing::kBytes) +
                                       (2 + Cfg::kIsFp8) * KRing::kBytes + 2 * TileRing::kBytes;
   static constexpr int kNextTiles = kTileRecords + kTiles * sizeof(AnyTile);

@@ -19,8 +19,8 @@ struct Schedule {
   const TmaForwardParams& with_maps;
   const ForwardParams& params;
   const Pipeline<Cfg>& pipe;
-  using AnyTile = TileOf<Cfg::kMaySplit>;
-  const int rows;  // of the CTAs of a pair together
+  using AnyTile = TileOf<Cfg::kServesAll>;
+  const int queries;  // of the tiles of a pair together
   const uint32_t num_blocks, num_tiles;
   uint32_t index;
   uint32_t num_sent = 0;
@@ -30,9 +30,9 @@ struct Schedule {
       : with_maps(with_maps),
         params(with_maps.call),
         pipe(pipe),
-        rows(pipe.ctas() * Cfg::kBlockM),
-        num_blocks((params.seqs.sq + rows - 1) / rows),
-        num_tiles(num_blocks * params.hq * num_sequences()) {}
+        queries(pipe.ctas() * Cfg::kBlockM / heads_of_tile()),
+        num_blocks((params.seqs.sq + queries - 1) / queries),
+        num_tiles(num_blocks * num_heads() * num_sequences()) {}
 
   // Fills in the next tile that has rows, or one with `end` 0 if there is none.
   __device__ void next(AnyTile& tile) {
@@ -40,21 +40,26 @@ struct Schedule {
     while (tile.end == 0) {
       advance();
       if (index >= num_tiles) return;
-      attn::TileIndex at(index, num_blocks, params.hq, num_sequences(), params.heads_per_section,
+      attn::TileIndex at(index, num_blocks, num_heads(), num_sequences(), params.heads_per_section,
                          with_maps.last_section);
-      if constexpr (Cfg::kMaySplit) {
+      if constexpr (Cfg::kServesAll) {
         tile.split = at.sequence / params.seqs.b;
         at.sequence -= tile.split * params.seqs.b;
+        at.head *= heads_of_tile();
+        tile.queries = 64 / heads_of_tile();
       }
       const attn::Sequence seq(params.seqs, at.sequence);
-      if (at.block_m * rows < seq.sq) describe(at, seq, tile);
+      if (at.block_m * queries < seq.sq) describe(at, seq, tile);
     }
   }
 
  private:
+  __device__ int heads_of_tile() const { return Cfg::kServesAll ? params.heads_of_tile : 1; }
+  __device__ uint32_t num_heads() const { return params.hq / heads_of_tile(); }
+
   // Parts of a sequence count like sequences.
   __device__ uint32_t num_sequences() const {
-    return Cfg::kMaySplit ? params.num_splits * params.seqs.b : params.seqs.b;
+    return Cfg::kServesAll ? params.num_splits * params.seqs.b : params.seqs.b;
   }
 
   // In the end every CTA takes a number that is no tile's; who takes the last closes the counter.
@@ -95,8 +100,8 @@ struct Schedule {
 
   // What the tile of rows from `row0` on takes. Rows that see no key, and a pair's rows that are
   // not there, take a block all the same, and hide it.
-  __device__ static attn::Keys blocks_of(const attn::Mask& mask, int row0, int sq) {
-    const int last_row = min(row0 + Cfg::kBlockM, sq) - 1;
+  __device__ static attn::Keys blocks_of(const attn::Mask& mask, int row0, int rows, int sq) {
+    const int last_row = min(row0 + rows, sq) - 1;
     const int begin = mask.lowest(row0) / Cfg::kBlockN;
     const int end = (max(mask.highest(last_row), 0) + Cfg::kBlockN - 1) / Cfg::kBlockN;
     if (begin < end && row0 < sq) return {begin, end};
@@ -106,7 +111,7 @@ struct Schedule {
   __device__ void describe(const attn::TileIndex& at, const attn::Sequence& seq,
                            AnyTile& tile) const {
     const Sequences& seqs = params.seqs;
-    const int row0 = at.block_m * rows + pipe.rank() * Cfg::kBlockM;
+    const int row0 = at.block_m * queries + pipe.rank() * Cfg::kBlockM;
     tile.sequence = at.sequence;
     tile.head = at.head;
     tile.row0 = row0;
@@ -119,8 +124,9 @@ struct Schedule {
     tile.head_k = attn::key_head(at.head, params.hq, params.hk);
 
     attn::Mask mask(params.scores, seq.sq, seq.sk);
-    attn::Keys own = blocks_of(mask, row0, seq.sq);
-    if constexpr (Cfg::kMaySplit) {
+    const int rows = queries_of(tile) * Cfg::kConsumers;
+    attn::Keys own = blocks_of(mask, row0, rows, seq.sq);
+    if constexpr (Cfg::kServesAll) {
       own = attn::part_of(own, tile.split, params.num_splits);
       // A part without blocks is one of a sequence without keys.
       if (own.begin >= own.end) {
@@ -133,17 +139,18 @@ struct Schedule {
     tile.end = own.end;
     if (pipe.ctas() > 1) {
       const int there = row0 + (pipe.rank() == 0 ? 1 : -1) * Cfg::kBlockM;
-      const attn::Keys other = blocks_of(mask, there, seq.sq);
+      const attn::Keys other = blocks_of(mask, there, rows, seq.sq);
       tile.of_pair = {min(own.begin, other.begin), max(own.end, other.end)};
       tile.shared = {max(own.begin, other.begin), min(own.end, other.end)};
     }
 #pragma unroll 1
     for (int consumer = 0; consumer < Cfg::kConsumers; ++consumer) {
-      const int first = row0 + 64 * consumer;
-      tile.seen_by_all[consumer] = {mask.lowest(first + 63), mask.highest(first)};
+      const int first = first_query(tile, consumer);
+      const int last = first + queries_of(tile) - 1;
+      tile.seen_by_all[consumer] = {mask.lowest(last), mask.highest(first)};
       if (Cfg::kTile.skips_blocks()) {
-        const int last = min(first + 63, seq.sq - 1);
-        const int seen = first <= last ? max(mask.in_window(last).end, 0) : 0;
+        const int last_own = min(last, seq.sq - 1);
+        const int seen = first <= last_own ? max(mask.in_window(last_own).end, 0) : 0;
         const int unseen = max(tile.end - (seen + Cfg::kBlockN - 1) / Cfg::kBlockN, 0);
         tile.skipped[consumer] = min(unseen, tile.end - tile.begin - 1);
       }
@@ -168,7 +175,8 @@ __device__ inline Descale descale_of(const ForwardParams& params, const Tile& ti
 // Q of a tile, for each consumer as soon as it has read the one before; copied by one lane.
 template <class Cfg>
 __device__ inline void load_q(const TmaForwardParams& params, const Pipeline<Cfg>& pipe,
-                              const Tile& tile, uint32_t i, bool is_leader = true) {
+                              const TileOf<Cfg::kServesAll>& tile, uint32_t i,
+                              bool is_leader = true) {
 #pragma unroll 1
   for (int consumer = 0; consumer < Cfg::kConsumers; ++consumer) {
     pipe.q(consumer).wait_empty(i);
@@ -176,7 +184,7 @@ __device__ inline void load_q(const TmaForwardParams& params, const Pipeline<Cfg
     using TileQ = typename Cfg::TileQ;
     ptx::mbarrier_arrive_expect(pipe.q(consumer).full(i), TileQ::kBytes);
     copy_tile<TileQ>(pipe.q_buffer(i, consumer), params.q, pipe.q(consumer).full(i),
-                     TileQ::kCols / 64, tile.first_q + tile.row0 + 64 * consumer, tile.head,
+                     TileQ::kCols / 64, tile.first_q + first_query(tile, consumer), tile.head,
                      tile.batch_q, ptx::Keep::kShort);
   }
 }
@@ -233,7 +241,7 @@ __device__ inline void load_tiles(const TmaForwardParams& params, const Pipeline
   };
   for (uint32_t i = 0;; ++i) {
     pipe.tiles().wait_full(i);
-    const Tile& tile = pipe.tile(i);
+    const auto& tile = pipe.tile(i);
     if (tile.end == 0) break;
     if (Block::is_leader(lane)) pipe.begun().arrive_full(i);
     for (int j = Block::end(tile) - 1; j >= Block::begin(tile); --j) {
@@ -279,10 +287,10 @@ __device__ inline void load_tiles(const TmaForwardParams& params, const Pipeline
 // Whether a consumer's rows of O leave in one piece, by TMA: rows behind a packed sequence belong
 // to another one, and parts are not rounded.
 template <class Cfg>
-__device__ inline bool is_stored_whole(const ForwardParams& params, const Tile& tile,
-                                       int consumer) {
+__device__ inline bool is_stored_whole(const ForwardParams& params,
+                                       const TileOf<Cfg::kServesAll>& tile, int consumer) {
   if (is_split<Cfg>(params)) return false;
-  return !params.seqs.cu_seqlens_q || tile.row0 + 64 * (consumer + 1) <= tile.sq;
+  return !params.seqs.cu_seqlens_q || first_query(tile, consumer + 1) <= tile.sq;
 }
 
 // A warp's work: 16 rows of a consumer's O, its columns from `col` on, from shared memory: those
@@ -300,14 +308,15 @@ __device__ inline void store_rows(const ForwardParams& params, const Tile& tile,
 
 // One lane's work: a consumer's rows of O.
 template <class Cfg>
-__device__ inline void store_output(const TmaForwardParams& params, const Tile& tile, uint32_t smem,
+__device__ inline void store_output(const TmaForwardParams& params,
+                                    const TileOf<Cfg::kServesAll>& tile, uint32_t smem,
                                     int consumer) {
   using TileO = typename Cfg::TileO;
 #pragma unroll
   for (int panel = 0; panel < TileO::kCols / 64; ++panel) {
     if (panel * 64 < params.call.dv) {
       ptx::tma_store(params.o, smem + panel * TileO::kPanelBytes, panel * 64,
-                     tile.first_q + tile.row0 + 64 * consumer, tile.head, tile.batch_q);
+                     tile.first_q + first_query(tile, consumer), tile.head, tile.batch_q);
     }
   }
   ptx::tma_store_commit();
@@ -318,11 +327,12 @@ __device__ inline void store_output(const TmaForwardParams& params, const Tile& 
 template <class AnyTile>
 __device__ inline void store_lse(const ForwardParams& params, const AnyTile& tile, uint32_t smem,
                                  int consumer, int lane) {
-  const int row0 = tile.row0 + 64 * consumer;
-  float* lse = lse_of(params, tile);
 #pragma unroll
   for (int row = lane; row < 64; row += 32) {
-    if (row0 + row < tile.sq) lse[row0 + row] = ptx::ld_shared_f32(smem + 4 * row);
+    const int query = query_of(tile, consumer, row);
+    if (query < tile.sq) {
+      lse_of(params, tile, head_of(tile, row))[query] = ptx::ld_shared_f32(smem + 4 * row);
+    }
   }
 }
 

@@ -3,14 +3,16 @@
 
 #include "attn/scores.cuh"
 #include "sm90/own.cuh"
-#include "sm90/pipeline.cuh"
+#include "sm90/parts.cuh"
 
 namespace flash::sm90 {
 
-// Of this lane's scores of a block, the first.
-__device__ inline int first_row(const Tile& t, int consumer) {
-  return t.row0 + 64 * consumer + Own::warp_row() + Own::lane() / 4;
+// The query of this lane's scores of a block, of the upper row and, 8 rows below, the other one.
+template <class AnyTile>
+__device__ inline int own_query(const AnyTile& t, int consumer, int below = 0) {
+  return query_of(t, consumer, Own::warp_row() + Own::lane() / 4 + below);
 }
+// The first key.
 template <int kBlockN>
 __device__ inline int first_key(int key_block) {
   return key_block * kBlockN + Own::lane() % 4 * 2;
@@ -35,25 +37,27 @@ struct SightOf {
 
   __device__ void see_all() { row[0] = row[1] = 0xffffffffu; }
 
-  __device__ __forceinline__ void look(const Scores& scores, const Tile& t, int consumer,
+  template <class AnyTile>
+  __device__ __forceinline__ void look(const Scores& scores, const AnyTile& t, int consumer,
                                        int key_block) {
     if (sees_all<kBlockN>(t, consumer, key_block)) {
       see_all();
     } else {
-      see(attn::Mask(scores, t.sq, t.sk), first_row(t, consumer), first_key<kBlockN>(key_block));
+      const int queries[2] = {own_query(t, consumer), own_query(t, consumer, 8)};
+      see(attn::Mask(scores, t.sq, t.sk), queries, first_key<kBlockN>(key_block));
     }
   }
 
-  // Of the block whose first entry of this lane is (at, col).
-  __device__ __forceinline__ void see(const attn::Mask& mask, int at, int col) {
+  // Of the block in which this lane has these queries, and keys from `col` on.
+  __device__ __forceinline__ void see(const attn::Mask& mask, const int (&queries)[2], int col) {
     static_assert(kBlockN % 64 == 0 && kBlockN <= 128, "whole pieces, no more than there are bits");
     attn::Keys keys[2];
 #pragma unroll
-    for (int h = 0; h < 2; ++h) keys[h] = mask.in_window(at + 8 * h);
+    for (int h = 0; h < 2; ++h) keys[h] = mask.in_window(queries[h]);
     // Apart, because it divides.
     if (mask.chunk > 0) {
 #pragma unroll
-      for (int h = 0; h < 2; ++h) keys[h] = {mask.lowest(at + 8 * h), mask.highest(at + 8 * h)};
+      for (int h = 0; h < 2; ++h) keys[h] = {mask.lowest(queries[h]), mask.highest(queries[h])};
     }
 #pragma unroll
     for (int h = 0; h < 2; ++h) {

@@ -25,25 +25,27 @@ __device__ inline void store_rounded(uint32_t smem, const Accumulators<kM, kN>& 
   }
 }
 
-// Stores accumulators unrounded to contiguous rows in memory, of which this warp's begin with
-// `row`.
-template <int kM, int kN>
-__device__ inline void store_floats(float* to, const Accumulators<kM, kN>& acc,
-                                    const float (&factor)[2], int num_rows, int num_cols, int row,
-                                    int lane) {
+// Stores one of the two rows that a lane has of 16, the upper one or that 8 below, from registers:
+// unrounded, and rounded.
+template <int kN>
+__device__ inline void store_row(float* to, const float (&acc)[kN][4], int is_lower, float factor,
+                                 int num_cols, int lane) {
 #pragma unroll
-  for (int m = 0; m < kM; ++m) {
+  for (int n = 0; n < kN; ++n) {
+    if (8 * n < num_cols) {
+      *reinterpret_cast<float2*>(to + 8 * n + lane % 4 * 2) =
+          make_float2(acc[n][2 * is_lower] * factor, acc[n][2 * is_lower + 1] * factor);
+    }
+  }
+}
+template <class T, int kN>
+__device__ inline void store_row(uint16_t* to, const float (&acc)[kN][4], int is_lower,
+                                 float factor, int num_cols, int lane) {
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const int r = row + 16 * m + 8 * h + lane / 4;
-      float* at = to + static_cast<int64_t>(r) * num_cols + lane % 4 * 2;
-#pragma unroll
-      for (int n = 0; n < kN; ++n) {
-        if (r < num_rows && 8 * n < num_cols) {
-          *reinterpret_cast<float2*>(at + 8 * n) =
-              make_float2(acc.c[m][n][2 * h] * factor[h], acc.c[m][n][2 * h + 1] * factor[h]);
-        }
-      }
+  for (int n = 0; n < kN; ++n) {
+    if (8 * n < num_cols) {
+      *reinterpret_cast<uint32_t*>(to + 8 * n + lane % 4 * 2) =
+          ptx::pack<T>(acc[n][2 * is_lower] * factor, acc[n][2 * is_lower + 1] * factor);
     }
   }
 }

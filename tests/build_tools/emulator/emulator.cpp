@@ -144,7 +144,7 @@ struct Map {
   unsigned char* base;
   int64_t dims[4];
   int64_t strides[4];  // bytes
-  int box[2];          // columns, rows
+  int box[3];          // columns, rows, heads
 };
 
 Map read_map(const flash::TensorMap& map) {
@@ -155,6 +155,7 @@ Map read_map(const flash::TensorMap& map) {
   for (int i = 0; i < 3; ++i) read.strides[1 + i] = static_cast<int64_t>(w[5 + i]);
   read.box[0] = static_cast<int>(w[8]);
   read.box[1] = static_cast<int>(w[9]);
+  read.box[2] = static_cast<int>(w[12]);
   return read;
 }
 
@@ -163,10 +164,11 @@ uint32_t swizzle(uint32_t address) { return address ^ (address >> 7 & 7) << 4; }
 // Between a box in memory and 128-byte rows in shared memory.
 void copy_box(const Map& map, const int (&place)[4], uint32_t smem, bool loads) {
   if (smem % 1024 != 0) stop("a box at %u does not begin at a multiple of 1024 bytes", smem);
-  for (int row = 0; row < map.box[1]; ++row) {
+  for (int row = 0; row < map.box[1] * map.box[2]; ++row) {
     for (int col = 0; col < map.box[0]; ++col) {
       unsigned char* in_smem = at(swizzle(smem + row * 128 + col * 2), 2);
-      const int64_t where[] = {place[0] + col, place[1] + row, place[2], place[3]};
+      const int64_t where[] = {place[0] + col, place[1] + row % map.box[1],
+                               place[2] + row / map.box[1], place[3]};
       unsigned char* in_memory = map.base;
       bool is_inside = true;
       for (int i = 0; i < 4; ++i) {
@@ -400,7 +402,7 @@ void tma_load(uint32_t smem, const flash::TensorMap& map, uint32_t address, cons
   const auto copy = [=] {
     copy_box(read, {where[0], where[1], where[2], where[3]}, smem, true);
     MBarrier& barrier = mbarrier(address);
-    barrier.bytes -= int64_t{2} * read.box[0] * read.box[1];
+    barrier.bytes -= int64_t{2} * read.box[0] * read.box[1] * read.box[2];
     end_phase_if_due(barrier);
   };
   if (ctas == 0) g_cta->copies.push_back(copy);
