@@ -415,6 +415,59 @@ def test_a_long_cache_is_split_by_itself() -> None:
     assert_cache_follows_rule(problem, published_cache_results(problem, "cuda", flash_attn))
 
 
+# --- Few queries of large groups, whose heads share tiles -----------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"causal": True},
+        {"causal": True, "softcap": 20.0, "dtype": FP16},
+        {"window": (70, 10), "layout": "headsfirst"},
+        {"sk": 4000},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("sizes", [(80, 8, 2), (33, 8, 1), (13, 16, 1), (5, 64, 1)], ids=str)
+@pytest.mark.parametrize("d", [64, 96, 128, 192, 256])
+def test_heads_of_a_group_may_share_tiles(
+    d: int, sizes: tuple[int, int, int], options: dict[str, Any]
+) -> None:
+    sq, hq, hk = sizes
+    problem = Problem(**{"sq": sq, "sk": 300, "hq": hq, "hk": hk, "d": d, "dtype": BF16, **options})
+    assert_follows_rule(problem, published_results(problem, problem.tensors("cuda"), flash_attn))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_packed_heads_of_a_group_may_share_tiles(causal: bool) -> None:
+    problem = varlen(
+        (17, 1, 0, 40, 21),
+        (900, 3, 70, 300, 21),
+        hq=8,
+        hk=1,
+        causal=causal,
+        dtype=BF16,
+    )
+    assert_follows_rule(problem, published_results(problem, problem.tensors("cuda"), flash_attn))
+
+
+def test_heads_that_share_tiles_read_pages() -> None:
+    problem = CacheProblem(
+        dtype=BF16,
+        capacity=2048,
+        seqlens=(1900, 30),
+        sq=20,
+        s_new=20,
+        causal=True,
+        hq=8,
+        hk=1,
+        page=64,
+        d=128,
+    )
+    assert_cache_follows_rule(problem, published_cache_results(problem, "cuda", flash_attn))
+
+
 # --- Operands that need a copy, and bounds that bound nothing -----------------------------------
 
 
