@@ -46,8 +46,8 @@ def sass(cubin: bytes) -> Counter[str]:
     return Counter(_SASS.findall(_listing(cubin)))
 
 
-def main_loop(cubin: bytes, products: int) -> Counter[str]:
-    """The same of a kernel's shortest loop of at least so many products of warpgroups."""
+def main_loop(cubin: bytes, number: int, pattern: str = "HGMMA") -> Counter[str]:
+    """The same of a kernel's shortest loop of at least so many instructions of a name."""
     lines = _listing(cubin).splitlines()
     labels = {line.strip()[:-1]: at for at, line in enumerate(lines) if line.startswith(".L_")}
     loops = []
@@ -55,7 +55,7 @@ def main_loop(cubin: bytes, products: int) -> Counter[str]:
         target = re.search(r"\bBRA\b.*`\((\.L_\w+)\)", line)
         if target and labels[target[1]] < at:
             loop = Counter(_SASS.findall("\n".join(lines[labels[target[1]] : at + 1])))
-            if count(loop, "HGMMA") >= products:
+            if count(loop, pattern) >= number:
                 loops.append(loop)
     return min(loops, key=lambda loop: sum(loop.values()))
 

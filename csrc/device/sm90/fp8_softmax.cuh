@@ -63,6 +63,22 @@ struct Fp8Softmax : Softmax {
     for (int h = 0; h < 2; ++h) sum[h] += part[2 * h] + part[2 * h + 1];
   }
 
+  // Where a shift has moved, it mostly has in one half of a warp's rows alone. To ask pays where O
+  // is wide.
+  template <int kN>
+  __device__ __forceinline__ void scale_rows(tile::Accumulators<1, kN>& o) const {
+    constexpr bool kAsks = kN >= 24;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      if (kAsks && !any(factor[h] < 1.0f)) continue;
+#pragma unroll
+      for (int n = 0; n < kN; ++n) {
+        o.c[0][n][2 * h] *= factor[h];
+        o.c[0][n][2 * h + 1] *= factor[h];
+      }
+    }
+  }
+
  private:
   __device__ static bool any(bool x) { return __any_sync(0xffffffffu, x); }
 
