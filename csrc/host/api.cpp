@@ -377,12 +377,16 @@ int flash_plan_backward(int ordinal, int dtype, BackwardParams* params, FlashWor
     params->statistics_head = ceil_div(params->delta_head, 4) * 4;
     workspace->statistics = 2 * heads * params->statistics_head;
     constexpr int kRowsOfTurns = 64;
+    params->turn_keys = ready.shape.block_n;
     if (params->deterministic && ready.shape.makes_sums) {
       params->turn_rows = ready.shape.block_m;
-      params->turn_keys = ready.shape.block_n;
       workspace->turns = 2 * (heads * params->delta_head / kRowsOfTurns + 1);
     }
-    if (shares_blocks(*params, ready.shape, *on)) workspace->next_tile = 2;
+    if (ready.shape.makes_sums) {
+      workspace->next_tile = 4;
+      workspace->finished = int64_t{params->seqs.b} * params->hk;
+      if (has_lengths(params->seqs)) workspace->order = 2 * (params->seqs.b + 1);
+    }
   }
   return 1;
 }
