@@ -53,6 +53,20 @@ def cases(quick: bool) -> Iterator[Case]:
     yield Case("append and rotate", 1, 1024, new=1)
 
 
+def chunks() -> Iterator[Case]:
+    """Pieces of a long prompt, as servers take them: more rows than a step, and few tiles."""
+    for heads, kv_heads, head_dim, queries in (
+        (32, 8, 128, 256),
+        (8, 1, 128, 512),
+        (40, 8, 128, 512),
+        (8, 8, 64, 512),
+        (8, 4, 256, 512),
+    ):
+        for seqlen in (8192, 32768):
+            yield Case("chunk", 1, seqlen, heads, kv_heads, head_dim, queries)
+    yield Case("chunk", 1, 8192, queries=256, page=64)
+
+
 def models() -> Iterator[Case]:
     """All attention of a step: a key appended and rotated in each layer's cache, then read."""
     for batch in (1, 16):
@@ -126,6 +140,7 @@ def measure(case: Case, libraries: Libraries, ceiling: float) -> dict[str, Any]:
         **asdict(case),
         "us": us,
         "gbps": {name: case.bytes / time * 1e-3 for name, time in us.items()},
+        "tflops": {name: case.flops / time * 1e-6 for name, time in us.items()},
         "of_ceiling": case.bytes / us[OURS] * 1e-3 / ceiling,
         "ratio": min((us[name] for name in us if name != OURS), default=math.nan) / us[OURS],
         "difference": found,
@@ -173,12 +188,14 @@ def run(libraries: Libraries, out: Optional[Path], quick: bool) -> Path:
     libraries.load()
     ceiling = read_ceiling()
     rows = list(rows_of(cases(quick), libraries, ceiling))
+    pieces = list(rows_of(chunks(), libraries, ceiling))
     layers = list(rows_of(models(), libraries, ceiling))
     versions = {"cuDNN": str(torch.backends.cudnn.version())}
     if libraries.flashinfer:
         versions["FlashInfer"] = version("flashinfer-python")
     machine = report.of_gpu("decode", versions)
-    return report.write({**machine, "read_gbps": ceiling, "rows": rows, "layers": layers}, out)
+    tables = {"rows": rows, "chunks": pieces, "layers": layers}
+    return report.write({**machine, "read_gbps": ceiling, **tables}, out)
 
 
 def main() -> int:

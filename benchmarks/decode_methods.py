@@ -61,6 +61,13 @@ class Case:
         return sum(self.lengths) * self.row_bytes + 2 * 2 * rows * self.head_dim
 
     @property
+    def flops(self) -> float:
+        """Of pairs that a causal mask leaves."""
+        hidden = self.queries * (self.queries - 1) / 2
+        pairs = self.queries * sum(self.lengths) - self.batch * hidden
+        return 4.0 * self.heads * pairs * self.head_dim
+
+    @property
     def calls(self) -> int:
         """Calls of a graph."""
         if self.layers:

@@ -146,8 +146,8 @@ class KernelFamily:
 _SINCE_SM80 = ("80", "86", "89", "90", "100", "120", "80+ptx")
 
 # Best first. sm80's code runs on every later architecture too, compiled for it: what sm90 does not
-# do (dropout, split calls, some pages) stays with it on cc 9.0. sm90_wide and sm90_scored are
-# sm90's code: with wider tiles, for long calls; and with softcap and ALiBi, which sm90's forward
+# do (dropout, some pages) stays with it on cc 9.0. sm90_wide and sm90_scored are sm90's code: with
+# wider tiles, for long calls; and with softcap, ALiBi and keys in parts, which sm90's forward
 # leaves out. Above head dim 128, sm90's dQ has a kernel of its own.
 KERNEL_FAMILIES: tuple[KernelFamily, ...] = (
     KernelFamily("sm90_wide", ("forward",), (64,), HALF_DTYPES, ("90a",)),

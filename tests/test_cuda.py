@@ -375,6 +375,39 @@ def test_packed_queries_may_be_split(num_splits: int) -> None:
     assert_follows_rule(problem, {"out": out, "lse": lse}, backward=False)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"causal": True},
+        {"causal": True, "softcap": 20.0, "dtype": FP16},
+        {"window": (300, 100)},
+        {"alibi": "heads"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("d", [40, 64, 96, 128, 192, 256])
+def test_few_tiles_over_many_keys_are_split_by_themselves(d: int, options: dict[str, Any]) -> None:
+    problem = Problem(**{"sq": 150, "sk": 3100, "hq": 4, "hk": 2, "d": d, "dtype": BF16, **options})
+    with poisoned_memory():
+        got = published_results(problem, problem.tensors("cuda"), flash_attn)
+    assert_follows_rule(problem, got)
+
+
+def test_many_queries_over_long_pages_are_split() -> None:
+    problem = CacheProblem(
+        dtype=BF16,
+        capacity=4096,
+        seqlens=(3900, 30),
+        sq=100,
+        s_new=100,
+        causal=True,
+        page=64,
+        d=128,
+    )
+    assert_cache_follows_rule(problem, published_cache_results(problem, "cuda", flash_attn))
+
+
 def test_a_long_cache_is_split_by_itself() -> None:
     problem = CacheProblem(
         dtype=FP16, capacity=8192, seqlens=(8000, 30), sq=2, s_new=2, causal=True, hq=8, d=128

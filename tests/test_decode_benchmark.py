@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ def test_bytes_are_keys_and_values_in_use_queries_and_results() -> None:
 
 
 def test_calls_of_a_graph_do_not_fit_into_l2_together() -> None:
-    for case in (*decode.cases(quick=False), *decode.models()):
+    for case in (*decode.cases(quick=False), *decode.chunks(), *decode.models()):
         cache = case.batch * case.seqlen * case.row_bytes
         many = case.calls in (decode_methods.MAX_CALLS, case.layers)
         assert many or case.calls * cache >= decode_methods.ROTATING_BYTES
@@ -113,6 +114,16 @@ def test_methods_take_what_they_have(monkeypatch: pytest.MonkeyPatch) -> None:
     assert methods(ragged=True) == everyone - {CUDNN}
     assert methods(page=16) == methods(queries=4) == everyone - {FLASHINFER, CUDNN}
     assert methods(new=1) == {OURS, FA3, FA3_PLANNED}
+
+
+def test_chunks_become_a_table() -> None:
+    case = Case("chunk", 1, 100, heads=4, kv_heads=2, head_dim=64, queries=3, page=16)
+    assert case.flops == 4 * 4 * 64 * (98 + 99 + 100)
+    us, tflops = {OURS: 10.0, FA3: 12.5}, {OURS: 500.0, FA3: 400.0}
+    row = {**asdict(case), "us": us, "tflops": tflops, "ratio": 1.25}
+    text = result_tables.chunks_table([row])
+    assert "geometric mean 1.25" in text
+    assert "| 4 of 2 | 64 | 3 | 100, pages of 16 | 1.25 | 500 (10.0) | 400 (12.5) |" in text
 
 
 def test_layers_become_a_table() -> None:

@@ -233,8 +233,28 @@ def decode_section(result: dict[str, Any]) -> str:
     header = ("Call", "Batch", "Keys", "Of the ceiling", "Ratio", *(f"{m}, us" for m in methods))
     parts = [heading(result, f"Reading: {result['read_gbps']:.0f} GB/s. {mean}")]
     parts.append(table(header, lines))
+    parts += [chunks_table(result["chunks"])] if "chunks" in result else []
     parts += [layers_table(result["layers"])] if "layers" in result else []
     return "\n".join(parts)
+
+
+def chunks_table(rows: list[dict[str, Any]]) -> str:
+    """TFLOP/s of all methods, and in brackets microseconds."""
+    methods = list(dict.fromkeys(method for row in rows for method in row["us"]))
+    lines = [
+        (
+            f"{row['heads']} of {row['kv_heads']}",
+            str(row["head_dim"]),
+            str(row["queries"]),
+            f"{row['seqlen']}, pages of {row['page']}" if row["page"] else str(row["seqlen"]),
+            f"{row['ratio']:.2f}",
+            *(f"{row['tflops'][m]:.0f} ({row['us'][m]:.1f})" for m in methods),
+        )
+        for row in rows
+    ]
+    title = f"**Chunks**, TFLOP/s, and in brackets us; geometric mean {mean_ratio(rows):.2f}"
+    header = ("Heads", "Head dim", "Queries", "Keys", "Ratio", *methods)
+    return f"{title}\n\n{table(header, lines)}"
 
 
 def layers_table(rows: list[dict[str, Any]]) -> str:

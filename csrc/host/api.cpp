@@ -327,22 +327,22 @@ int flash_plan_forward(int ordinal, int dtype, int num_splits, ForwardParams* pa
         missed, most_decode_rows(), params->seqs.sq, params->hq / params->hk);
   }
   if (dtype == FLASH_E4M3) params->num_splits = num_splits = 1;  // they take all keys at once
-  // Not every family splits: who would take the call whole decides how it is split.
-  if (!prepare({FLASH_FORWARD, head_dim, dtype, on->cc, params}, *on, &ready)) return 0;
-  if (num_splits != 0) {
-    params->num_splits = limit_splits(num_splits, *params, ready.shape);
-  } else {
-    params->num_splits = choose_splits(*params, ready.shape, *on);
-    const Want merging = {FLASH_COMBINE, params->dv, dtype, on->cc};
-    if (params->num_splits > 1 && find(merging) == nullptr) params->num_splits = 1;
+  const Want want = {FLASH_FORWARD, head_dim, dtype, on->cc, params};
+  if (!prepare(want, *on, &ready)) return 0;
+  params->num_splits = splits_of(num_splits, *params, ready.shape, *on);
+  const Want merging = {FLASH_COMBINE, params->dv, dtype, on->cc};
+  if (params->num_splits > 1 && num_splits == 0 && !find(merging)) {
+    params->num_splits = 1;
+  } else if ((params->num_splits > 1) != (num_splits > 1)) {
+    // Who takes it so may have other tiles.
+    if (!prepare(want, *on, &ready)) return 0;
+    params->num_splits = splits_of(num_splits, *params, ready.shape, *on);
   }
   params->heads_per_section = choose_section(*params, ready.shape, *on);
   if (shares_tiles(*params, ready.shape, *on)) workspace->next_tile = 2;
   if (params->num_splits > 1) {
-    const int64_t rows =
-        int64_t{params->num_splits} * params->seqs.b * params->hq * params->seqs.sq;
-    workspace->o_partial = rows * params->dv;
-    workspace->lse_partial = rows;
+    workspace->lse_partial = combine_params(*params).lse_partial.split * params->num_splits;
+    workspace->o_partial = workspace->lse_partial * params->dv;
   }
   return 1;
 }
@@ -359,8 +359,8 @@ int flash_plan_backward(int ordinal, int dtype, BackwardParams* params, FlashWor
   const Device* on = device(ordinal);
   if (on == nullptr) return 0;
   Ready ready;
-  const Want want = {FLASH_BACKWARD, wider(params->d, params->dv), dtype, on->cc, nullptr, params};
-  if (!prepare(want, *on, &ready)) return 0;
+  const int head_dim = wider(params->d, params->dv);
+  if (!prepare({FLASH_BACKWARD, head_dim, dtype, on->cc, nullptr, params}, *on, &ready)) return 0;
   const bool is_hopper = ready.shape.box_m > 0;
   const bool in_columns = params->deterministic && !is_hopper;
   params->dq_cols = ready.kernel->head_dim;

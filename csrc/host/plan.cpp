@@ -134,7 +134,7 @@ Shape shape_of(int family, int kind, int head_dim, int arch) {
     case FLASH_DELTA:
       return {common::kDeltaRows, 0, common::kDeltaThreads, 0, 0};
     case FLASH_COMBINE:
-      return {common::kCombineRows, 0, common::kCombineThreads, 0, 0};
+      return waiting({common::kCombineRows, 0, common::kCombineThreads, 0, 0});
     case FLASH_APPEND:
       return {common::kAppendRows, 0, common::kAppendThreads, 0, 0};
     case FLASH_S_DMASK:
@@ -166,7 +166,8 @@ bool takes(int family, const ForwardParams& params) {
   if (seqs.block_table != nullptr && (element_bytes(family) == 1 || !has_whole_pieces(seqs))) {
     return false;
   }
-  return has_rows(seqs) && params.scores.rng_state == nullptr && params.num_splits <= 1 &&
+  if (params.num_splits > 1 && family != kSm90Scored) return false;
+  return has_rows(seqs) && params.scores.rng_state == nullptr &&
          have_tensor_maps(params, element_bytes(family));
 }
 
@@ -181,13 +182,13 @@ bool takes(int family, const BackwardParams& params) {
 bool is_paired(const ForwardParams& params, const Shape& shape, const Device& device) {
   const Sequences& seqs = params.seqs;
   return shape.may_pair && grows(params.scores) && num_sms_for(params, device) > 1 &&
-         seqs.cu_seqlens_q == nullptr && seqs.block_table == nullptr &&
+         seqs.cu_seqlens_q == nullptr && seqs.block_table == nullptr && params.num_splits <= 1 &&
          ceil_div(seqs.sq, shape.block_m) % 2 == 0;
 }
 
 bool shares_tiles(const ForwardParams& params, const Shape& shape, const Device& device) {
   // CTAs that load by TMA have a multiprocessor to themselves.
-  const int64_t tiles = num_tiles(params, shape);
+  const int64_t tiles = num_tiles(params, shape) * params.num_splits;
   return shape.box_m > 0 && tiles > num_sms_for(params, device) &&
          tiles < int64_t{1} << kCounterBits;
 }
@@ -287,27 +288,53 @@ bool prefers_decode(const ForwardParams& params) {
   return seqs.b > 0 && seqs.sq > 0 && fits_decode(params) && (has_cache || seqs.sk >= kManyKeys);
 }
 
+namespace {
+
+// Keys that some row of a tile sees, at most.
+int64_t keys_of_tile(const ForwardParams& params, const Shape& shape) {
+  const Scores& scores = params.scores;
+  if (scores.window_left < 0 || scores.window_right < 0) return params.seqs.sk;
+  const int64_t seen = int64_t{scores.window_left} + scores.window_right + shape.block_m;
+  return seen < params.seqs.sk ? seen : params.seqs.sk;
+}
+
+// Parts into which the keys are cut so that a call with few rows still fills the device: as many as
+// take the least time, of rounds of the device and of merging.
 int choose_splits(const ForwardParams& params, const Shape& shape, const Device& device) {
+  constexpr int64_t kMaxSplits = 128, kMostRounds = 8;
+  // A microsecond's FLOPs of a CTA, and bytes of parts, which are written and read; what a further
+  // kernel costs. Measured on an H100 (docs/kernels/sm90.md); the sm80 family has a third of the
+  // FLOPs there.
+  const double flops = shape.box_m > 0 ? 5.6e6 : 1.9e6;
+  constexpr double kBytes = 2.4e6, kMerging = 3.0;
   const int64_t tiles = num_tiles(params, shape);
-  // Below four blocks of keys a part, and four parts, merging costs more than it saves.
-  constexpr int kMinBlocks = 4;
-  constexpr int kMinParts = 4;
-  constexpr int kMaxSplits = 128;
-  const int64_t most = clamp(ceil_div(params.seqs.sk, shape.block_n) / kMinBlocks, 1, kMaxSplits);
-  const bool fills_device = tiles * 5 >= int64_t{device.num_sms} * 4;
-  if (tiles == 0 || fills_device || most < kMinParts) return 1;
-  const auto share_in_use = [&](int64_t splits) {
-    const double waves = static_cast<double>(tiles * splits) / device.num_sms;
-    return waves / static_cast<double>(ceil_div(tiles * splits, device.num_sms));
+  const int64_t blocks = ceil_div(keys_of_tile(params, shape), shape.block_n);
+  const int64_t rows = int64_t{params.seqs.b} * params.hq * params.seqs.sq;
+  const int columns = params.d > params.dv ? params.d : params.dv;
+  const double block_us = 4.0 * shape.block_m * shape.block_n * columns / flops;
+  const double part_us = 2.0 * sizeof(float) * static_cast<double>(rows * params.dv) / kBytes;
+  const auto time_of = [&](int64_t splits) {
+    // To begin and to end a tile takes as long as a block.
+    const int64_t steps = ceil_div(tiles * splits, device.num_sms) * (ceil_div(blocks, splits) + 1);
+    const double merging = splits == 1 ? 0.0 : kMerging + static_cast<double>(splits) * part_us;
+    return static_cast<double>(steps) * block_us + merging;
   };
-  double best = 0.0;
-  for (int64_t splits = 1; splits <= most; ++splits) {
-    if (share_in_use(splits) > best) best = share_in_use(splits);
+  const int64_t most = tiles == 0 ? 1 : clamp(kMostRounds * device.num_sms / tiles, 1, kMaxSplits);
+  int chosen = 1;
+  double best = time_of(1);
+  for (int splits = 2; splits <= most && splits <= blocks; ++splits) {
+    if (time_of(splits) < best) {
+      best = time_of(splits);
+      chosen = splits;
+    }
   }
-  // The fewest parts that come close: each costs a pass over the results.
-  int64_t splits = 1;
-  while (share_in_use(splits) < 0.85 * best) ++splits;
-  return static_cast<int>(splits);
+  return chosen;
+}
+
+}  // namespace
+
+int splits_of(int wanted, const ForwardParams& params, const Shape& shape, const Device& device) {
+  return wanted == 0 ? choose_splits(params, shape, device) : limit_splits(wanted, params, shape);
 }
 
 int limit_splits(int wanted, const ForwardParams& params, const Shape& shape) {

@@ -62,11 +62,11 @@ bool prefers_decode(const ForwardParams& params);
 // What such a tile holds.
 int most_decode_rows();
 
-// Parts into which the keys are cut so that a call with few rows still fills the device.
-int choose_splits(const ForwardParams& params, const Shape& shape, const Device& device);
-
 // `wanted` parts, or fewer where some would have no keys.
 int limit_splits(int wanted, const ForwardParams& params, const Shape& shape);
+
+// The same; for 0 as many as let a call with few rows fill the device.
+int splits_of(int wanted, const ForwardParams& params, const Shape& shape, const Device& device);
 
 // Query heads that run together, so that their keys and values stay in L2.
 int choose_section(const ForwardParams& params, const Shape& shape, const Device& device);

@@ -135,7 +135,7 @@ def build_driver(folder: Path, head_dims: tuple[int, ...], dtype: str = "bf16") 
             and unit.dtype == dtype
         )
         or (unit.kind == "decode" and unit.dtype == "e4m3")
-        or (unit.kind in ("fill", "delta") and unit.dtype == dtype)
+        or (unit.kind in ("combine", "delta", "fill") and unit.dtype == dtype)
     ]
     source = folder / "kernels.cpp"
     source.write_text(kernel_source(units), "utf-8")

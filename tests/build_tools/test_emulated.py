@@ -17,13 +17,13 @@ from oracle import kvcache_attention, varlen_attention
 
 def call(q, k, v, cu=(None, None), used=(None, None), max_seqlens=(None, None), leftpad=None,
          table=None, rows=None, scale=None, causal=False, window=(-1, -1), attention_chunk=0,
-         softcap=0.0, slopes=None):
+         softcap=0.0, slopes=None, splits=1):
     out = torch.full((*q.shape[:-1], v.shape[-1]), math.nan, dtype=DTYPE)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     right = 0 if causal else window[1]
     result = torch.ops.flash_attn_cuda.forward.default.redispatch(
         CUDA, q, k, v, out, *[None] * 6, True, *cu, *used, leftpad, table, rows, *max_seqlens,
-        scale, window[0], right, attention_chunk, softcap, slopes, 0.0, None, False, 1)
+        scale, window[0], right, attention_chunk, softcap, slopes, 0.0, None, False, splits)
     return result[:2]
 
 def judge(got, oracle):
@@ -31,7 +31,7 @@ def judge(got, oracle):
     check("out", got[0], exact[0], rough[0])
     check("lse", got[1], exact[1], rough[1], atol=1e-4)
 
-def dense(d, sq, sk, hq=2, hk=1, b=2, rise=0.0, jump=0.0, dv=None, **options):
+def dense(d, sq, sk, hq=2, hk=1, b=2, rise=0.0, jump=0.0, dv=None, splits=1, **options):
     q, k, v = make(b, sq, hq, d), make(b, sk, hk, d), make(b, sk, hk, dv or d)
     if rise or jump:
         q[..., 0] = 8.0
@@ -42,9 +42,10 @@ def dense(d, sq, sk, hq=2, hk=1, b=2, rise=0.0, jump=0.0, dv=None, **options):
     kept = dict(options)
     kept["alibi_slopes"] = kept.pop("slopes", None)
     kept["softmax_scale"] = kept.pop("scale", None)
-    judge(call(q, k, v, **options), lambda dtype: attention(q, k, v, dtype=dtype, **kept)[:2])
+    got = call(q, k, v, splits=splits, **options)
+    judge(got, lambda dtype: attention(q, k, v, dtype=dtype, **kept)[:2])
 
-def packed(d, lens_q, lens_k, hq=2, hk=1, used_k=None, **options):
+def packed(d, lens_q, lens_k, hq=2, hk=1, used_k=None, splits=1, **options):
     cu = [torch.tensor([0, *torch.tensor(x).cumsum(0)], dtype=torch.int32)
           for x in (lens_q, lens_k)]
     # Rows behind the last sequence, and behind those in use, hold anything.
@@ -56,14 +57,16 @@ def packed(d, lens_q, lens_k, hq=2, hk=1, used_k=None, **options):
     for start, end in zip(cu[1], ends):
         unused[start:end] = False
     k[unused] = v[unused] = q[sum(lens_q):] = math.nan
-    got = call(q, k, v, cu, (None, used), (max(lens_q), max(lens_k)), **options)
+    longest = (max(lens_q), max(lens_k))
+    got = call(q, k, v, cu, (None, used), longest, splits=splits, **options)
     rows = slice(0, sum(lens_q))
     assert bool((got[0][rows.stop:] == 0).all())
     def oracle(dtype):
         return varlen_attention(q[rows], k, v, *cu, seqused_k=used, dtype=dtype, **options)[:2]
     judge((got[0][rows], got[1][:, rows]), oracle)
 
-def paged(d, page, sq, used_k, hq=2, hk=1, lens_q=None, rows=None, jump=0.0, **options):
+def paged(d, page, sq, used_k, hq=2, hk=1, lens_q=None, rows=None, jump=0.0, splits=1,
+          **options):
     b, num_pages = len(used_k), max(used_k) // page + 2
     table = torch.randperm(b * num_pages).view(b, num_pages).int()
     k, v = make(b * num_pages, page, hk, d), make(b * num_pages, page, hk, d)
@@ -85,7 +88,7 @@ def paged(d, page, sq, used_k, hq=2, hk=1, lens_q=None, rows=None, jump=0.0, **o
         q[..., 0] = 8.0
     used = torch.tensor(used_k, dtype=torch.int32)
     longest = (None if lens_q is None else max(lens_q), max(used_k))
-    where = dict(table=table, rows=rows)
+    where = dict(table=table, rows=rows, splits=splits)
     got = call(q, k, v, (cu_q, None), (None, used), longest, **where, **options)
     cache = dict(cache_seqlens=used, block_table=table, cache_batch_idx=rows, cu_seqlens_q=cu_q)
     judge(got, lambda dtype: kvcache_attention(q, k, v, dtype=dtype, **cache, **options)[:2])
@@ -106,6 +109,15 @@ CASES = {
     "pages_of_24": "paged({d}, 24, 150, (299, 500), window=(100, 0))",
     "large_pages": "paged({d}, 256, 130, (500, 256))",
     "pages_of_jumping_scores": "paged({d}, 24, 200, (900, 600), jump=200.0)",
+    "split": "dense({d}, 200, 900, splits=3)",
+    "split_causal": "dense({d}, 300, 300, hq=4, hk=2, causal=True, splits=3)",
+    "split_window": "dense({d}, 140, 700, window=(200, 0), splits=2)",
+    "split_softcap": "dense({d}, 130, 600, softcap=10.0, splits=2)",
+    "split_alibi": "dense({d}, 100, 500, slopes=torch.tensor([0.1, 0.4]), splits=2)",
+    "split_narrow_v": "dense({d}, 150, 570, dv={d} - 24, splits=4)",
+    "split_jumping_scores": "dense({d}, 200, 900, jump=200.0, splits=2)",
+    "split_packed": "packed({d}, (100, 0, 200, 1), (100, 50, 633, 257), splits=3)",
+    "split_pages": "paged({d}, 16, 150, (333, 0, 700), splits=3)",
     "pages_and_packed_queries": "paged({d}, 32, 0, (300, 7, 64), lens_q=(100, 0, 40), causal=True)",
 }
 # Of head dim 256, where CTAs run in pairs. One of a pair has fewer blocks of keys, or rows without
@@ -128,7 +140,11 @@ def told(machine: Stub, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[
     results, launched = answers(machine, log, PROGRAM, CASES)
     forward = {f"flash_fwd_sm90_d{d}_bf16" for d in HEAD_DIMS}
     forward |= {f"flash_fwd_sm90_scored_d{d}_bf16" for d in HEAD_DIMS}
-    assert launched == forward | {"flash_fwd_sm90_wide_d64_bf16", "flash_fill_bf16"}
+    assert launched == forward | {
+        "flash_fwd_sm90_wide_d64_bf16",
+        "flash_fill_bf16",
+        "flash_combine_bf16",
+    }
     return results
 
 

@@ -283,7 +283,7 @@ def test_splits_fit_the_keys_and_the_device(
     text = """
 def ctas(**sizes):
     say(plan_and_run(0, sq=40, **sizes))
-ctas(splits=0, b=1, sk=1024)
+ctas(splits=0, b=1, sk=200)
 ctas(splits=0, b=33, sk=8192)
 ctas(splits=0, b=8, sk=8192)
 ctas(splits=64, b=1, sk=300)
@@ -434,13 +434,22 @@ call(given=["cu_seqlens_q"])
     assert lines_of(tmp_path / "log", "cluster") == [pair] * 3
 
 
-def test_a_call_that_is_not_split_after_all_has_a_cta_for_each_tile(
+def test_who_takes_a_call_in_parts_decides_into_how_many(
     stub: Stub, hopper: Path, tmp_path: Path, offsets: dict[str, int]
 ) -> None:
-    # Parts are asked for, so the plan sees another family; one block of keys cannot be split.
-    text = "say(plan_and_run(0, d=128, splits=4, b=40, sk=60))"
-    (found,) = run_with(hopper, stub, tmp_path / "log", offsets, text)
-    assert (found.kernel, found.grid) == ("flash_fwd_sm90_d128_bf16", 40 * 4 * 3)
+    # Two tiles of 192 rows, or three of 128. One block of keys cannot be split.
+    text = """
+call = lambda **more: say(plan_and_run(0, **more))
+call(splits=0, b=1, sk=8192)
+call(splits=5, b=1, sk=8192)
+call(splits=4, b=40, sk=60)
+call(splits=2, b=40, sk=600)
+"""
+    found = run_with(hopper, stub, tmp_path / "log", offsets, text)
+    parts = [(x.kernel, x.grid) for x in found if x.kernel != "flash_combine_bf16"]
+    scored, wide = "flash_fwd_sm90_scored_d64_bf16", "flash_fwd_sm90_wide_d64_bf16"
+    assert parts == [(scored, 11 * 4 * 3), (scored, 5 * 4 * 3), (wide, 132), (scored, 132)]
+    assert len(found) == len(parts) + 3
 
 
 def test_wide_tiles_are_for_long_calls(
@@ -538,7 +547,6 @@ for size in (8, 24, 48, 256):
         ("given=['block_table', 'leftpad_k'], pages=(9, 16)", "90"),
         ("given=['block_table'], pages=(0, 16)", "90"),
         ("given=['rng_state']", "90"),
-        ("splits=2", "90"),
         ("sk=0", "90"),
         ("k=Rows(4096, 38400, 128, 0)", "90"),  # one head of keys, shown twice
         ("k=Rows(4096, 38400, 128, 68)", "90"),

@@ -1,7 +1,7 @@
 // Which tile a CTA computes.
 #pragma once
 
-#include "host/flash.h"
+#include "attn/mask.cuh"
 
 namespace flash::attn {
 
@@ -51,6 +51,22 @@ struct TileIndex {
 // other.
 __device__ inline int split_index(uint32_t num_splits) {
   return num_splits > 1 ? blockIdx.x / (gridDim.x / num_splits) : 0;
+}
+
+// Of the blocks that a tile takes, those of one part. Some parts may have none.
+__device__ inline Keys part_of(Keys blocks, int split, uint32_t num_splits) {
+  if (num_splits <= 1) return blocks;
+  const uint32_t count = max(blocks.end - blocks.begin, 0);
+  const int of_part = (count + num_splits - 1) / num_splits;
+  const int begin = blocks.begin + split * of_part;
+  return {begin, min(blocks.end, begin + of_part)};
+}
+
+// Row 0 of a sequence in a part: parts have dense rows, [split, b, hq, sq].
+__device__ inline int64_t row_of_part(const ForwardParams& params, int split, int sequence,
+                                      int head) {
+  const int64_t heads = (int64_t{split} * params.seqs.b + sequence) * params.hq + head;
+  return heads * params.seqs.sq;
 }
 
 // The key-value head of a query head.

@@ -8,6 +8,7 @@
 #include "attn/sequence.cuh"
 #include "attn/softmax.cuh"
 #include "common/config.h"
+#include "ptx/memory.cuh"
 
 namespace flash::common {
 
@@ -55,6 +56,7 @@ __device__ inline void combine(const CombineParams& params) {
   const int head = static_cast<int>(task / params.seqs.sq % params.hq);
   const int64_t index = task / params.seqs.sq / params.hq;
   if (index >= params.seqs.b) return;
+  ptx::wait_for_kernel_in_front();
   const attn::Sequence seq(params.seqs, static_cast<int>(index));
   if (row >= seq.sq) return;
 

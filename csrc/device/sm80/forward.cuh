@@ -63,25 +63,16 @@ struct ForwardBuffers {
   __device__ uint32_t v(int stage) const { return k(stage) + Cfg::TileK::kBytes; }
 };
 
-// Blocks of keys that some row of a CTA sees.
+// Blocks of keys that some row of a CTA sees; of a split call, those of one part.
 template <class Cfg>
-struct KeyBlocks {
-  int begin, end;
-
-  __device__ KeyBlocks(const attn::Mask& mask, int row0, int num_rows, int split,
-                       uint32_t num_splits) {
-    constexpr int kBlockN = Cfg::kBlockN;
-    const int last_row = row0 + num_rows - 1;
-    begin = mask.lowest(row0) / kBlockN;
-    end = (max(mask.highest(last_row), 0) + kBlockN - 1) / kBlockN;
-    if (num_splits > 1) {
-      const int per_split =
-          (static_cast<uint32_t>(max(end - begin, 0)) + num_splits - 1) / num_splits;
-      begin += split * per_split;
-      end = min(end, begin + per_split);
-    }
-  }
-};
+__device__ inline attn::Keys key_blocks(const attn::Mask& mask, int row0, int num_rows, int split,
+                                        uint32_t num_splits) {
+  constexpr int kBlockN = Cfg::kBlockN;
+  const int last_row = row0 + num_rows - 1;
+  const int begin = mask.lowest(row0) / kBlockN;
+  const int end = (max(mask.highest(last_row), 0) + kBlockN - 1) / kBlockN;
+  return attn::part_of({begin, end}, split, num_splits);
+}
 
 // Blocks of K, or of V, on their way to shared memory, from the last to the first.
 template <class Cfg>
@@ -135,27 +126,6 @@ __device__ inline void drop(typename Cfg::AccS& s, typename Cfg::Softmax& softma
   }
 }
 
-// Stores O unrounded: the part of a split call.
-template <class Cfg>
-__device__ inline void store_part(const typename Cfg::AccO& o, float* to, int num_rows,
-                                  int num_cols, int row, int lane) {
-#pragma unroll
-  for (int m = 0; m < Cfg::kRows / 16; ++m) {
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const int r = row + 16 * m + lane / 4 + 8 * h;
-      float* at = to + static_cast<int64_t>(r) * num_cols + lane % 4 * 2;
-#pragma unroll
-      for (int n = 0; n < Cfg::kHeadDim / 8; ++n) {
-        if (r < num_rows && 8 * n < num_cols) {
-          at[8 * n] = o.c[m][n][2 * h];
-          at[8 * n + 1] = o.c[m][n][2 * h + 1];
-        }
-      }
-    }
-  }
-}
-
 // Normalises and stores O and its log-sum-exp.
 template <class Cfg>
 __device__ inline void store(const ForwardParams& params, const attn::TileIndex& at,
@@ -167,12 +137,8 @@ __device__ inline void store(const ForwardParams& params, const attn::TileIndex&
   const int num_rows = min(Cfg::kBlockM, seq.sq - row0);
   const bool is_split = params.num_splits > 1;
   softmax.finish(o, params.scores.keep_scale, is_split ? -attn::infinity() : attn::infinity());
-  // Parts of dense rows: [split, b, hq, sq].
   const int split = attn::split_index(params.num_splits);
-  const int64_t part =
-      (static_cast<int64_t>(split * params.seqs.b + at.sequence) * params.hq + at.head) *
-          params.seqs.sq +
-      row0;
+  const int64_t part = attn::row_of_part(params, split, at.sequence, at.head) + row0;
   const int64_t batch = params.seqs.cu_seqlens_q ? 0 : at.sequence * params.lse_batch;
   float* lse = is_split ? params.lse_partial + part
                         : params.lse + batch + at.head * params.lse_head + seq.first_q + row0;
@@ -185,7 +151,8 @@ __device__ inline void store(const ForwardParams& params, const attn::TileIndex&
     }
   }
   if (is_split) {
-    store_part<Cfg>(o, params.o_partial + part * params.dv, num_rows, params.dv, row, lane);
+    tile::store_floats(params.o_partial + part * params.dv, o, {1.0f, 1.0f}, num_rows, params.dv,
+                       row, lane);
     return;
   }
   // A warp's rows of Q are read by that warp alone: they make room for its rows of O.
@@ -217,7 +184,7 @@ __device__ inline void forward(const ForwardParams& params) {
   tile::load_rows<TileQ, Cfg::kThreads>(smem.q, q + row0 * params.q.row, params.q.row, num_rows,
                                         params.d, thread);
   const attn::Mask mask(params.scores, seq.sq, seq.sk);
-  const KeyBlocks<Cfg> blocks(mask, row0, num_rows, split, params.num_splits);
+  const attn::Keys blocks = key_blocks<Cfg>(mask, row0, num_rows, split, params.num_splits);
   const int last = blocks.end - 1;
 
   const int head_k = attn::key_head(at.head, params.hq, params.hk);

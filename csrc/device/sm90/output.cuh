@@ -53,21 +53,33 @@ class Output {
 
   // The second half of O's columns, for which there was no room beside the first.
   __device__ __forceinline__ void store_rest(uint32_t tile) {
-    store_half(pipe_.tile(tile), rest_, kHalf);
+    if (!is_split<Cfg>(params_)) store_half(pipe_.tile(tile), rest_, kHalf);
     pipe_.o(consumer_).arrive_full(tile);
   }
 
  private:
   __device__ __forceinline__ void store_ordered(const AccO& o, uint32_t tile) {
-    const Tile& t = pipe_.tile(tile);
+    const auto& t = pipe_.tile(tile);
     const uint32_t factors =
         pipe_.factor_buffer(consumer_) + (Own::warp_row() + Own::lane() / 4) * 4;
     __syncwarp();
     const float factor[2] = {ptx::ld_shared_f32(factors), ptx::ld_shared_f32(factors + 32)};
+    if constexpr (Cfg::kMaySplit) {
+      if (params_.num_splits > 1) {
+        store_part(t, o, factor);
+        if constexpr (Cfg::kHasOBuffer) {
+          pipe_.o(consumer_).arrive_full(tile);
+        } else {
+          // Else the last tile's second half would be kept in its registers.
+          for (auto& fragment : rest_) fragment[0] = fragment[1] = fragment[2] = fragment[3] = 0;
+        }
+        return;
+      }
+    }
     if constexpr (Cfg::kHasOBuffer) {
       const uint32_t smem = pipe_.o_buffer(consumer_);
       tile::store_matrix<Out, TileO>(smem, o, factor, Own::warp_row(), Own::lane());
-      if (!is_stored_whole(params_, t, consumer_)) {
+      if (!is_stored_whole<Cfg>(params_, t, consumer_)) {
         store_rows<TileO>(params_, t, smem, consumer_, Own::warp_row(), 0, Own::lane());
       }
       ptx::fence_async_proxy();
@@ -80,11 +92,20 @@ class Output {
     }
   }
 
+  // O of a part: unrounded, and at once.
+  __device__ __forceinline__ void store_part(const TileOf<true>& t, const AccO& o,
+                                             const float (&factor)[2]) const {
+    const int row0 = t.row0 + 64 * consumer_;
+    const int64_t row = row_of_part(params_, t) + row0;
+    tile::store_floats(params_.o_partial + row * params_.dv, o, factor, t.sq - row0, params_.dv,
+                       Own::warp_row(), Own::lane());
+  }
+
   // Half of O, from column `col` on: it leaves while the consumer goes on.
   __device__ __forceinline__ void store_half(const Tile& t, const uint32_t (&half)[kHalf / 16][4],
                                              int col) const {
     const uint32_t smem = pipe_.o_buffer(consumer_);
-    const bool is_whole = is_stored_whole(params_, t, consumer_);
+    const bool is_whole = is_stored_whole<Cfg>(params_, t, consumer_);
     ptx::tma_store_wait_read<0>();
     ptx::named_barrier_sync(1 + consumer_, 128);
     tile::store_a<TileO>(smem, half, Own::warp_row(), Own::lane());

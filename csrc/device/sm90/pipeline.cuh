@@ -30,6 +30,7 @@ struct ForwardConfig {
   static constexpr ForwardTile kTile = forward_tile(kServes, kHeadDim_, kElementBytes);
   static constexpr bool kMayPair = kTile.may_pair();
   static constexpr bool kIsPlain = kServes != kAll;
+  static constexpr bool kMaySplit = !kIsPlain && !kIsFp8;
   static constexpr int kConsumers = kTile.consumers;
   static constexpr int kBlockM = kTile.block_m();
   static constexpr int kHeadDim = kHeadDim_;
@@ -73,6 +74,14 @@ struct Tile {
 // What products of 8-bit elements must be multiplied by.
 struct Descale {
   float qk, v;
+};
+
+// The same of kernels whose calls may be split.
+template <bool kMaySplit>
+struct TileOf : Tile {};
+template <>
+struct TileOf<true> : Tile {
+  int split;  // which part of the keys
 };
 
 // A ring of buffers. Entry i, counted from the start of the kernel, is in buffer i % kSize; each
@@ -134,9 +143,10 @@ struct Pipeline {
   using ORing = Ring<1>;
   using KRing = Ring<Cfg::kStages>;
   using TileRing = Ring<kTiles>;
+  using AnyTile = TileOf<Cfg::kMaySplit>;
   static constexpr int kTileRecords = kConsumers * (QRing::kBytes + ORing::kBytes) +
                                       (2 + Cfg::kIsFp8) * KRing::kBytes + 2 * TileRing::kBytes;
-  static constexpr int kNextTiles = kTileRecords + kTiles * sizeof(Tile);
+  static constexpr int kNextTiles = kTileRecords + kTiles * sizeof(AnyTile);
   static constexpr int kDescales = kNextTiles + Cfg::kMayPair * (TileRing::kBytes + 4 * kTiles);
   static_assert(kDescales + Cfg::kIsFp8 * kTiles * sizeof(Descale) <= 1024, "room at the end");
 
@@ -177,8 +187,8 @@ struct Pipeline {
     if constexpr (!Cfg::kIsFp8) return v();
     return {begun().barriers + TileRing::kBytes};
   }
-  __device__ Tile& tile(uint32_t i) const {
-    return reinterpret_cast<Tile*>(storage + kBarriers + kTileRecords)[i % kTiles];
+  __device__ AnyTile& tile(uint32_t i) const {
+    return reinterpret_cast<AnyTile*>(storage + kBarriers + kTileRecords)[i % kTiles];
   }
   __device__ TileRing next() const { return {smem + kBarriers + kNextTiles}; }
   __device__ uint32_t next_tile(uint32_t i) const {

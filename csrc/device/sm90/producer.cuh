@@ -7,6 +7,7 @@
 #include "attn/schedule.cuh"
 #include "attn/sequence.cuh"
 #include "sm90/key_blocks.cuh"
+#include "sm90/parts.cuh"
 #include "tile/store.cuh"
 
 namespace flash::sm90 {
@@ -18,6 +19,7 @@ struct Schedule {
   const TmaForwardParams& with_maps;
   const ForwardParams& params;
   const Pipeline<Cfg>& pipe;
+  using AnyTile = TileOf<Cfg::kMaySplit>;
   const int rows;  // of the CTAs of a pair together
   const uint32_t num_blocks, num_tiles;
   uint32_t index;
@@ -30,22 +32,31 @@ struct Schedule {
         pipe(pipe),
         rows(pipe.ctas() * Cfg::kBlockM),
         num_blocks((params.seqs.sq + rows - 1) / rows),
-        num_tiles(num_blocks * params.hq * params.seqs.b) {}
+        num_tiles(num_blocks * params.hq * num_sequences()) {}
 
   // Fills in the next tile that has rows, or one with `end` 0 if there is none.
-  __device__ void next(Tile& tile) {
+  __device__ void next(AnyTile& tile) {
     tile.end = 0;
     while (tile.end == 0) {
       advance();
       if (index >= num_tiles) return;
-      const attn::TileIndex at(index, num_blocks, params.hq, params.seqs.b,
-                               params.heads_per_section, with_maps.last_section);
+      attn::TileIndex at(index, num_blocks, params.hq, num_sequences(), params.heads_per_section,
+                         with_maps.last_section);
+      if constexpr (Cfg::kMaySplit) {
+        tile.split = at.sequence / params.seqs.b;
+        at.sequence -= tile.split * params.seqs.b;
+      }
       const attn::Sequence seq(params.seqs, at.sequence);
       if (at.block_m * rows < seq.sq) describe(at, seq, tile);
     }
   }
 
  private:
+  // Parts of a sequence count like sequences.
+  __device__ uint32_t num_sequences() const {
+    return Cfg::kMaySplit ? params.num_splits * params.seqs.b : params.seqs.b;
+  }
+
   // In the end every CTA takes a number that is no tile's; who takes the last closes the counter.
   __device__ void advance() {
     const attn::Counter counter = {params.next_tile};
@@ -92,7 +103,8 @@ struct Schedule {
     return {0, 1};
   }
 
-  __device__ void describe(const attn::TileIndex& at, const attn::Sequence& seq, Tile& tile) const {
+  __device__ void describe(const attn::TileIndex& at, const attn::Sequence& seq,
+                           AnyTile& tile) const {
     const Sequences& seqs = params.seqs;
     const int row0 = at.block_m * rows + pipe.rank() * Cfg::kBlockM;
     tile.sequence = at.sequence;
@@ -106,8 +118,17 @@ struct Schedule {
     tile.batch_k = seqs.cu_seqlens_k && !seqs.block_table ? 0 : seq.cache_row;
     tile.head_k = attn::key_head(at.head, params.hq, params.hk);
 
-    const attn::Mask mask(params.scores, seq.sq, seq.sk);
-    const attn::Keys own = blocks_of(mask, row0, seq.sq);
+    attn::Mask mask(params.scores, seq.sq, seq.sk);
+    attn::Keys own = blocks_of(mask, row0, seq.sq);
+    if constexpr (Cfg::kMaySplit) {
+      own = attn::part_of(own, tile.split, params.num_splits);
+      // A part without blocks is one of a sequence without keys.
+      if (own.begin >= own.end) {
+        own = {0, 1};
+        tile.sk = 0;
+        mask = attn::Mask(params.scores, seq.sq, 0);
+      }
+    }
     tile.begin = own.begin;
     tile.end = own.end;
     if (pipe.ctas() > 1) {
@@ -166,7 +187,7 @@ __device__ inline bool plan_tile(const TmaForwardParams& params, const Pipeline<
                                  Schedule<Cfg>& schedule, uint32_t i) {
   constexpr int kShort = 4;  // blocks: planning takes as long as two
   pipe.tiles().wait_empty(i);
-  Tile& tile = pipe.tile(i);
+  auto& tile = pipe.tile(i);
   schedule.next(tile);
   const bool is_last = tile.end == 0;
   if constexpr (Cfg::kIsFp8) {
@@ -255,10 +276,12 @@ __device__ inline void load_tiles(const TmaForwardParams& params, const Pipeline
   if (lane == 0) load_tiles<Cfg, BlockOfRows<TileK>>(params, pipe, 0);
 }
 
-// Whether a consumer's rows of O leave in one piece: rows behind a packed sequence belong to
-// another one.
+// Whether a consumer's rows of O leave in one piece, by TMA: rows behind a packed sequence belong
+// to another one, and parts are not rounded.
+template <class Cfg>
 __device__ inline bool is_stored_whole(const ForwardParams& params, const Tile& tile,
                                        int consumer) {
+  if (is_split<Cfg>(params)) return false;
   return !params.seqs.cu_seqlens_q || tile.row0 + 64 * (consumer + 1) <= tile.sq;
 }
 
@@ -292,11 +315,11 @@ __device__ inline void store_output(const TmaForwardParams& params, const Tile& 
 }
 
 // A warp's work: log-sum-exps of a consumer's rows.
-__device__ inline void store_lse(const ForwardParams& params, const Tile& tile, uint32_t smem,
+template <class AnyTile>
+__device__ inline void store_lse(const ForwardParams& params, const AnyTile& tile, uint32_t smem,
                                  int consumer, int lane) {
   const int row0 = tile.row0 + 64 * consumer;
-  float* lse =
-      params.lse + tile.batch_q * params.lse_batch + tile.head * params.lse_head + tile.first_q;
+  float* lse = lse_of(params, tile);
 #pragma unroll
   for (int row = lane; row < 64; row += 32) {
     if (row0 + row < tile.sq) lse[row0 + row] = ptx::ld_shared_f32(smem + 4 * row);
@@ -308,7 +331,7 @@ __device__ inline void store_lse(const ForwardParams& params, const Tile& tile, 
 template <int kStep, class Cfg>
 __device__ inline void store_tile(const TmaForwardParams& params, const Pipeline<Cfg>& pipe,
                                   uint32_t i, int first, int lane) {
-  const Tile& tile = pipe.tile(i);
+  const auto& tile = pipe.tile(i);
 #pragma unroll 1
   for (int consumer = first; consumer < Cfg::kConsumers; consumer += kStep) {
     pipe.o(consumer).wait_full(i);
@@ -316,7 +339,7 @@ __device__ inline void store_tile(const TmaForwardParams& params, const Pipeline
     __syncwarp();
     if (lane != 0) continue;
     if constexpr (Cfg::kHasOBuffer) {
-      if (is_stored_whole(params.call, tile, consumer)) {
+      if (is_stored_whole<Cfg>(params.call, tile, consumer)) {
         store_output<Cfg>(params, tile, pipe.o_buffer(consumer), consumer);
       }
     }

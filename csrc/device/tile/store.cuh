@@ -25,6 +25,29 @@ __device__ inline void store_rounded(uint32_t smem, const Accumulators<kM, kN>& 
   }
 }
 
+// Stores accumulators unrounded to contiguous rows in memory, of which this warp's begin with
+// `row`.
+template <int kM, int kN>
+__device__ inline void store_floats(float* to, const Accumulators<kM, kN>& acc,
+                                    const float (&factor)[2], int num_rows, int num_cols, int row,
+                                    int lane) {
+#pragma unroll
+  for (int m = 0; m < kM; ++m) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int r = row + 16 * m + 8 * h + lane / 4;
+      float* at = to + static_cast<int64_t>(r) * num_cols + lane % 4 * 2;
+#pragma unroll
+      for (int n = 0; n < kN; ++n) {
+        if (r < num_rows && 8 * n < num_cols) {
+          *reinterpret_cast<float2*>(at + 8 * n) =
+              make_float2(acc.c[m][n][2 * h] * factor[h], acc.c[m][n][2 * h + 1] * factor[h]);
+        }
+      }
+    }
+  }
+}
+
 // Rows of a tile from `row` on become zeros.
 template <class Tile, int kThreads>
 __device__ inline void clear_rows(uint32_t smem, int row, int thread) {
@@ -120,7 +143,7 @@ struct WarpgroupOrder {
     to += 16 * static_cast<uint32_t>(thread);
 #pragma unroll
     for (int n = 0; n < kN; ++n) {
-      const float(&x)[4] = acc.c[0][n];
+      const float (&x)[4] = acc.c[0][n];
       if (8 * n < num_columns) {
         ptx::st_shared_128(to + n * kEightColumns * 4,
                            make_uint4(__float_as_uint(x[0]), __float_as_uint(x[1]),
