@@ -172,9 +172,9 @@ struct BackwardParams {
   // [b, hk] blocks of turn_keys keys whose shares of dQ are in the sums, counted by each who adds.
   // The delta kernel clears these and the counters above.
   int32_t* finished;
-  // [b + 1, 2] where sequences have lengths: those of most queries first. Of each its index, and the
-  // blocks of turn_keys keys of all heads in front of it; then those of all. The delta kernel fills
-  // it in.
+  // [b + 1, 2] where sequences have lengths: those of most queries first. Of each its index, and
+  // the blocks of turn_keys keys of all heads in front of it; then those of all. The delta kernel
+  // fills it in.
   uint32_t* order;
 };
 

@@ -54,9 +54,8 @@ Tensor run(Backward& call) {
   const int dtype = dtype_of(q);
   FlashWorkspace workspace = {};
   run_or_throw(call.name, flash_plan_backward(device, dtype, &params, &workspace));
-  const int64_t floats =
-      workspace.dq_accum + workspace.statistics + workspace.turns + workspace.next_tile +
-      workspace.finished + workspace.order;
+  const int64_t floats = workspace.dq_accum + workspace.statistics + workspace.turns +
+                         workspace.next_tile + workspace.finished + workspace.order;
   const Tensor scratch = empty({floats}, Dtype::kFloat, q);
   params.dq_accum = pointer<float>(scratch);
   if (workspace.statistics > 0) params.statistics = params.dq_accum + workspace.dq_accum;

@@ -120,7 +120,7 @@ def test_dq_is_converted_by_as_many_as_keep_up_with_the_others(launched: Launche
         )
     ]
     found = launched(*calls)
-    # In windows of 1024 keys 4, of 16384 none, of 1024 at head dim 64 6; few blocks all run at once.
+    # Of rows that see 1024 keys 4, or 6 at head dim 64; of 16384 none. Few blocks all run at once.
     assert [launch.grid for launch in found[1::3]] == [128, 132, 132, 126, 8]
     assert [launch.grid for launch in found[2::3]] == [8 * 79, 8 * 132, 8 * 132, 8 * 32, 16]
 

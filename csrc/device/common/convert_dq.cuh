@@ -3,7 +3,8 @@
 // A CTA takes tiles of rows of one head with the main kernel's threads, reads the sums in register
 // order (copies one after the other, so that the order of additions is fixed), and stores through
 // shared memory. Bound by memory. Where the main kernel counts what has been added, CTAs run beside
-// it, on multiprocessors that it leaves to them, and take tile after tile when its head is complete.
+// it, on multiprocessors that it leaves to them, and take tile after tile when its head is
+// complete.
 #pragma once
 
 #include "attn/sequence.cuh"
