@@ -363,28 +363,28 @@ int flash_plan_backward(int ordinal, int dtype, BackwardParams* params, FlashWor
   Ready ready;
   const int head_dim = wider(params->d, params->dv);
   if (!prepare({FLASH_BACKWARD, head_dim, dtype, on->cc, nullptr, params}, *on, &ready)) return 0;
-  const bool is_hopper = ready.shape.box_m > 0;
-  const bool in_columns = params->deterministic && !is_hopper;
+  const Shape& shape = ready.shape;
   params->dq_cols = ready.kernel->head_dim;
-  params->dq_copies = in_columns ? choose_columns(*params, ready.shape, *on) : 1;
-  if (!ready.shape.makes_sums) params->dq_copies = 0;
-  params->heads_per_section = choose_section(*params, ready.shape, *on);
-  const int64_t heads = params->seqs.cu_seqlens_q == nullptr ? int64_t{params->hq} * params->seqs.b
-                                                             : int64_t{params->hq};
+  const bool in_columns = params->deterministic && shape.box_m == 0;
+  params->dq_copies = in_columns ? choose_columns(*params, shape, *on) : shape.makes_sums;
+  params->heads_per_section = choose_section(*params, shape, *on);
+  const int64_t heads = int64_t{params->hq} * (params->seqs.cu_seqlens_q ? 1 : params->seqs.b);
   params->dq_accum_copy = heads * params->delta_head * params->dq_cols;
   *workspace = {};
   workspace->dq_accum = params->dq_accum_copy * params->dq_copies;
-  if (is_hopper) {
+  if (shape.box_m > 0) {
     // A row's statistics are two floats, and those of a head begin at a multiple of 16 bytes.
     params->statistics_head = ceil_div(params->delta_head, 4) * 4;
     workspace->statistics = 2 * heads * params->statistics_head;
-    constexpr int kRowsOfTurns = 64;
-    if (params->deterministic && ready.shape.makes_sums) {
-      params->turn_rows = ready.shape.block_m;
-      params->turn_keys = ready.shape.block_n;
-      workspace->turns = 2 * (heads * params->delta_head / kRowsOfTurns + 1);
+    params->turn_rows = shape.block_m;
+    params->turn_keys = shape.block_n;
+    if (shape.makes_sums) {
+      const int64_t turns = 2 * (heads * params->delta_head / shape.box_m + 1);
+      workspace->turns = params->deterministic ? turns : 0;
+      workspace->next_tile = 4;
+      workspace->finished = int64_t{params->seqs.b} * params->hk;
+      if (has_lengths(params->seqs)) workspace->order = 2 * (params->seqs.b + 1);
     }
-    if (shares_blocks(*params, ready.shape, *on)) workspace->next_tile = 2;
   }
   return 1;
 }

@@ -167,9 +167,16 @@ struct BackwardParams {
   // queries about there see.
   int32_t* turns;
   int32_t turn_rows, turn_keys;
-  // CTAs of the main kernel take block after block of keys by this counter, which the delta kernel
-  // clears; null: each block has its CTA.
+  // CTAs of the main kernel take block after block of keys by this counter, and those of the kernel
+  // behind it tiles of dQ by the next; null: each block has its CTA.
   uint64_t* next_block;
+  // [b, hk] blocks of turn_keys keys whose shares of dQ are in the sums, counted by each who adds.
+  // The delta kernel clears these and the counters above.
+  int32_t* finished;
+  // [b + 1, 2] where sequences have lengths: those of most queries first. Of each its index, and
+  // the blocks of turn_keys keys of all heads in front of it; then those of all. The delta kernel
+  // fills it in.
+  uint32_t* order;
 };
 
 // A backward call whose operands come and go by the tensor memory accelerator.

@@ -60,9 +60,7 @@ int num_sms_for(const ForwardParams& params, const Device& device) {
 
 // Blocks of queries or keys take equally long: no masks, and no lengths of sequences.
 bool are_equal(const BackwardParams& params) {
-  const Sequences& seqs = params.seqs;
-  return !has_mask(params.scores) && seqs.cu_seqlens_q == nullptr && seqs.cu_seqlens_k == nullptr &&
-         seqs.seqused_q == nullptr && seqs.seqused_k == nullptr;
+  return !has_mask(params.scores) && !has_lengths(params.seqs);
 }
 
 int64_t num_key_blocks(const BackwardParams& params, const Shape& shape) {
@@ -97,7 +95,9 @@ Shape shape_of_hopper(int family, int kind, int head_dim) {
         {tile.block_m, tile.block_n, tile.threads(), tile.smem_bytes(), sm90::kBoxM, makes_sums});
   }
   if (kind == FLASH_CONVERT) {
-    return waiting({sm90::kSumRows, 0, sm90::kConvertThreads, 0, 0, true});
+    Shape shape = waiting({sm90::kSumRows, 0, sm90::kConvertThreads, 0, 0, true});
+    shape.ctas = sm90::kConvertCtas;
+    return shape;
   }
   if (kind == FLASH_DQ) {
     const sm90::QueriesTile tile = sm90::queries_tile(head_dim);
@@ -147,6 +147,11 @@ Shape shape_of(int family, int kind, int head_dim, int arch) {
     default:
       return {common::kFillThreads, 0, common::kFillThreads, 0, 0};
   }
+}
+
+bool has_lengths(const Sequences& seqs) {
+  return seqs.cu_seqlens_q != nullptr || seqs.cu_seqlens_k != nullptr ||
+         seqs.seqused_q != nullptr || seqs.seqused_k != nullptr;
 }
 
 bool takes(int family, const ForwardParams& params) {
@@ -235,6 +240,23 @@ void choose_clusters(ForwardParams* params, const Shape& shape, const Device& de
   }
 }
 
+// Multiprocessors that are left to the conversion of dQ. A row is rounded in a time of its own, and
+// computed in one that grows with the keys that it sees.
+int num_converting(const BackwardParams& params, const Device& device) {
+  const Sequences& seqs = params.seqs;
+  const Scores& scores = params.scores;
+  int64_t keys = seqs.cu_seqlens_k == nullptr ? seqs.sk : seqs.total_k / seqs.b;
+  if (scores.window_left >= 0 && scores.window_right >= 0) {
+    const int64_t width = int64_t{scores.window_left} + scores.window_right + 1;
+    if (keys > width) keys = width;
+  } else if (has_mask(scores)) {
+    keys /= 2;
+  }
+  // So many keys take one multiprocessor.
+  const int64_t of_one = params.d <= 64 ? 6144 : 4096;
+  return clamp((of_one + keys / 2) / (keys < 1 ? 1 : keys), 0, device.num_sms / 8);
+}
+
 bool shares_blocks(const BackwardParams& params, const Shape& shape, const Device& device) {
   // Where the next block's loads begin before the gradients of this one have left.
   return shape.box_m > 0 && shape.makes_sums && num_key_blocks(params, shape) > device.num_sms;
@@ -242,12 +264,16 @@ bool shares_blocks(const BackwardParams& params, const Shape& shape, const Devic
 
 int64_t num_ctas(const BackwardParams& params, const Shape& shape, const Device& device) {
   const int64_t blocks = num_key_blocks(params, shape);
-  if (shape.box_m > 0) return shares_blocks(params, shape, device) ? device.num_sms : blocks;
+  if (shape.box_m > 0) {
+    return shares_blocks(params, shape, device) ? device.num_sms - num_converting(params, device)
+                                                : blocks;
+  }
   return params.deterministic ? int64_t{params.dq_copies} * params.hk * params.seqs.b : blocks;
 }
 
 int64_t num_ctas_of_dq(const BackwardParams& params, const Shape& shape, const Device& device) {
   const int64_t blocks = ceil_div(params.seqs.sq, shape.block_m) * params.hq * params.seqs.b;
+  if (shape.ctas > 0) return clamp(blocks, 0, device.num_sms * shape.ctas);
   // Blocks of one length are dealt out beforehand.
   const bool are_dealt = shape.box_m > 0 && are_equal(params);
   return are_dealt && blocks > device.num_sms ? device.num_sms : blocks;

@@ -48,6 +48,9 @@ Shape shape_of(int family, int kind, int head_dim, int arch);
 bool takes(int family, const ForwardParams& params);
 bool takes(int family, const BackwardParams& params);
 
+// Whether sequences have lengths of their own.
+bool has_lengths(const Sequences& seqs);
+
 inline int64_t ceil_div(int64_t x, int64_t y) { return (x + y - 1) / y; }
 
 // Whether decode kernels can run a call: rows of queries and heads of a group that a tile holds.

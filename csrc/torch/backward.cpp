@@ -54,8 +54,8 @@ Tensor run(Backward& call) {
   const int dtype = dtype_of(q);
   FlashWorkspace workspace = {};
   run_or_throw(call.name, flash_plan_backward(device, dtype, &params, &workspace));
-  const int64_t floats =
-      workspace.dq_accum + workspace.statistics + workspace.turns + workspace.next_tile;
+  const int64_t floats = workspace.dq_accum + workspace.statistics + workspace.turns +
+                         workspace.next_tile + workspace.finished + workspace.order;
   const Tensor scratch = empty({floats}, Dtype::kFloat, q);
   params.dq_accum = pointer<float>(scratch);
   if (workspace.statistics > 0) params.statistics = params.dq_accum + workspace.dq_accum;
@@ -65,6 +65,10 @@ Tensor run(Backward& call) {
   if (workspace.next_tile > 0) {  // behind even numbers of floats
     params.next_block =
         reinterpret_cast<uint64_t*>(params.statistics + workspace.statistics + workspace.turns);
+    params.finished = reinterpret_cast<int32_t*>(params.next_block) + workspace.next_tile;
+    if (workspace.order > 0) {
+      params.order = reinterpret_cast<uint32_t*>(params.finished + workspace.finished);
+    }
   }
   run_or_throw(call.name, flash_backward(device, current_stream(device), dtype, &params));
   dq.finish();

@@ -103,8 +103,26 @@ def test_blocks_of_keys_are_shared_where_loads_overlap(launched: Launched) -> No
         for options in ("", "window=(-1, 0)", "deterministic=True")
     ]
     found = launched(*calls)
-    assert [launch.grid for launch in found[1::3]] == [132] * 3 + [4 * 79] * 3
+    # Of 132 multiprocessors, one or two are left to the conversion of dQ.
+    assert [launch.grid for launch in found[1::3]] == [131, 130, 131] + [4 * 79] * 3
     assert [launch.grid for launch in found[2::3]] == [8 * 79] * 3 + [132, 8 * 40, 132]
+
+
+def test_dq_is_converted_by_as_many_as_keep_up_with_the_others(launched: Launched) -> None:
+    calls = [
+        f"backward({d}, sq={length}, sk={length}, hk=4, {options})"
+        for d, length, options in (
+            (128, 5000, "window=(1023, 0)"),
+            (128, 16384, ""),
+            (64, 16384, ""),
+            (64, 4096, "window=(-1, 0)"),
+            (64, 100, ""),
+        )
+    ]
+    found = launched(*calls)
+    # For rows that see 1024 keys 4, 2048 of head dim 64 3, 16384 none. Few blocks all run at once.
+    assert [launch.grid for launch in found[1::3]] == [128, 132, 132, 129, 8]
+    assert [launch.grid for launch in found[2::3]] == [8 * 79, 8 * 132, 8 * 132, 8 * 64, 16]
 
 
 def test_blocks_of_queries_that_differ_in_length_go_to_who_is_free(launched: Launched) -> None:

@@ -115,9 +115,9 @@ def plan_and_run(
         ctypes.c_uint64.from_buffer(call, OFFSETS[name]).value = 4096
     for name, value in rows.items():
         setattr(call.head, name, value)
-    workspace = (ctypes.c_int64 * 7)()
+    workspace = (ctypes.c_int64 * 9)()
     ok = host.flash_plan_forward(device, dtype, splits, ctypes.byref(call), workspace)
-    *_, next_tile, decodes = workspace
+    next_tile, decodes = workspace[5:7]
     if next_tile:
         ctypes.c_uint64.from_buffer(call, OFFSETS["next_tile"]).value = 4096
     run = host.flash_decode if decodes else host.flash_forward

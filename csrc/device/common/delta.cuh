@@ -39,11 +39,48 @@ __device__ inline float lse_of_row(const BackwardParams& params, const attn::Seq
   return lse == -attn::infinity() ? attn::infinity() : lse * attn::kLog2e;
 }
 
+// Finds the place of a sequence in BackwardParams::order: behind those of more queries, or as many
+// and a lower index.
+__device__ inline void find_place(const BackwardParams& params, const attn::Sequence& own) {
+  const auto blocks_of = [&](const attn::Sequence& seq) -> uint32_t {
+    return (seq.sk + params.turn_keys - 1) / params.turn_keys * params.hk;
+  };
+  uint32_t sequences = 0;
+  uint32_t blocks = 0;
+  for (int i = threadIdx.x; i < params.seqs.b; i += kDeltaThreads) {
+    const attn::Sequence seq(params.seqs, i);
+    if (seq.sq > own.sq || (seq.sq == own.sq && i < own.index)) {
+      ++sequences;
+      blocks += blocks_of(seq);
+    }
+  }
+  __shared__ uint2 of_warps[kDeltaThreads / 32];
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2) {
+    sequences += __shfl_xor_sync(0xffffffffu, sequences, step);
+    blocks += __shfl_xor_sync(0xffffffffu, blocks, step);
+  }
+  if (threadIdx.x % 32 == 0) of_warps[threadIdx.x / 32] = make_uint2(sequences, blocks);
+  __syncthreads();
+  if (threadIdx.x > 0) return;
+  for (int warp = 1; warp < kDeltaThreads / 32; ++warp) {
+    sequences += of_warps[warp].x;
+    blocks += of_warps[warp].y;
+  }
+  uint32_t* const place = params.order + 2 * sequences;
+  place[0] = own.index;
+  place[1] = blocks;
+  const bool is_last = sequences + 1 == static_cast<uint32_t>(params.seqs.b);
+  if (is_last) place[3] = blocks + blocks_of(own);
+}
+
 // Grid: CTAs of a head (as many as the longest head has tiles of rows), times hq, times b.
 template <class T>
 __device__ inline void delta(const BackwardParams& params) {
   ptx::let_kernel_behind_begin();
-  if (params.next_block && blockIdx.x == 0 && threadIdx.x == 0) *params.next_block = 0;
+  if (params.next_block && blockIdx.x == 0 && threadIdx.x == 0) {
+    params.next_block[0] = params.next_block[1] = 0;
+  }
   const int blocks = gridDim.x / (params.hq * params.seqs.b);
   // The first heads come last: the main kernel begins with what is in L2.
   const int index = gridDim.x - 1 - blockIdx.x;
@@ -60,6 +97,10 @@ __device__ inline void delta(const BackwardParams& params) {
                  2 * attn::PaddedRows(params, seq.index, head, params.statistics_head).first;
   }
 
+  if (params.finished && block == 0 && threadIdx.x == 0 && head < params.hk) {
+    params.finished[seq.index * params.hk + head] = 0;
+  }
+  if (params.order && block == 0 && head == 0) find_place(params, seq);
   for (int first = block * kDeltaRows; first < padded.count; first += blocks * kDeltaRows) {
     const int end = min(first + kDeltaRows, padded.count);
     for (int copy = 0; copy < params.dq_copies; ++copy) {

@@ -174,11 +174,14 @@ __device__ inline void red_add_f32(float* gmem, float x) {
 }
 
 // Waits until a counter is `x`; what its writers did before they added to it is seen from here on.
-__device__ inline void wait_until_equal(const int32_t* gmem, int x) {
-  int found;
-  do {
+// Sleeps for `sleep_ns` or so before it looks again.
+__device__ inline void wait_until_equal(const int32_t* gmem, int x, uint32_t sleep_ns = 0) {
+  for (;;) {
+    int found;
     asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(found) : "l"(gmem) : "memory");
-  } while (found != x);
+    if (found == x) return;
+    if (sleep_ns > 0) asm volatile("nanosleep.u32 %0;" ::"r"(sleep_ns));
+  }
 }
 
 // Adds to a counter, behind what this thread did before, and what it saw of others at a barrier.

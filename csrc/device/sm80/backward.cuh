@@ -58,6 +58,7 @@ struct BackwardConfig {
   using AccKV = tile::Accumulators<kRowsKV / 16, kColsKV / 8>;
   using AccQ = tile::Accumulators<kRowsQ / 16, kColsQ / 8>;
   using OrderQ = tile::RegisterOrder<kThreads>;
+  static constexpr int kCounts = 0;  // of finished blocks of keys
 
   __device__ static int s_row(int thread) { return thread / 32 % kTile.warps_s * kRowsS; }
   __device__ static int s_col(int thread) { return thread / 32 / kTile.warps_s * kColsS; }

@@ -34,7 +34,6 @@ __device__ inline void backward(const TmaBackwardParams& params) {
   extern __shared__ __align__(1024) unsigned char storage[];
   const BackwardPipeline<Cfg> pipe(storage);
   pipe.init();
-  ptx::let_kernel_behind_begin();
   const int warpgroup = ptx::uniform(threadIdx.x / 128);
   if (warpgroup == 0) {
     ptx::give_registers<Cfg::kTile.registers_of_others()>();
@@ -66,6 +65,8 @@ struct ConvertConfig {
   using T = T_;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kBlockM = kSumRows;
+  // Who counts when a block of keys has been added.
+  static constexpr int kCounts = backward_tile(kHeadDim_).senders();
   static constexpr int kThreads = kConvertThreads;
   using TileQ = tile::SmemTile<kBlockM, kHeadDim>;
   using AccQ = tile::Accumulators<1, kHeadDim / 8>;

@@ -10,6 +10,9 @@ namespace flash::sm90 {
 // has; or only its own. Where blocks wait for one another, the first is taken like the others: then
 // those in front of it are in hand, even if not all CTAs run at once.
 //
+// Sequences that have lengths come in their order (BackwardParams::order), without blocks that have
+// no keys, so that those of few queries fill the gaps at the end.
+//
 // Heads come in sections, of which all CTAs that run together have the queries in common. Under a
 // causal mask the first keys are seen by most queries: their blocks start first. Where sums of dQ
 // must have one order, the last keys' do, because a block adds behind those of later keys.
@@ -19,13 +22,13 @@ struct KeySchedule {
 
   // Fills in block `index`, or that there are no more. False: it has no keys.
   __device__ bool find(KeyBlock& block, uint32_t index) const {
-    const uint32_t num_blocks = (params.seqs.sk + Cfg::kBlockN - 1) / Cfg::kBlockN;
-    block.is_last = index >= num_blocks * params.hk * params.seqs.b;
+    if (is_shared() && params.order) {
+      find_in_order(block, index);
+    } else {
+      find_in(block, index, (params.seqs.sk + Cfg::kBlockN - 1) / Cfg::kBlockN, params.seqs.b,
+              params.heads_per_section);
+    }
     if (block.is_last) return true;
-    const attn::TileIndex at(index, num_blocks, params.hk, params.seqs.b, params.heads_per_section);
-    block.sequence = at.sequence;
-    block.head = at.head;
-    block.first = Cfg::kBlockN * (params.deterministic ? at.block_m : num_blocks - 1 - at.block_m);
     ptx::forget();  // what is in the block by now: registers are few
     place(block, attn::Sequence(params.seqs, block.sequence));
     if (block.first >= block.sk) return false;
@@ -41,6 +44,7 @@ struct KeySchedule {
     return true;
   }
   __device__ uint32_t first() const {
+    if (is_shared() && params.order) ptx::wait_for_kernel_in_front();
     return is_shared() && params.deterministic ? next() : blockIdx.x;
   }
   __device__ uint32_t next() const {
@@ -51,6 +55,34 @@ struct KeySchedule {
   }
 
  private:
+  // Among blocks of `b` sequences that have as many each.
+  __device__ void find_in(KeyBlock& block, uint32_t index, uint32_t num_blocks, uint32_t b,
+                          uint32_t section) const {
+    block.is_last = index >= num_blocks * params.hk * b;
+    if (block.is_last) return;
+    const attn::TileIndex at(index, num_blocks, params.hk, b, section);
+    block.sequence = at.sequence;
+    block.head = at.head;
+    block.first = Cfg::kBlockN * (params.deterministic ? at.block_m : num_blocks - 1 - at.block_m);
+  }
+
+  // Among those of sequences in their order.
+  __device__ void find_in_order(KeyBlock& block, uint32_t index) const {
+    const auto blocks_before = [&](int i) { return params.order[2 * i + 1]; };
+    int low = 0;  // blocks_before(low) <= index < blocks_before(high)
+    int high = params.seqs.b;
+    block.is_last = index >= blocks_before(high);
+    if (block.is_last) return;
+    while (high - low > 1) {
+      const int middle = (low + high) / 2;
+      (blocks_before(middle) <= index ? low : high) = middle;
+    }
+    const uint32_t first = blocks_before(low);
+    const uint32_t num_blocks = (blocks_before(low + 1) - first) / params.hk;
+    find_in(block, index - first, num_blocks, 1, max(gridDim.x / num_blocks, 1u));
+    block.sequence = static_cast<int>(params.order[2 * low]);
+  }
+
   __device__ bool is_shared() const { return Cfg::kByKeys && params.next_block != nullptr; }
 
   __device__ void place(KeyBlock& block, const attn::Sequence& seq) const {
@@ -143,7 +175,10 @@ __device__ inline void load_steps(const TmaBackwardParams& params,
     pipe.blocks().wait_full(i);
     const KeyBlock& block = pipe.block(i);
     if (block.is_last) return;
-    if (i == 0) ptx::wait_for_kernel_in_front();
+    if (i == 0) {
+      ptx::wait_for_kernel_in_front();
+      ptx::let_kernel_behind_begin();
+    }
     const int group = call.hq / call.hk;
     int left = (block.end - block.begin) * group;
     for (int head = block.head * group; head < (block.head + 1) * group; ++head) {

@@ -48,8 +48,9 @@ struct Sender {
     // Of the step before, if there is one: the row in dq_accum, and the turn.
     int late = kNone;
     int late_turn = 0;
+    int uncounted = kNone;  // the key-value head of the block before, until its last dQ has left
     ptx::wait_for_kernel_in_front();
-    for (uint32_t i = 0;; ++i) {
+    for (int i = 0;; ++i) {
       pipe.blocks().wait_full(i);
       const KeyBlock& block = pipe.block(i);
       const bool has_steps = !block.is_last && block.begin < block.end;
@@ -62,7 +63,11 @@ struct Sender {
         if constexpr (Cfg::kHasSummer) {
           add(row, block.first / Cfg::kBlockN, sent++);
         } else {
-          if (late != kNone) add(late, late_turn, sent++);
+          if (late != kNone) {
+            add(late, late_turn, sent++);
+            count(uncounted);
+            uncounted = kNone;
+          }
           late = row;
           late_turn = block.first / Cfg::kBlockN;
         }
@@ -78,12 +83,25 @@ struct Sender {
         send_values(block);
         pipe.outs(consumer).arrive_empty(sent++);
       }
-      pipe.blocks().arrive_empty(i);
+      const int head = block.sequence * call.hk + block.head;
+      if (has_steps && !Cfg::kHasSummer) {
+        uncounted = head;
+      } else {
+        count(head);
+      }
+      pipe.blocks().arrive_empty(ptx::opaque(i));  // so that no address is kept
     }
     ptx::tma_store_wait();
   }
 
  private:
+  // Counts a block of keys of a head: its dQ has left. Who sees that sees the sums.
+  __device__ void count(int head) const {
+    if (head == kNone) return;
+    ptx::tma_store_wait();
+    ptx::red_release_add(maps.call.finished + head, 1);
+  }
+
   __device__ void send_values(const KeyBlock& block) const {
     const int first = block.first + 64 * consumer;
     if (!leave_by_tma(maps.call, block, first)) return;

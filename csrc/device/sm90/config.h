@@ -183,8 +183,9 @@ constexpr QueriesTile queries_tile(int head_dim) {
   return {};
 }
 
-// Rows of a tile of dQ's sums; the conversion takes one a CTA.
+// Rows of a tile of dQ's sums, and CTAs of the conversion.
 constexpr int kSumRows = 64;
 constexpr int kConvertThreads = 128;
+constexpr int kConvertCtas = 8;  // a multiprocessor
 
 }  // namespace flash::sm90

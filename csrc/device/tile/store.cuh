@@ -154,17 +154,17 @@ struct WarpgroupOrder {
     }
   }
 
-  // acc += the sums.
+  // acc = the sums.
   template <int kN>
-  __device__ static void load_add(Accumulators<1, kN>& acc, const float* from, int thread) {
+  __device__ static void load(Accumulators<1, kN>& acc, const float* from, int thread) {
     from += 4 * static_cast<uint32_t>(thread);
 #pragma unroll
     for (int n = 0; n < kN; ++n) {
       const float4 x = *reinterpret_cast<const float4*>(from + n * kEightColumns);
-      acc.c[0][n][0] += x.x;
-      acc.c[0][n][1] += x.y;
-      acc.c[0][n][2] += x.z;
-      acc.c[0][n][3] += x.w;
+      acc.c[0][n][0] = x.x;
+      acc.c[0][n][1] = x.y;
+      acc.c[0][n][2] = x.z;
+      acc.c[0][n][3] = x.w;
     }
   }
 };
