@@ -150,7 +150,7 @@ _SINCE_SM80 = ("80", "86", "89", "90", "100", "120", "80+ptx")
 # wider tiles, for long calls; and with softcap, ALiBi and keys in parts, which sm90's forward
 # leaves out. Above head dim 128, sm90's dQ has a kernel of its own.
 KERNEL_FAMILIES: tuple[KernelFamily, ...] = (
-    KernelFamily("sm90_wide", ("forward",), (64,), HALF_DTYPES, ("90a",)),
+    KernelFamily("sm90_wide", ("forward",), (64, 96, 128), HALF_DTYPES, ("90a",)),
     KernelFamily("sm90", ("forward",), (64, 96, 128, 192, 256), HALF_DTYPES, ("90a",)),
     KernelFamily("sm90_scored", ("forward",), (64, 96, 128, 192, 256), HALF_DTYPES, ("90a",)),
     KernelFamily("sm90_fp8_wide", ("forward",), (128,), (FP8_DTYPE,), ("90a",)),

@@ -124,7 +124,8 @@ bool load_once(Kernel* kernel, const Device& device) {
 
 }  // namespace
 
-bool prepare(const Want& want, const Device& device, Ready* ready) {
+bool prepare(Want want, const Device& device, Ready* ready) {
+  want.num_sms = device.num_sms;
   Kernel* kernel = find(want);
   while (kernel != nullptr) {
     const std::atomic<CUkernel>& slot = kernel->loaded[device.ordinal];

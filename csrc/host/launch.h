@@ -18,7 +18,7 @@ struct Ready {
 
 // Finds what serves a call and loads it where this is its first use on the device. What the driver
 // refuses gives way to the next that serves.
-bool prepare(const Want& want, const Device& device, Ready* ready);
+bool prepare(Want want, const Device& device, Ready* ready);
 
 // Launches a kernel that takes one parameter struct by value, in clusters of so many CTAs, or none.
 // The device's context must be current.

@@ -87,6 +87,13 @@ Shape waiting(Shape shape) {
   return shape;
 }
 
+sm90::ForwardTile forward_tile(int family, int head_dim) {
+  const bool is_wide = family == kSm90Wide || family == kSm90Fp8Wide;
+  const bool is_plain = family == kSm90 || family == kSm90Fp8;
+  const sm90::Serves serves = is_wide ? sm90::kLong : is_plain ? sm90::kPlain : sm90::kAll;
+  return sm90::forward_tile(serves, head_dim, element_bytes(family));
+}
+
 Shape shape_of_hopper(int family, int kind, int head_dim) {
   if (kind == FLASH_BACKWARD) {
     const sm90::BackwardTile tile = sm90::backward_tile(head_dim);
@@ -103,13 +110,31 @@ Shape shape_of_hopper(int family, int kind, int head_dim) {
     const sm90::QueriesTile tile = sm90::queries_tile(head_dim);
     return waiting({tile.block_m(), tile.block_n, tile.threads(), tile.smem_bytes(), sm90::kBoxM});
   }
-  const bool is_wide = family == kSm90Wide || family == kSm90Fp8Wide;
-  const sm90::Serves serves = is_wide ? sm90::kLong : sm90::kAll;
-  const sm90::ForwardTile tile = sm90::forward_tile(serves, head_dim, element_bytes(family));
+  const sm90::ForwardTile tile = forward_tile(family, head_dim);
   Shape shape = {tile.block_m(), tile.block_n, tile.threads(), tile.smem_bytes(), sm90::kBoxM};
   shape.element_bytes = tile.element_bytes;
   shape.may_pair = tile.may_pair();
   return shape;
+}
+
+// A wide tile takes longer to begin and to end, has more rows that are empty, and more keys that a
+// mask hides: it needs many steps between. A window leaves wider heads too few.
+bool is_long(const ForwardParams& params) {
+  const Sequences& seqs = params.seqs;
+  const Scores& scores = params.scores;
+  const int length = seqs.sq < seqs.sk ? seqs.sq : seqs.sk;
+  const int width = params.d > params.dv ? params.d : params.dv;
+  const bool is_window = scores.window_left >= 0 || scores.attention_chunk != 0;
+  const int least = (width <= 96 ? 2048 : 4096) * (has_mask(scores) ? 2 : 1);
+  return length >= least && (width <= 64 || !is_window);
+}
+
+// The tiles of sm90 at head dim 64 are the largest of all: they need enough rows, and enough tiles
+// for two rounds of the device.
+bool is_small(const ForwardParams& params, int num_sms) {
+  const int rows = forward_tile(kSm90, 64).block_m();
+  const int64_t tiles = ceil_div(params.seqs.sq, rows) * params.hq * params.seqs.b;
+  return params.seqs.sq < rows || tiles < 2 * num_sms;
 }
 
 // Whether later rows see more keys. Else tiles of one head run side by side, as no long ones must
@@ -154,7 +179,7 @@ bool has_lengths(const Sequences& seqs) {
          seqs.seqused_q != nullptr || seqs.seqused_k != nullptr;
 }
 
-bool takes(int family, const ForwardParams& params) {
+bool takes(int family, const ForwardParams& params, int num_sms) {
   const Sequences& seqs = params.seqs;
   if (is_decode(family)) {
     return params.scores.rng_state == nullptr && decode_rows(params) <= rows_of(family);
@@ -163,8 +188,10 @@ bool takes(int family, const ForwardParams& params) {
   if ((params.num_splits > 1 || params.heads_of_tile > 1) && family != kSm90Scored) return false;
   const bool is_scored = family == kSm90Scored || family == kSm90Fp8Scored;
   if (!is_scored && !is_plain(params.scores)) return false;
-  // A wide tile has more rows that are empty, and more keys that a mask hides.
-  if (family == kSm90Wide && seqs.sq < (has_mask(params.scores) ? 2048 : 256)) return false;
+  if (family == kSm90Wide && !is_long(params)) return false;
+  if (family == kSm90 && params.d <= 64 && params.dv <= 64 && is_small(params, num_sms)) {
+    return false;
+  }
   // More keys at a time cost less, but more of the last ones are none. Heads of up to 96 have
   // kernels of their own.
   const bool is_narrow = params.d <= 96 && params.dv <= 96;

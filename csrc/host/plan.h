@@ -45,7 +45,7 @@ struct Clusters {
 Shape shape_of(int family, int kind, int head_dim, int arch);
 
 // Whether kernels of a family do what a call asks for.
-bool takes(int family, const ForwardParams& params);
+bool takes(int family, const ForwardParams& params, int num_sms);
 bool takes(int family, const BackwardParams& params);
 
 // Whether sequences have lengths of their own.

@@ -104,7 +104,7 @@ bool serves(const Kernel& kernel, const Want& want) {
   return kernel.kind == want.kind && kernel.dtype == want.dtype &&
          (kernel.head_dim == 0 || kernel.head_dim >= want.head_dim) &&
          (want.family == kNumFamilies || kernel.family == want.family) &&
-         (want.forward == nullptr || takes(kernel.family, *want.forward)) &&
+         (want.forward == nullptr || takes(kernel.family, *want.forward, want.num_sms)) &&
          (want.backward == nullptr || takes(kernel.family, *want.backward));
 }
 

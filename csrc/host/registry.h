@@ -55,6 +55,7 @@ struct Want {
   const ForwardParams* forward = nullptr;
   const BackwardParams* backward = nullptr;
   int family = kNumFamilies;  // the only one, if it is one
+  int num_sms = 0;            // of the device
 };
 
 // Reads the table. True at once if this folder's table has been read before.

@@ -18,7 +18,7 @@ FAMILIES = (
     "sm90_fp8",
     "sm90_fp8_scored",
 )
-# With turns, and wide; with Q in registers; with one buffer of Q.
+# Four consumers; Q in registers; one buffer of Q. Wide tiles of every head dim besides.
 HEAD_DIMS = (64, 128, 256)
 # Steps of 128 queries; dQ by a third consumer; steps of 64; consumers that share keys, with
 # products a step late and without.
@@ -127,6 +127,7 @@ def build_driver(folder: Path, head_dims: tuple[int, ...], dtype: str = "bf16") 
         if (
             unit.family in FAMILIES and unit.head_dim in head_dims and unit.dtype in (dtype, "e4m3")
         )
+        or (unit.family == "sm90_wide" and unit.dtype == dtype)
         or (unit.kind == "decode" and unit.head_dim in DECODE_HEAD_DIMS and unit.dtype == dtype)
         or (
             unit.family == "sm90"

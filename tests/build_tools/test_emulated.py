@@ -45,7 +45,7 @@ def dense(d, sq, sk, hq=2, hk=1, b=2, rise=0.0, jump=0.0, dv=None, splits=1, **o
     got = call(q, k, v, splits=splits, **options)
     judge(got, lambda dtype: attention(q, k, v, dtype=dtype, **kept)[:2])
 
-def packed(d, lens_q, lens_k, hq=2, hk=1, used_k=None, splits=1, **options):
+def packed(d, lens_q, lens_k, hq=2, hk=1, used_k=None, splits=1, longest=None, **options):
     cu = [torch.tensor([0, *torch.tensor(x).cumsum(0)], dtype=torch.int32)
           for x in (lens_q, lens_k)]
     # Rows behind the last sequence, and behind those in use, hold anything.
@@ -57,7 +57,7 @@ def packed(d, lens_q, lens_k, hq=2, hk=1, used_k=None, splits=1, **options):
     for start, end in zip(cu[1], ends):
         unused[start:end] = False
     k[unused] = v[unused] = q[sum(lens_q):] = math.nan
-    longest = (max(lens_q), max(lens_k))
+    longest = (longest or max(lens_q), longest or max(lens_k))
     got = call(q, k, v, cu, (None, used), longest, splits=splits, **options)
     rows = slice(0, sum(lens_q))
     assert bool((got[0][rows.stop:] == 0).all())
@@ -66,7 +66,7 @@ def packed(d, lens_q, lens_k, hq=2, hk=1, used_k=None, splits=1, **options):
     judge((got[0][rows], got[1][:, rows]), oracle)
 
 def paged(d, page, sq, used_k, hq=2, hk=1, lens_q=None, rows=None, jump=0.0, splits=1,
-          **options):
+          longest=None, **options):
     b, num_pages = len(used_k), max(used_k) // page + 2
     table = torch.randperm(b * num_pages).view(b, num_pages).int()
     k, v = make(b * num_pages, page, hk, d), make(b * num_pages, page, hk, d)
@@ -87,7 +87,9 @@ def paged(d, page, sq, used_k, hq=2, hk=1, lens_q=None, rows=None, jump=0.0, spl
     if jump:
         q[..., 0] = 8.0
     used = torch.tensor(used_k, dtype=torch.int32)
-    longest = (None if lens_q is None else max(lens_q), max(used_k))
+    if longest:
+        table = torch.nn.functional.pad(table, (0, -(-longest // page) - num_pages), value=-5)
+    longest = (None if lens_q is None else longest or max(lens_q), longest or max(used_k))
     where = dict(table=table, rows=rows, splits=splits)
     got = call(q, k, v, (cu_q, None), (None, used), longest, **where, **options)
     cache = dict(cache_seqlens=used, block_table=table, cache_batch_idx=rows, cu_seqlens_q=cu_q)
@@ -128,6 +130,20 @@ CASES = {
     "heads_share_tiles_over_pages": "paged({d}, 16, 0, (300, 7, 264), hq=16, hk=2, lens_q=(20, 0, 9), causal=True)",
     "pages_and_packed_queries": "paged({d}, 32, 0, (300, 7, 64), lens_q=(100, 0, 40), causal=True)",
 }
+# Of wide tiles, which are for long calls: packed sequences may be shorter than the longest is said
+# to be.
+LONG_HEAD_DIMS = (64, 96, 128)
+LONG = {
+    "whole_tiles": "packed({d}, (384, 192), (600, 256), longest=8192)",
+    "ragged": "packed({d}, (300, 7, 0, 200), (333, 50, 100, 700), longest=8192)",
+    "causal": "packed({d}, (400, 5, 256), (400, 300, 256), longest=8192, causal=True)",
+    "rows_without_keys": "packed({d}, (300, 130), (100, 129), longest=8192, causal=True)",
+    "used": "packed({d}, (130, 5, 256), (130, 300, 256), used_k=(1, 290, 0), longest=8192)",
+    "pages": "paged({d}, 16, 0, (333, 700), lens_q=(200, 140), longest=8192)",
+    "pages_causal": "paged({d}, 24, 0, (300, 100), lens_q=(200, 90), longest=8192, causal=True)",
+    "jumping_scores": "paged({d}, 64, 0, (900, 600), lens_q=(200, 90), longest=8192, jump=200.0)",
+    "dense": "dense({d}, 4096, 4099, hq=1, hk=1, b=1)",
+}
 # Of head dim 256, where CTAs run in pairs. One of a pair has fewer blocks of keys, or rows without
 # any.
 PAIRS = {
@@ -148,11 +164,7 @@ def told(machine: Stub, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[
     results, launched = answers(machine, log, PROGRAM, CASES)
     forward = {f"flash_fwd_sm90_d{d}_bf16" for d in HEAD_DIMS}
     forward |= {f"flash_fwd_sm90_scored_d{d}_bf16" for d in HEAD_DIMS}
-    assert launched == forward | {
-        "flash_fwd_sm90_wide_d64_bf16",
-        "flash_fill_bf16",
-        "flash_combine_bf16",
-    }
+    assert launched == forward | {"flash_fill_bf16", "flash_combine_bf16"}
     return results
 
 
@@ -162,6 +174,26 @@ def test_hoppers_kernels_compute_attention(
     told: dict[tuple[int, str], str], d: int, name: str
 ) -> None:
     assert told[d, name] == ""
+
+
+@pytest.fixture(scope="module")
+def told_of_long(
+    machine: Stub, tmp_path_factory: pytest.TempPathFactory
+) -> dict[tuple[int, str], str]:
+    """What each case of long calls came to."""
+    log = tmp_path_factory.mktemp("long") / "log"
+    results, launched = answers(machine, log, PROGRAM, LONG, LONG_HEAD_DIMS)
+    wide = {f"flash_fwd_sm90_wide_d{d}_bf16" for d in LONG_HEAD_DIMS}
+    assert launched == wide | {"flash_fill_bf16"}
+    return results
+
+
+@pytest.mark.parametrize("name", LONG)
+@pytest.mark.parametrize("d", LONG_HEAD_DIMS)
+def test_wide_tiles_compute_attention(
+    told_of_long: dict[tuple[int, str], str], d: int, name: str
+) -> None:
+    assert told_of_long[d, name] == ""
 
 
 @pytest.fixture(scope="module")

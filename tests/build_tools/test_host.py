@@ -100,13 +100,13 @@ class Call(ctypes.Structure):
     _fields_ = [("head", ForwardHead), ("rest", ctypes.c_ubyte * 800)]
 def plan_and_run(
     device, d=64, stream=77, splits=1, b=2, sq=300, sk=300, right=-1, margin=0, given=(),
-    dtype=BF16, pages=(0, 0), **rows
+    dtype=BF16, pages=(0, 0), window_left=-1, **rows
 ):
     # Only sizes matter to the plan; offsets are asked of the compiler below.
     call = Call()
     sizes = dict(b=b, sq=sq, sk=sk, hq=4, hk=2, d=d, dv=d, cache_rows=b)
     for name, value in dict(
-        sizes, window_left=-1, window_right=right, sm_margin=margin, q_dtype=dtype,
+        sizes, window_left=window_left, window_right=right, sm_margin=margin, q_dtype=dtype,
         num_pages=pages[0], page_size=pages[1],
     ).items():
         ctypes.c_int32.from_buffer(call, OFFSETS[name]).value = value
@@ -437,7 +437,7 @@ call(given=["cu_seqlens_q"])
 def test_who_takes_a_call_in_parts_decides_into_how_many(
     stub: Stub, hopper: Path, tmp_path: Path, offsets: dict[str, int]
 ) -> None:
-    # Two tiles of 192 rows, or three of 128. One block of keys cannot be split.
+    # Three tiles of 128 rows, or, of many heads, two of 256. One block of keys cannot be split.
     text = """
 call = lambda **more: say(plan_and_run(0, **more))
 call(splits=0, b=1, sk=8192)
@@ -447,8 +447,8 @@ call(splits=2, b=40, sk=600)
 """
     found = run_with(hopper, stub, tmp_path / "log", offsets, text)
     parts = [(x.kernel, x.grid) for x in found if x.kernel != "flash_combine_bf16"]
-    scored, wide = "flash_fwd_sm90_scored_d64_bf16", "flash_fwd_sm90_wide_d64_bf16"
-    assert parts == [(scored, 11 * 4 * 3), (scored, 5 * 4 * 3), (wide, 132), (scored, 132)]
+    scored, whole = "flash_fwd_sm90_scored_d64_bf16", "flash_fwd_sm90_d64_bf16"
+    assert parts == [(scored, 11 * 4 * 3), (scored, 5 * 4 * 3), (whole, 132), (scored, 132)]
     assert len(found) == len(parts) + 3
 
 
@@ -456,24 +456,58 @@ def test_wide_tiles_are_for_long_calls(
     stub: Stub, hopper: Path, tmp_path: Path, offsets: dict[str, int]
 ) -> None:
     text = """
-say(plan_and_run(0))
-say(plan_and_run(0, sq=255))
-say(plan_and_run(0, sq=2047, right=0))
-say(plan_and_run(0, given=['alibi_slopes']))
-say(plan_and_run(0, d=72))
-say(plan_and_run(0, sq=2048, right=0))
+call = lambda d, length, **more: say(plan_and_run(0, d=d, sq=length, sk=length, **more))
+call(64, 2048)
+call(64, 2047)
+call(64, 4095, right=0, b=8)
+call(64, 4096, right=0)
+call(64, 4096, window_left=0)
+call(72, 2047)
+call(72, 2048)
+call(72, 4095, right=0)
+call(72, 4096, right=0)
+call(128, 4095)
+call(128, 4096)
+call(128, 8191, right=0)
+call(128, 8192, right=0)
+call(128, 8192, window_left=0)
+call(136, 8192)
 """
     wide, *others = run_with(hopper, stub, tmp_path / "log", offsets, text)
     assert (wide.kernel, wide.block) == ("flash_fwd_sm90_wide_d64_bf16", 4 * 128)
-    assert wide.grid == 2 * 4 * 2  # 300 rows in tiles of 192
+    assert wide.grid == 2 * 4 * 11  # 2048 rows in tiles of 192
     assert wide.smem == (3 * 192 + 2 * 4 * 128) * 64 * 2 + 2 * 192 * 4 + 1024
-    assert [x.kernel for x in others] == [
-        "flash_fwd_sm90_d64_bf16",
-        "flash_fwd_sm90_d64_bf16",
-        "flash_fwd_sm90_scored_d64_bf16",
-        "flash_fwd_sm90_d96_bf16",
-        wide.kernel,
+    assert [x.kernel.removeprefix("flash_fwd_") for x in others] == [
+        "sm90_scored_d64_bf16",
+        "sm90_d64_bf16",
+        "sm90_wide_d64_bf16",
+        "sm90_wide_d64_bf16",
+        "sm90_d96_bf16",
+        "sm90_wide_d96_bf16",
+        "sm90_d96_bf16",
+        "sm90_wide_d96_bf16",
+        "sm90_d128_bf16",
+        "sm90_wide_d128_bf16",
+        "sm90_d128_bf16",
+        "sm90_wide_d128_bf16",
+        "sm90_d128_bf16",
+        "sm90_d192_bf16",
     ]
+
+
+def test_tiles_of_four_consumers_are_for_two_rounds_of_the_device(
+    stub: Stub, hopper: Path, tmp_path: Path, offsets: dict[str, int]
+) -> None:
+    text = """
+say(plan_and_run(0, b=33))
+say(plan_and_run(0, b=32))
+say(plan_and_run(0, b=80, sq=255))
+say(plan_and_run(0, b=33, given=['alibi_slopes']))
+"""
+    tall, *others = run_with(hopper, stub, tmp_path / "log", offsets, text)
+    assert (tall.kernel, tall.block) == ("flash_fwd_sm90_d64_bf16", 5 * 128)
+    assert tall.smem == (3 * 256 + 2 * 4 * 64) * 64 * 2 + 2 * 256 * 4 + 1024
+    assert {x.kernel for x in others} == {"flash_fwd_sm90_scored_d64_bf16"}
 
 
 def test_fp8_blocks_of_many_keys_are_for_long_calls_of_their_head_dim(
@@ -601,10 +635,10 @@ def test_a_driver_that_refuses_hoppers_kernel_gets_another_and_is_asked_once(
     folder, log = tmp_path / "kernels", tmp_path / "log"
     lay_out_kernels(folder, ("80", "90", "90a", "80+ptx"))
     (folder / "90a.cubin").write_text("wrong-arch", "utf-8")
-    found = run_with(folder, stub, log, offsets, "say(plan_and_run(0)); say(plan_and_run(0))")
+    found = run_with(folder, stub, log, offsets, "for _ in range(2): say(plan_and_run(0, b=40))")
     assert [x.kernel for x in found] == ["flash_fwd_sm80_d64_bf16"] * 2
-    # Any of five widths would serve, of two families, and wide tiles; none is tried twice.
-    assert (len(lines_of(log, "load")), len(lines_of(log, "unload"))) == (11 + 1, 11)
+    # Any of five widths would serve, of two families; none is tried twice.
+    assert (len(lines_of(log, "load")), len(lines_of(log, "unload"))) == (10 + 1, 10)
 
 
 @pytest.mark.parametrize("cxx", ["g++", "clang++"])

@@ -55,9 +55,8 @@ struct Wgmma;
 #define FLASH_NAMES_64                                                                    \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, " \
   "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define FLASH_NAMES_96 \
-  FLASH_NAMES_64       \
-  ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
+#define FLASH_NAMES_80 FLASH_NAMES_64 ", %32, %33, %34, %35, %36, %37, %38, %39"
+#define FLASH_NAMES_96 FLASH_NAMES_80 ", %40, %41, %42, %43, %44, %45, %46, %47"
 #define FLASH_NAMES_128 \
   FLASH_NAMES_96        \
   ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
@@ -73,6 +72,7 @@ struct Wgmma;
 #define FLASH_C1(n) "+f"(c[n][0]), "+f"(c[n][1]), "+f"(c[n][2]), "+f"(c[n][3])
 #define FLASH_C4(n) FLASH_C1(n), FLASH_C1(n + 1), FLASH_C1(n + 2), FLASH_C1(n + 3)
 #define FLASH_OPERANDS_64 FLASH_C4(0), FLASH_C4(4)
+#define FLASH_OPERANDS_80 FLASH_OPERANDS_64, FLASH_C1(8), FLASH_C1(9)
 #define FLASH_OPERANDS_96 FLASH_OPERANDS_64, FLASH_C4(8)
 #define FLASH_OPERANDS_128 FLASH_OPERANDS_96, FLASH_C4(12)
 #define FLASH_OPERANDS_192 FLASH_OPERANDS_128, FLASH_C4(16), FLASH_C4(20)
@@ -80,21 +80,21 @@ struct Wgmma;
 
 // TYPE with the depth as the instruction spells it, A_BY and B_BY: how it says that an operand lies
 // by rows; X0 to X5: numbers of the operands behind the accumulators.
-#define FLASH_WITH_ROWS(TYPE, A_BY, B_BY, N, X0, X1, X2, X3, X4, X5)                        \
-  __device__ static void with_rows(float(&c)[N / 8][4], uint64_t a, uint64_t b, int adds) { \
-    asm volatile("{.reg .pred adds; setp.ne.s32 adds, " X2                                  \
-                 ", 0; wgmma.mma_async.sync.aligned.m64n" #N TYPE " {" FLASH_NAMES_##N      \
-                 "}, " X0 ", " X1 ", adds, 1, 1" A_BY B_BY ";}"                             \
-                 : FLASH_OPERANDS_##N                                                       \
-                 : "l"(a), "l"(b), "r"(adds));                                              \
-  }                                                                                         \
-  __device__ static void with_rows(float(&c)[N / 8][4], const uint32_t(&a)[4], uint64_t b,  \
-                                   int adds) {                                              \
-    asm volatile("{.reg .pred adds; setp.ne.s32 adds, " X5                                  \
-                 ", 0; wgmma.mma_async.sync.aligned.m64n" #N TYPE " {" FLASH_NAMES_##N      \
-                 "}, {" X0 ", " X1 ", " X2 ", " X3 "}, " X4 ", adds, 1, 1" B_BY ";}"        \
-                 : FLASH_OPERANDS_##N                                                       \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(adds));          \
+#define FLASH_WITH_ROWS(TYPE, A_BY, B_BY, N, X0, X1, X2, X3, X4, X5)                         \
+  __device__ static void with_rows(float (&c)[N / 8][4], uint64_t a, uint64_t b, int adds) { \
+    asm volatile("{.reg .pred adds; setp.ne.s32 adds, " X2                                   \
+                 ", 0; wgmma.mma_async.sync.aligned.m64n" #N TYPE " {" FLASH_NAMES_##N       \
+                 "}, " X0 ", " X1 ", adds, 1, 1" A_BY B_BY ";}"                              \
+                 : FLASH_OPERANDS_##N                                                        \
+                 : "l"(a), "l"(b), "r"(adds));                                               \
+  }                                                                                          \
+  __device__ static void with_rows(float (&c)[N / 8][4], const uint32_t (&a)[4], uint64_t b, \
+                                   int adds) {                                               \
+    asm volatile("{.reg .pred adds; setp.ne.s32 adds, " X5                                   \
+                 ", 0; wgmma.mma_async.sync.aligned.m64n" #N TYPE " {" FLASH_NAMES_##N       \
+                 "}, {" X0 ", " X1 ", " X2 ", " X3 "}, " X4 ", adds, 1, 1" B_BY ";}"         \
+                 : FLASH_OPERANDS_##N                                                        \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(adds));           \
   }
 
 #define FLASH_WGMMA(TAG, TYPE, N, X0, X1, X2, X3, X4, X5)                                         \
@@ -120,6 +120,7 @@ struct Wgmma;
   };
 #define FLASH_WGMMA_OF(TAG, TYPE)                                         \
   FLASH_WGMMA(TAG, TYPE, 64, "%32", "%33", "%34", "%35", "%36", "%37")    \
+  FLASH_WGMMA(TAG, TYPE, 80, "%40", "%41", "%42", "%43", "%44", "%45")    \
   FLASH_WGMMA(TAG, TYPE, 96, "%48", "%49", "%50", "%51", "%52", "%53")    \
   FLASH_WGMMA(TAG, TYPE, 128, "%64", "%65", "%66", "%67", "%68", "%69")   \
   FLASH_WGMMA(TAG, TYPE, 192, "%96", "%97", "%98", "%99", "%100", "%101") \
@@ -141,11 +142,13 @@ FLASH_WGMMA_E4M3(192, "%96", "%97", "%98", "%99", "%100", "%101")
 FLASH_WGMMA_E4M3(256, "%128", "%129", "%130", "%131", "%132", "%133")
 
 #undef FLASH_NAMES_64
+#undef FLASH_NAMES_80
 #undef FLASH_NAMES_96
 #undef FLASH_NAMES_128
 #undef FLASH_NAMES_192
 #undef FLASH_NAMES_256
 #undef FLASH_OPERANDS_64
+#undef FLASH_OPERANDS_80
 #undef FLASH_OPERANDS_96
 #undef FLASH_OPERANDS_128
 #undef FLASH_OPERANDS_192

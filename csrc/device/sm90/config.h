@@ -6,12 +6,11 @@ namespace flash::sm90 {
 
 constexpr int kBoxM = 64;  // rows of a consumer
 
-// Of keys in pages, the rows that are one copy: as many as divide page and block, which is a power
-// of two. Fewer than 8 would cut the pattern in which shared memory is swizzled.
+// Of keys in pages, the rows that are one copy: the largest power of two that divides page and
+// block. Fewer than 8 would cut the pattern in which shared memory is swizzled.
 constexpr int kLeastPageRows = 8;
 constexpr int rows_of_piece(int page_size, int block_n) {
-  const int of_page = page_size & -page_size;
-  return of_page < block_n ? of_page : block_n;
+  return (page_size | block_n) & -(page_size | block_n);
 }
 
 // Calls that a kernel serves: all; those whose scores go to softmax as they are (no softcap, no
@@ -20,7 +19,7 @@ constexpr int rows_of_piece(int page_size, int block_n) {
 enum Serves { kAll, kPlain, kLong };
 
 struct ForwardTile {
-  bool is_wide;  // more rows to each block of keys, or, of 8-bit elements, more keys
+  Serves serves;
   int head_dim;
   int consumers;  // warpgroups that compute; one more loads and stores
   int block_n;
@@ -41,7 +40,7 @@ struct ForwardTile {
   constexpr int threads() const { return 128 * (1 + consumers); }
   // Of each thread; together no more than the launch has given.
   constexpr int registers_of_consumer() const {
-    return consumers == 2 ? 232 : transposes_v() ? 152 : 160;
+    return consumers == 2 ? 232 : consumers == 4 ? 112 : transposes_v() ? 152 : 160;
   }
   constexpr int registers_of_others() const {
     return consumers == 2 ? 40 : transposes_v() ? 56 : 32;
@@ -52,14 +51,19 @@ struct ForwardTile {
   constexpr int transposed_bytes() const {
     return transposes_v() ? stages * v_columns() * ((block_n + 127) / 128 * 128) : 0;
   }
-  // Where Q leaves its buffer early, the next tile's scores are computed beside the end of this
-  // one, and O has a buffer to leave by. Else it leaves in two halves.
-  constexpr bool has_o_buffer() const { return holds_q || q_buffers > 1; }
+  // Where the next Q is there before this tile's last scores are, the next tile's first scores are
+  // computed beside this one's last product with V. Four consumers fill each other's gaps: they had
+  // better be done with a tile at once.
+  constexpr bool is_joined() const { return holds_q || (q_buffers > 1 && consumers == 3); }
+  // O has room to leave by, else it leaves in two halves.
+  constexpr bool has_o_buffer() const { return head_dim < 256; }
   // P is rounded between exponentials, as soon as the product that reads the last P has ended; else
   // behind them. That pays only where products take long.
-  constexpr bool rounds_early() const { return head_dim == 128 && element_bytes == 2; }
+  constexpr bool rounds_early() const {
+    return head_dim == 128 && element_bytes == 2 && consumers == 2;
+  }
   // A consumer passes over blocks that none of its rows sees. That costs a gap between two tiles.
-  constexpr bool skips_blocks() const { return !has_o_buffer() || (is_wide && !transposes_v()); }
+  constexpr bool skips_blocks() const { return !holds_q; }
   constexpr int o_columns() const { return has_o_buffer() ? v_columns() : v_columns() / 2; }
   // Q, K and V in stages, O; two floats a row; barriers and tiles.
   constexpr int smem_bytes() const {
@@ -68,26 +72,30 @@ struct ForwardTile {
   }
 };
 
-// Wide or not, head dim, consumers, keys, buffers of K and of V, buffers of Q, holds Q, takes
-// turns, plans Q; and bytes of an element.
+// Calls, head dim, consumers, keys, buffers of K and of V, buffers of Q, holds Q, takes turns,
+// plans Q; and bytes of an element. The first that serves is taken.
 constexpr ForwardTile kForwardTiles[] = {
-    {false, 64, 2, 128, 4, 1, true, true},
-    {false, 96, 2, 128, 2, 1, true, true, true},
-    {false, 128, 2, 128, 2, 1, true, true, true},
-    {false, 192, 2, 64, 2, 1, true, true},
-    {false, 256, 2, 64, 2, 1, false, false, true},
-    {true, 64, 3, 128, 4, 2, false, true},
-    {false, 64, 3, 128, 2, 1, true, true, false, 1},
-    {false, 96, 3, 96, 2, 1, true, false, false, 1},
-    {false, 128, 2, 128, 2, 1, true, false, false, 1},
-    {false, 192, 2, 96, 2, 1, true, false, false, 1},
-    {false, 256, 2, 96, 2, 1, false, false, false, 1},
-    {true, 128, 2, 192, 2, 1, true, false, false, 1},
+    {kLong, 64, 3, 128, 4, 2, false, true},
+    {kLong, 96, 3, 96, 2, 1, false, true},
+    {kLong, 128, 3, 80, 2, 1, false, false},
+    {kPlain, 64, 4, 64, 4, 2, false, true, true},
+    {kAll, 64, 2, 128, 4, 1, true, true},
+    {kAll, 96, 2, 128, 2, 1, true, true, true},
+    {kAll, 128, 2, 128, 2, 1, true, true, true},
+    {kAll, 192, 2, 64, 2, 1, true, true},
+    {kAll, 256, 2, 64, 2, 1, false, false, true},
+    {kLong, 128, 2, 192, 2, 1, true, false, false, 1},
+    {kAll, 64, 3, 128, 2, 1, true, true, false, 1},
+    {kAll, 96, 3, 96, 2, 1, true, false, false, 1},
+    {kAll, 128, 2, 128, 2, 1, true, false, false, 1},
+    {kAll, 192, 2, 96, 2, 1, true, false, false, 1},
+    {kAll, 256, 2, 96, 2, 1, false, false, false, 1},
 };
 
 constexpr ForwardTile forward_tile(Serves serves, int head_dim, int element_bytes = 2) {
   for (const ForwardTile& tile : kForwardTiles) {
-    if (tile.is_wide == (serves == kLong) && tile.head_dim == head_dim &&
+    const bool is_plain = serves == kPlain && tile.serves == kAll;
+    if ((tile.serves == serves || is_plain) && tile.head_dim == head_dim &&
         tile.element_bytes == element_bytes) {
       return tile;
     }

@@ -38,7 +38,7 @@ class Consumer {
     if (Cfg::kTile.takes_turns) turns().begin();
     pipe_.tiles().wait_full(0);
     if (pipe_.tile(0).end > 0) {
-      if constexpr (Cfg::kHasOBuffer) {
+      if constexpr (Cfg::kIsJoined) {
         run_joined();
       } else {
         run_apart();
@@ -72,7 +72,7 @@ class Consumer {
     }
   }
 
-  // Tile after tile, where there is no room for the next Q, nor for all of O.
+  // Tile after tile, where there is no room for the next Q.
   __device__ __forceinline__ void run_apart() {
     for (uint32_t tile = 0; pipe_.tile(tile).end > 0; ++tile) {
       const Tile& t = pipe_.tile(tile);
@@ -87,8 +87,10 @@ class Consumer {
       if (is_of_pair) skip_blocks(t.begin - t.of_pair.begin);
       pipe_.tiles().wait_full(tile + 1);
     }
-    output_.store_rest(tile_);
-    ptx::tma_store_wait();
+    if constexpr (!Cfg::kHasOBuffer) {
+      output_.store_rest(tile_);
+      ptx::tma_store_wait();
+    }
   }
 
   // Goes on to a tile's scores.

@@ -39,6 +39,7 @@ struct ForwardConfig {
   static constexpr int kThreads = kTile.threads();
   static constexpr int kStages = kTile.stages;
   static constexpr int kQBuffers = kTile.q_buffers;
+  static constexpr bool kIsJoined = kTile.is_joined();
   static constexpr bool kHasOBuffer = kTile.has_o_buffer();
   // The depths of Q K^T and of P V in elements of 16 bits.
   static constexpr int kDepth = kHeadDim * kElementBytes / 2;
@@ -52,7 +53,7 @@ struct ForwardConfig {
   using AccO = tile::Accumulators<1, kHeadDim / 8>;
 };
 
-constexpr int kMaxConsumers = 3;
+constexpr int kMaxConsumers = 4;
 
 // What one round of the CTA computes: kBlockM rows of one head. The planner writes it, everyone
 // else reads it.
@@ -63,13 +64,13 @@ struct Tile {
   attn::Keys seen_by_all[kMaxConsumers];  // what all rows of a consumer see
   // Of the last blocks: none of the consumer's rows sees them. Where the tile skips_blocks().
   int skipped[kMaxConsumers];
-  int sequence, head;
   int row0;  // of the sequence's queries
+  int tail;  // rows of the last block of V that may be used; those behind belong to others
+  int sequence, head;
   int sq, sk;
   // Where rows stand in the tensor maps.
   int first_q, batch_q;
   int first_k, batch_k, head_k;
-  int tail;  // rows of the last block of V that may be used; those behind belong to others
 };
 
 // What products of 8-bit elements must be multiplied by.
@@ -148,7 +149,9 @@ struct Pipeline {
   using AnyTile = TileOf<Cfg::kServesAll>;
   static constexpr int kTileRecords = kConsumers * (QRing::kBytes + ORing::kBytes) +
                                       (2 + Cfg::kIsFp8) * KRing::kBytes + 2 * TileRing::kBytes;
-  static constexpr int kNextTiles = kTileRecords + kTiles * sizeof(AnyTile);
+  static constexpr int kRecordBytes = 128;  // a power of two takes no multiplication
+  static_assert(sizeof(AnyTile) <= kRecordBytes, "a record has room");
+  static constexpr int kNextTiles = kTileRecords + kTiles * kRecordBytes;
   static constexpr int kDescales = kNextTiles + Cfg::kMayPair * (TileRing::kBytes + 4 * kTiles);
   static_assert(kDescales + Cfg::kIsFp8 * kTiles * sizeof(Descale) <= 1024, "room at the end");
 
@@ -190,7 +193,8 @@ struct Pipeline {
     return {begun().barriers + TileRing::kBytes};
   }
   __device__ AnyTile& tile(uint32_t i) const {
-    return reinterpret_cast<AnyTile*>(storage + kBarriers + kTileRecords)[i % kTiles];
+    unsigned char* records = storage + kBarriers + kTileRecords;
+    return *reinterpret_cast<AnyTile*>(records + i % kTiles * kRecordBytes);
   }
   __device__ TileRing next() const { return {smem + kBarriers + kNextTiles}; }
   __device__ uint32_t next_tile(uint32_t i) const {

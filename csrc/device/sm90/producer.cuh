@@ -182,10 +182,9 @@ __device__ inline void load_q(const TmaForwardParams& params, const Pipeline<Cfg
     pipe.q(consumer).wait_empty(i);
     if (!is_leader) continue;
     using TileQ = typename Cfg::TileQ;
-    ptx::mbarrier_arrive_expect(pipe.q(consumer).full(i), TileQ::kBytes);
-    copy_tile<TileQ>(pipe.q_buffer(i, consumer), params.q, pipe.q(consumer).full(i),
+    load_tile<TileQ>(pipe.q_buffer(i, consumer), params.q, pipe.q(consumer).full(i),
                      TileQ::kCols / 64, tile.first_q + first_query(tile, consumer), tile.head,
-                     tile.batch_q, ptx::Keep::kShort);
+                     tile.batch_q, 0, ptx::Keep::kShort);
   }
 }
 
@@ -250,10 +249,10 @@ __device__ inline void load_tiles(const TmaForwardParams& params, const Pipeline
       now.load(pipe.k_buffer(block), params.k, pipe.k().full(block), kPanels);
       const bool is_first = j == Block::end(tile) - 1;
       // Where the next Q waits for this tile's last scores, it must not hold up the last V.
-      if (!is_first || !Cfg::kHasOBuffer) load_last_v();
+      if (!is_first || !Cfg::kIsJoined) load_last_v();
       if (is_first) {
         if constexpr (!Cfg::kTile.plans_q) load_q(params, pipe, tile, i, Block::is_leader(lane));
-        if (Cfg::kHasOBuffer) load_last_v();
+        if (Cfg::kIsJoined) load_last_v();
       }
       last = now;
       ++block;

@@ -24,14 +24,15 @@ __device__ inline bool sees_all(const Tile& t, int consumer, int key_block) {
   return seen.begin <= key_block * kBlockN && seen.end >= (key_block + 1) * kBlockN;
 }
 
-// In pieces of 64 keys, because a consumer has 64 rows: of a block of 128 that the diagonal
+// In pieces of at most 64 keys, because a consumer has 64 rows: of a block of 128 that the diagonal
 // crosses, one piece is hidden from all rows of a consumer, or seen by all of them. What is hidden
 // needs no exponentials, what is seen no mask.
 template <int kBlockN>
 struct SightOf {
-  static constexpr int kPieces = kBlockN / 64;
-  static constexpr int kGroups = 8;  // accumulators of a piece
-  static constexpr uint32_t kPiece = 0xffff;
+  static constexpr int kPieces = (kBlockN + 63) / 64;
+  static constexpr int kGroups = kBlockN / 8 / kPieces;  // accumulators of a piece
+  static constexpr int kBits = 2 * kGroups;
+  static constexpr uint32_t kPiece = (1 << kBits) - 1;
 
   uint32_t row[2];  // of each row of this lane, a bit for each entry
 
@@ -50,7 +51,7 @@ struct SightOf {
 
   // Of the block in which this lane has these queries, and keys from `col` on.
   __device__ __forceinline__ void see(const attn::Mask& mask, const int (&queries)[2], int col) {
-    static_assert(kBlockN % 64 == 0 && kBlockN <= 128, "whole pieces, no more than there are bits");
+    static_assert(kPieces * kGroups * 8 == kBlockN && kBlockN <= 128, "equal pieces of few bits");
     attn::Keys keys[2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) keys[h] = mask.in_window(queries[h]);
@@ -69,7 +70,7 @@ struct SightOf {
   __device__ __forceinline__ void find_seen(bool (&seen)[kPieces]) const {
 #pragma unroll
     for (int i = 0; i < kPieces; ++i) {
-      seen[i] = __any_sync(0xffffffffu, ((row[0] | row[1]) >> 16 * i & kPiece) != 0);
+      seen[i] = __any_sync(0xffffffffu, ((row[0] | row[1]) >> kBits * i & kPiece) != 0);
     }
   }
 
@@ -78,14 +79,14 @@ struct SightOf {
                                        const bool (&seen)[kPieces]) const {
 #pragma unroll
     for (int i = 0; i < kPieces; ++i) {
-      const bool hides = ((row[0] & row[1]) >> 16 * i & kPiece) != kPiece;
+      const bool hides = ((row[0] & row[1]) >> kBits * i & kPiece) != kPiece;
       if (!__any_sync(0xffffffffu, hides)) continue;
       const float hidden = seen[i] ? -attn::infinity() : 0.0f;
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const uint32_t bits = row[h] >> 16 * i;
+        const uint32_t bits = row[h] >> kBits * i;
 #pragma unroll
-        for (int bit = 0; bit < 2 * kGroups; ++bit) {
+        for (int bit = 0; bit < kBits; ++bit) {
           float& x = s.c[0][kGroups * i + bit / 2][2 * h + bit % 2];
           if (!(bits & 1u << bit)) x = hidden;
         }
