@@ -24,6 +24,11 @@ from flash_attn._problem import Problem
 settings.register_profile("flash_attn", max_examples=25, deadline=None, derandomize=True)
 settings.load_profile("flash_attn")
 
+# Processes that test side by side share the processors: the oracle's products take all of them.
+torch.set_num_threads(
+    max(1, torch.get_num_threads() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
+)
+
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest) -> str:

@@ -5,17 +5,17 @@
 #include "host/driver.h"
 #include "host/fp8.h"
 #include "host/launch.h"
+#include "host/numbers.h"
 #include "host/plan.h"
 #include "host/registry.h"
 #include "host/tensor_maps.h"
 #include "host/text.h"
+#include "host/workspace.h"
 
 using namespace flash;        // NOLINT: the C ABI stands in no namespace
 using namespace flash::host;  // NOLINT
 
 namespace {
-
-int wider(int x, int y) { return x > y ? x : y; }
 
 // One call on one device: kernels are found by the call's head dim and dtype.
 struct Call {
@@ -224,23 +224,6 @@ bool append(const Call& call, const AppendParams& given) {
   return run_rows(for_output(call), FLASH_APPEND, rows_k * params.hk + rows_q * params.hq, &params);
 }
 
-void plan_decode(const Ready& ready, const Device& on, ForwardParams* params,
-                 FlashWorkspace* workspace) {
-  const Shape& shape = ready.shape;
-  workspace->decodes = 1;
-  if (params->num_splits != 0)
-    params->num_splits = limit_splits(params->num_splits, *params, shape);
-  choose_clusters(params, shape, on, ready.kernel->clusters[on.ordinal]);
-  // With one part, or one cluster, a head nothing is merged in memory.
-  if (params->num_splits == (params->cluster > 0 ? params->cluster : 1)) return;
-  const int64_t shares = num_shares(*params, shape, on);
-  const int64_t rooms = params->num_splits == 0 ? 2 * shares : shares;
-  const int64_t rows = rooms * (params->hq / params->hk) * params->seqs.sq;
-  workspace->o_partial = rows * params->dv;
-  workspace->lse_partial = 2 * rows;
-  workspace->next_tile = 2 * shares;
-}
-
 // Runs one of the above in the device's context.
 template <class Params>
 int enter(int ordinal, void* stream, int dtype, const Params& params, int head_dim,
@@ -310,43 +293,7 @@ int flash_compute_capability(int ordinal) {
 int flash_plan_forward(int ordinal, int dtype, int num_splits, ForwardParams* params,
                        FlashWorkspace* workspace) {
   const Device* on = device(ordinal);
-  if (on == nullptr) return 0;
-  Ready ready;
-  params->num_splits = num_splits;
-  params->heads_of_tile = 1;
-  *workspace = {};
-  const int head_dim = wider(params->d, params->dv);
-  const char* missed = dtype == FLASH_E4M3 ? misses_fp8_forward(*params) : nullptr;
-  if ((prefers_decode(*params) || (missed != nullptr && fits_decode(*params))) &&
-      prepare({FLASH_DECODE, head_dim, dtype, on->cc, params}, *on, &ready)) {
-    plan_decode(ready, *on, params, workspace);
-    return 1;
-  }
-  if (missed != nullptr && !fits_decode(*params)) {
-    return fail(
-        "FP8 keys with %s go with at most %d rows of queries, here %d queries times %d heads",
-        missed, most_decode_rows(), params->seqs.sq, params->hq / params->hk);
-  }
-  if (dtype == FLASH_E4M3) params->num_splits = num_splits = 1;  // they take all keys at once
-  const Want want = {FLASH_FORWARD, head_dim, dtype, on->cc, params};
-  if (!prepare(want, *on, &ready)) return 0;
-  params->heads_of_tile = choose_heads_of_tile(*params, ready.shape);
-  params->num_splits = splits_of(num_splits, *params, ready.shape, *on);
-  const Want merging = {FLASH_COMBINE, params->dv, dtype, on->cc};
-  if (num_splits == 0 && params->num_splits > 1 && !find(merging))
-    params->num_splits = num_splits = 1;
-  if (params->heads_of_tile > 1 || (params->num_splits > 1) != (num_splits > 1)) {
-    // Who takes it so may have other tiles.
-    if (!prepare(want, *on, &ready)) return 0;
-    params->num_splits = splits_of(num_splits, *params, ready.shape, *on);
-  }
-  params->heads_per_section = choose_section(*params, ready.shape, *on);
-  if (shares_tiles(*params, ready.shape, *on)) workspace->next_tile = 2;
-  if (params->num_splits > 1) {
-    workspace->lse_partial = combine_params(*params).lse_partial.split * params->num_splits;
-    workspace->o_partial = workspace->lse_partial * params->dv;
-  }
-  return 1;
+  return on != nullptr && plan_forward(*on, dtype, num_splits, params, workspace);
 }
 
 int flash_decode(int ordinal, void* stream, int dtype, const DecodeParams* params) {
@@ -359,34 +306,7 @@ int flash_forward(int ordinal, void* stream, int dtype, const ForwardParams* par
 
 int flash_plan_backward(int ordinal, int dtype, BackwardParams* params, FlashWorkspace* workspace) {
   const Device* on = device(ordinal);
-  if (on == nullptr) return 0;
-  Ready ready;
-  const int head_dim = wider(params->d, params->dv);
-  if (!prepare({FLASH_BACKWARD, head_dim, dtype, on->cc, nullptr, params}, *on, &ready)) return 0;
-  const Shape& shape = ready.shape;
-  params->dq_cols = ready.kernel->head_dim;
-  const bool in_columns = params->deterministic && shape.box_m == 0;
-  params->dq_copies = in_columns ? choose_columns(*params, shape, *on) : shape.makes_sums;
-  params->heads_per_section = choose_section(*params, shape, *on);
-  const int64_t heads = int64_t{params->hq} * (params->seqs.cu_seqlens_q ? 1 : params->seqs.b);
-  params->dq_accum_copy = heads * params->delta_head * params->dq_cols;
-  *workspace = {};
-  workspace->dq_accum = params->dq_accum_copy * params->dq_copies;
-  if (shape.box_m > 0) {
-    // A row's statistics are two floats, and those of a head begin at a multiple of 16 bytes.
-    params->statistics_head = ceil_div(params->delta_head, 4) * 4;
-    workspace->statistics = 2 * heads * params->statistics_head;
-    params->turn_rows = shape.block_m;
-    params->turn_keys = shape.block_n;
-    if (shape.makes_sums) {
-      const int64_t turns = 2 * (heads * params->delta_head / shape.box_m + 1);
-      workspace->turns = params->deterministic ? turns : 0;
-      workspace->next_tile = 4;
-      workspace->finished = int64_t{params->seqs.b} * params->hk;
-      if (has_lengths(params->seqs)) workspace->order = 2 * (params->seqs.b + 1);
-    }
-  }
-  return 1;
+  return on != nullptr && plan_backward(*on, dtype, params, workspace);
 }
 
 int flash_backward(int ordinal, void* stream, int dtype, const BackwardParams* params) {

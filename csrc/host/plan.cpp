@@ -2,19 +2,12 @@
 
 #include "device/common/config.h"
 #include "device/decode/config.h"
-#include "device/sm80/config.h"
 #include "device/sm90/config.h"
-#include "host/api.h"
-#include "host/tensor_maps.h"
+#include "host/numbers.h"
 
 namespace flash::host {
 
 namespace {
-
-int clamp(int64_t x, int64_t low, int64_t high) {
-  const int64_t clamped = x > high ? high : x;
-  return static_cast<int>(clamped < low ? low : clamped);
-}
 
 // Heads of a section: at most `most` of `heads`. Sections are of one size, because tiles run long
 // first within a section: the long tiles of a short last one would leave most of the device idle.
@@ -32,27 +25,6 @@ int64_t num_tiles(const ForwardParams& params, const Shape& shape) {
   return num_row_blocks(params, shape) * (params.hq / params.heads_of_tile) * params.seqs.b;
 }
 
-bool has_mask(const Scores& scores) {
-  return scores.window_left >= 0 || scores.window_right >= 0 || scores.attention_chunk != 0;
-}
-
-// Scores go to softmax as they are.
-bool is_plain(const Scores& scores) {
-  return scores.softcap == 0.0f && scores.alibi_slopes == nullptr && scores.softmax_scale > 0.0f;
-}
-
-// Tensors without rows have no tensor maps.
-bool has_rows(const Sequences& seqs) {
-  return seqs.sq > 0 && seqs.sk > 0 && (seqs.cu_seqlens_q == nullptr || seqs.total_q > 0) &&
-         (seqs.cu_seqlens_k == nullptr || seqs.total_k > 0);
-}
-
-// Pages that can be copied in pieces of rows, from their first key on.
-bool has_whole_pieces(const Sequences& seqs) {
-  return seqs.num_pages > 0 && seqs.page_size % sm90::kLeastPageRows == 0 &&
-         seqs.leftpad_k == nullptr;
-}
-
 // Multiprocessors that a call may take: at least one.
 int num_sms_for(const ForwardParams& params, const Device& device) {
   return clamp(int64_t{device.num_sms} - params.sm_margin, 1, device.num_sms);
@@ -67,149 +39,16 @@ int64_t num_key_blocks(const BackwardParams& params, const Shape& shape) {
   return ceil_div(params.seqs.sk, shape.block_n) * params.hk * params.seqs.b;
 }
 
-bool is_decode(int family) { return family == kDecode || family == kDecodeWide; }
-
-// Rows of a decode kernel's tile.
-int rows_of(int family) { return family == kDecode ? 16 : 64; }
-
-// Queries times heads of a group.
-int64_t decode_rows(const ForwardParams& params) {
-  return int64_t{params.hq / params.hk} * params.seqs.sq;
-}
-
-bool is_hopper(int family) { return family >= kSm90Wide && family <= kSm90Fp8Scored; }
-
-int element_bytes(int family) { return family >= kSm90Fp8Wide && family <= kSm90Fp8Scored ? 1 : 2; }
-
-// Of a kernel that waits by itself for the one in front.
-Shape waiting(Shape shape) {
-  shape.waits = true;
-  return shape;
-}
-
-sm90::ForwardTile forward_tile(int family, int head_dim) {
-  const bool is_wide = family == kSm90Wide || family == kSm90Fp8Wide;
-  const bool is_plain = family == kSm90 || family == kSm90Fp8;
-  const sm90::Serves serves = is_wide ? sm90::kLong : is_plain ? sm90::kPlain : sm90::kAll;
-  return sm90::forward_tile(serves, head_dim, element_bytes(family));
-}
-
-Shape shape_of_hopper(int family, int kind, int head_dim) {
-  if (kind == FLASH_BACKWARD) {
-    const sm90::BackwardTile tile = sm90::backward_tile(head_dim);
-    const bool makes_sums = tile.share == sm90::kByKeys;
-    return waiting(
-        {tile.block_m, tile.block_n, tile.threads(), tile.smem_bytes(), sm90::kBoxM, makes_sums});
-  }
-  if (kind == FLASH_CONVERT) {
-    Shape shape = waiting({sm90::kSumRows, 0, sm90::kConvertThreads, 0, 0, true});
-    shape.ctas = sm90::kConvertCtas;
-    return shape;
-  }
-  if (kind == FLASH_DQ) {
-    const sm90::QueriesTile tile = sm90::queries_tile(head_dim);
-    return waiting({tile.block_m(), tile.block_n, tile.threads(), tile.smem_bytes(), sm90::kBoxM});
-  }
-  const sm90::ForwardTile tile = forward_tile(family, head_dim);
-  Shape shape = {tile.block_m(), tile.block_n, tile.threads(), tile.smem_bytes(), sm90::kBoxM};
-  shape.element_bytes = tile.element_bytes;
-  shape.may_pair = tile.may_pair();
-  return shape;
-}
-
-// A wide tile takes longer to begin and to end, has more rows that are empty, and more keys that a
-// mask hides: it needs many steps between. A window leaves wider heads too few.
-bool is_long(const ForwardParams& params) {
-  const Sequences& seqs = params.seqs;
-  const Scores& scores = params.scores;
-  const int length = seqs.sq < seqs.sk ? seqs.sq : seqs.sk;
-  const int width = params.d > params.dv ? params.d : params.dv;
-  const bool is_window = scores.window_left >= 0 || scores.attention_chunk != 0;
-  const int least = (width <= 96 ? 2048 : 4096) * (has_mask(scores) ? 2 : 1);
-  return length >= least && (width <= 64 || !is_window);
-}
-
-// The tiles of sm90 at head dim 64 are the largest of all: they need enough rows, and enough tiles
-// for two rounds of the device.
-bool is_small(const ForwardParams& params, int num_sms) {
-  const int rows = forward_tile(kSm90, 64).block_m();
-  const int64_t tiles = ceil_div(params.seqs.sq, rows) * params.hq * params.seqs.b;
-  return params.seqs.sq < rows || tiles < 2 * num_sms;
-}
-
-// Whether later rows see more keys. Else tiles of one head run side by side, as no long ones must
-// be kept from the end.
+// Whether later rows see more keys.
 bool grows(const Scores& scores) { return scores.window_right >= 0 && scores.window_left < 0; }
 
+// Whether they see so many more that long tiles must be kept from the end. Else tiles of one head
+// run side by side.
+bool has_long_tiles(const ForwardParams& params) {
+  return grows(params.scores) && params.seqs.sk < 8 * int64_t{params.seqs.sq};
+}
+
 }  // namespace
-
-Shape shape_of(int family, int kind, int head_dim, int arch) {
-  if (is_hopper(family)) return shape_of_hopper(family, kind, head_dim);
-  switch (kind) {
-    case FLASH_FORWARD: {
-      const sm80::ForwardTile tile = sm80::forward_tile(head_dim, arch);
-      return {tile.block_m, tile.block_n, tile.threads(), tile.smem_bytes(), 0};
-    }
-    case FLASH_BACKWARD:
-    case FLASH_CONVERT: {
-      const sm80::BackwardTile tile = sm80::backward_tile(head_dim, arch);
-      const int smem_bytes = kind == FLASH_BACKWARD ? tile.smem_bytes() : 0;
-      return {tile.block_m, tile.block_n, tile.threads(), smem_bytes, 0, true};
-    }
-    case FLASH_DECODE: {
-      const decode::Tile tile = decode::tile(rows_of(family), head_dim, arch);
-      return waiting({tile.rows, tile.block_n, tile.threads(), tile.smem_bytes(), 0, false,
-                      tile.ctas, tile.merges_in_clusters()});
-    }
-    case FLASH_DELTA:
-      return {common::kDeltaRows, 0, common::kDeltaThreads, 0, 0};
-    case FLASH_COMBINE:
-      return waiting({common::kCombineRows, 0, common::kCombineThreads, 0, 0});
-    case FLASH_APPEND:
-      return {common::kAppendRows, 0, common::kAppendThreads, 0, 0};
-    case FLASH_S_DMASK:
-      return {common::kSDmaskRows, 0, common::kSDmaskThreads, 0, 0};
-    default:
-      return {common::kFillThreads, 0, common::kFillThreads, 0, 0};
-  }
-}
-
-bool has_lengths(const Sequences& seqs) {
-  return seqs.cu_seqlens_q != nullptr || seqs.cu_seqlens_k != nullptr ||
-         seqs.seqused_q != nullptr || seqs.seqused_k != nullptr;
-}
-
-bool takes(int family, const ForwardParams& params, int num_sms) {
-  const Sequences& seqs = params.seqs;
-  if (is_decode(family)) {
-    return params.scores.rng_state == nullptr && decode_rows(params) <= rows_of(family);
-  }
-  if (!is_hopper(family)) return true;
-  if ((params.num_splits > 1 || params.heads_of_tile > 1) && family != kSm90Scored) return false;
-  const bool is_scored = family == kSm90Scored || family == kSm90Fp8Scored;
-  if (!is_scored && !is_plain(params.scores)) return false;
-  if (family == kSm90Wide && !is_long(params)) return false;
-  if (family == kSm90 && params.d <= 64 && params.dv <= 64 && is_small(params, num_sms)) {
-    return false;
-  }
-  // More keys at a time cost less, but more of the last ones are none. Heads of up to 96 have
-  // kernels of their own.
-  const bool is_narrow = params.d <= 96 && params.dv <= 96;
-  if (family == kSm90Fp8Wide && (seqs.sk < 2048 || is_narrow)) return false;
-  if (seqs.block_table != nullptr && (element_bytes(family) == 1 || !has_whole_pieces(seqs))) {
-    return false;
-  }
-  return has_rows(seqs) && params.scores.rng_state == nullptr &&
-         have_tensor_maps(params, element_bytes(family));
-}
-
-bool takes(int family, const BackwardParams& params) {
-  if (family != kSm90) return true;
-  // Sums of scores begin with lse / scale, which must be finite.
-  constexpr float kLeastScale = 1e-30f;
-  if (is_plain(params.scores) && params.scores.softmax_scale < kLeastScale) return false;
-  return has_rows(params.seqs) && params.scores.rng_state == nullptr && have_tensor_maps(params);
-}
 
 bool is_paired(const ForwardParams& params, const Shape& shape, const Device& device) {
   const Sequences& seqs = params.seqs;
@@ -306,30 +145,18 @@ int64_t num_ctas_of_dq(const BackwardParams& params, const Shape& shape, const D
   return are_dealt && blocks > device.num_sms ? device.num_sms : blocks;
 }
 
-int most_decode_rows() { return rows_of(kDecodeWide); }
-
-bool fits_decode(const ForwardParams& params) {
-  return params.scores.rng_state == nullptr && decode_rows(params) <= most_decode_rows();
-}
-
-bool prefers_decode(const ForwardParams& params) {
-  constexpr int kManyKeys = 1024;
-  const Sequences& seqs = params.seqs;
-  const bool has_cache = seqs.seqused_k != nullptr || seqs.block_table != nullptr ||
-                         seqs.kv_batch_idx != nullptr || seqs.leftpad_k != nullptr;
-  return seqs.b > 0 && seqs.sq > 0 && fits_decode(params) && (has_cache || seqs.sk >= kManyKeys);
-}
-
 int choose_heads_of_tile(const ForwardParams& params, const Shape& shape) {
+  const bool can_share =
+      shape.box_m > 0 && shape.element_bytes == 2 && params.scores.alibi_slopes == nullptr;
   const int group = params.hq / params.hk;
-  const bool can_share = shape.box_m > 0 && shape.element_bytes == 2 && sm90::kBoxM % group == 0 &&
-                         params.scores.alibi_slopes == nullptr;
+  const int most = group | sm90::kBoxM;
+  const int heads = most & -most;  // the largest power of two that divides both
   // Rows of a tile for each head by itself, and for all of them. Less than a quarter less costs
   // more.
   constexpr int64_t kRows = 2 * sm90::kBoxM;
-  const int64_t apart = group * ceil_div(params.seqs.sq, kRows);
-  const int64_t together = ceil_div(int64_t{params.seqs.sq} * group, kRows);
-  return can_share && 4 * together <= 3 * apart ? group : 1;
+  const int64_t apart = heads * ceil_div(params.seqs.sq, kRows);
+  const int64_t together = ceil_div(int64_t{params.seqs.sq} * heads, kRows);
+  return can_share && 4 * together <= 3 * apart ? heads : 1;
 }
 
 namespace {
@@ -392,7 +219,7 @@ int choose_section(const ForwardParams& params, const Shape& shape, const Device
   // Heads whose K and V take such a part of L2.
   const auto fitting = [&](int part) { return bytes == 0 ? 1 : device.l2_bytes / part / bytes; };
   if (shape.box_m > 0) {
-    if (!grows(params.scores)) return group;
+    if (!has_long_tiles(params)) return group;
     // Tiles for two rounds of the device: more read K and V from memory all at once, and none
     // after.
     const int64_t blocks = num_row_blocks(params, shape);
@@ -408,7 +235,7 @@ int choose_section(const ForwardParams& params, const Shape& shape, const Device
 }
 
 uint32_t last_section(const ForwardParams& params, const Shape& shape, const Device& device) {
-  if (!grows(params.scores)) return UINT32_MAX;
+  if (!has_long_tiles(params)) return UINT32_MAX;
   const int64_t heads = int64_t{params.hq / params.heads_of_tile} * params.seqs.b;
   const int64_t blocks = num_row_blocks(params, shape);
   // A CTA's share is as long as the longest tile, or twice as long where that costs no L2: heads of
