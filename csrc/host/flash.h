@@ -105,7 +105,7 @@ struct ForwardParams {
   int32_t cluster;  // CTAs of a decode call that merge in shared memory; 0: none do
   // Order of tiles: heads that share K and V in L2 run together, long rows first.
   int32_t heads_per_section;
-  int32_t heads_of_tile;  // query heads of a group whose rows share a tile; a power of two
+  int32_t heads_of_tile;  // query heads of a group whose rows share a tile; 1: none do
   // CTAs take tile after tile by this counter (attn/counter.cuh); null: each tile has its CTA.
   uint64_t* next_tile;
   int32_t sm_margin;                        // multiprocessors that such CTAs leave to other kernels

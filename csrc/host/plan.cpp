@@ -18,7 +18,9 @@ int section(int64_t heads, int64_t most) {
 
 // Tiles of the rows of a head, or of the heads that share tiles.
 int64_t num_row_blocks(const ForwardParams& params, const Shape& shape) {
-  return ceil_div(int64_t{params.seqs.sq} * params.heads_of_tile, shape.block_m);
+  if (params.heads_of_tile == 1) return ceil_div(params.seqs.sq, shape.block_m);
+  const int consumers = shape.block_m / sm90::kBoxM;
+  return ceil_div(params.seqs.sq, consumers * (sm90::kBoxM / params.heads_of_tile));
 }
 
 int64_t num_tiles(const ForwardParams& params, const Shape& shape) {
@@ -146,17 +148,14 @@ int64_t num_ctas_of_dq(const BackwardParams& params, const Shape& shape, const D
 }
 
 int choose_heads_of_tile(const ForwardParams& params, const Shape& shape) {
-  const bool can_share =
-      shape.box_m > 0 && shape.element_bytes == 2 && params.scores.alibi_slopes == nullptr;
   const int group = params.hq / params.hk;
-  const int most = group | sm90::kBoxM;
-  const int heads = most & -most;  // the largest power of two that divides both
-  // Rows of a tile for each head by itself, and for all of them. Less than a quarter less costs
-  // more.
-  constexpr int64_t kRows = 2 * sm90::kBoxM;
-  const int64_t apart = heads * ceil_div(params.seqs.sq, kRows);
-  const int64_t together = ceil_div(int64_t{params.seqs.sq} * heads, kRows);
-  return can_share && 4 * together <= 3 * apart ? heads : 1;
+  if (shape.box_m == 0 || shape.element_bytes != 2 || group > sm90::kBoxM) return 1;
+  if (params.scores.alibi_slopes != nullptr) return 1;
+  // Tiles for each head by itself, and for all of them. Less than a quarter less costs more.
+  constexpr int kConsumers = 2;
+  const int64_t apart = group * ceil_div(params.seqs.sq, kConsumers * sm90::kBoxM);
+  const int64_t together = ceil_div(params.seqs.sq, kConsumers * (sm90::kBoxM / group));
+  return 4 * together <= 3 * apart ? group : 1;
 }
 
 namespace {

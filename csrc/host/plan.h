@@ -6,9 +6,8 @@
 
 namespace flash::host {
 
-// Query heads of a group that share tiles: as many as a power of two may be, where queries are so
-// few that tiles of one head would be empty for the most part; else 1. `shape`: of who takes the
-// call otherwise.
+// Query heads of a group that share tiles: all of them, where queries are so few that tiles of one
+// head would be empty for the most part; else 1. `shape`: of who takes the call otherwise.
 int choose_heads_of_tile(const ForwardParams& params, const Shape& shape);
 
 // `wanted` parts, or fewer where some would have no keys.

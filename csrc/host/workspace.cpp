@@ -30,7 +30,7 @@ void plan_decode(const Ready& ready, const Device& on, ForwardParams* params,
 // Whether decode kernels are the ones for a call: there are keys of a cache, or many, and not so
 // many rows that Hopper's tiles of queries take less time, where one tile has them all.
 bool prefers_decode(const ForwardParams& params, const Device& on, int dtype) {
-  constexpr int kManyKeys = 1024, kFewRows = 32;
+  constexpr int kManyKeys = 1024, kFewRows = 16;
   const Sequences& seqs = params.seqs;
   const bool has_cache = seqs.seqused_k != nullptr || seqs.block_table != nullptr ||
                          seqs.kv_batch_idx != nullptr || seqs.leftpad_k != nullptr;

@@ -1,7 +1,7 @@
 // Forward attention for cc 9.0: O = softmax(scores(Q K^T)) V and its log-sum-exp.
 //
 // A CTA has a multiprocessor to itself and takes tile after tile. One
-// warpgroup plans, loads and stores; two (three at head dim 64) compute, 64 rows each:
+// warpgroup plans, loads and stores; two (at some head dims three or four) compute, 64 rows each:
 //
 //   for block j, descending:
 //     S = Q K(j)^T                     asynchronous
@@ -24,6 +24,7 @@ template <class Cfg>
 __device__ inline void forward(const TmaForwardParams& params) {
   extern __shared__ __align__(1024) unsigned char storage[];
   const Pipeline<Cfg> pipe(storage);
+  clear_unused_rows(params.call, pipe);
   pipe.init();
   if (threadIdx.x < 128) {
     ptx::give_registers<Cfg::kTile.registers_of_others()>();

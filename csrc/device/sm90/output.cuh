@@ -104,7 +104,7 @@ class Output {
       const int row = Own::warp_row() + Own::lane() / 4 + 8 * h;
       const int query = query_of(t, consumer_, row);
       const int head = head_of(t, row);
-      if (query >= t.sq) continue;
+      if (query >= t.sq || head >= params_.heads_of_tile) continue;
       if (params_.num_splits > 1) {
         const int64_t at = row_of_part(params_, t, head) + query;
         tile::store_row(params_.o_partial + at * params_.dv, o.c[0], h, factor[h], params_.dv,

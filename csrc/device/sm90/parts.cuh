@@ -7,7 +7,8 @@
 
 namespace flash::sm90 {
 
-// A consumer has 64 rows: queries of one head, or as many fewer as heads share a tile.
+// A consumer has 64 rows: queries of one head, or fewer of each head that shares the tile. What
+// remains is of a head behind those, and nothing.
 __device__ inline int queries_of(const TileOf<false>&) { return 64; }
 __device__ inline int queries_of(const TileOf<true>& tile) { return tile.queries; }
 
@@ -17,16 +18,21 @@ __device__ inline int first_query(const AnyTile& tile, int consumer) {
   return tile.row0 + queries_of(tile) * consumer;
 }
 
-// The query that a consumer's row is, and which of the tile's heads it belongs to.
+// Which of the tile's heads a consumer's row belongs to, and the query that it is.
+__device__ inline int head_of(const TileOf<false>&, int) { return 0; }
+__device__ inline int head_of(const TileOf<true>& tile, int row) {
+  return static_cast<int>(row * tile.inverse >> 16);
+}
 __device__ inline int query_of(const TileOf<false>& tile, int consumer, int row) {
   return first_query(tile, consumer) + row;
 }
 __device__ inline int query_of(const TileOf<true>& tile, int consumer, int row) {
-  return first_query(tile, consumer) + (row & (tile.queries - 1));
+  return first_query(tile, consumer) + row - head_of(tile, row) * tile.queries;
 }
-__device__ inline int head_of(const TileOf<false>&, int) { return 0; }
-__device__ inline int head_of(const TileOf<true>& tile, int row) {
-  return static_cast<uint32_t>(row) / static_cast<uint32_t>(tile.queries);
+
+template <class Cfg>
+__device__ inline int heads_of_tile(const ForwardParams& params) {
+  return Cfg::kServesAll ? params.heads_of_tile : 1;
 }
 
 template <class Cfg>

@@ -83,8 +83,9 @@ template <bool kServesAll>
 struct TileOf : Tile {};
 template <>
 struct TileOf<true> : Tile {
-  int split;    // which part of the keys
-  int queries;  // of a consumer: its 64 rows are those of several heads, one behind the other
+  int split;         // which part of the keys
+  int queries;       // of a consumer: its 64 rows are those of several heads, one behind the other
+  uint32_t inverse;  // a row times this, over 2^16, is its head
 };
 
 // A ring of buffers. Entry i, counted from the start of the kernel, is in buffer i % kSize; each

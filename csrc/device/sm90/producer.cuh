@@ -30,7 +30,7 @@ struct Schedule {
       : with_maps(with_maps),
         params(with_maps.call),
         pipe(pipe),
-        queries(pipe.ctas() * Cfg::kBlockM / heads_of_tile()),
+        queries(pipe.ctas() * Cfg::kConsumers * (64 / heads_of_tile<Cfg>(params))),
         num_blocks((params.seqs.sq + queries - 1) / queries),
         num_tiles(num_blocks * num_heads() * num_sequences()) {}
 
@@ -45,8 +45,9 @@ struct Schedule {
       if constexpr (Cfg::kServesAll) {
         tile.split = at.sequence / params.seqs.b;
         at.sequence -= tile.split * params.seqs.b;
-        at.head *= heads_of_tile();
-        tile.queries = 64 / heads_of_tile();
+        at.head *= params.heads_of_tile;
+        tile.queries = 64 / params.heads_of_tile;
+        tile.inverse = 65536 / tile.queries + 1;
       }
       const attn::Sequence seq(params.seqs, at.sequence);
       if (at.block_m * queries < seq.sq) describe(at, seq, tile);
@@ -54,8 +55,7 @@ struct Schedule {
   }
 
  private:
-  __device__ int heads_of_tile() const { return Cfg::kServesAll ? params.heads_of_tile : 1; }
-  __device__ uint32_t num_heads() const { return params.hq / heads_of_tile(); }
+  __device__ uint32_t num_heads() const { return params.hq / heads_of_tile<Cfg>(params); }
 
   // Parts of a sequence count like sequences.
   __device__ uint32_t num_sequences() const {
@@ -172,19 +172,37 @@ __device__ inline Descale descale_of(const ForwardParams& params, const Tile& ti
   return {factor(params.q_descale) * factor(params.k_descale), factor(params.v_descale)};
 }
 
+// Rows of Q that belong to no head are zeros. All threads take part, before anything is copied.
+template <class Cfg>
+__device__ inline void clear_unused_rows(const ForwardParams& params, const Pipeline<Cfg>& pipe) {
+  using TileQ = typename Cfg::TileQ;
+  if constexpr (Cfg::kServesAll) {
+    const int used = 64 / params.heads_of_tile * params.heads_of_tile;
+    const int bytes = (64 - used) * 128;
+    if (bytes == 0) return;
+    for (int i = threadIdx.x * 4; i < Cfg::kConsumers * TileQ::kBytes; i += Cfg::kThreads * 4) {
+      const uint32_t panel = i / TileQ::kPanelBytes * TileQ::kPanelBytes;
+      if (i - panel >= used * 128) ptx::st_shared_32(pipe.q_buffer(0, 0) + i, 0);
+    }
+    ptx::fence_async_proxy();
+  }
+}
+
 // Q of a tile, for each consumer as soon as it has read the one before; copied by one lane.
 template <class Cfg>
 __device__ inline void load_q(const TmaForwardParams& params, const Pipeline<Cfg>& pipe,
                               const TileOf<Cfg::kServesAll>& tile, uint32_t i,
                               bool is_leader = true) {
+  using TileQ = typename Cfg::TileQ;
+  constexpr int kPanels = TileQ::kCols / 64;
+  const int unused = 64 - heads_of_tile<Cfg>(params.call) * queries_of(tile);
 #pragma unroll 1
   for (int consumer = 0; consumer < Cfg::kConsumers; ++consumer) {
     pipe.q(consumer).wait_empty(i);
     if (!is_leader) continue;
-    using TileQ = typename Cfg::TileQ;
-    load_tile<TileQ>(pipe.q_buffer(i, consumer), params.q, pipe.q(consumer).full(i),
-                     TileQ::kCols / 64, tile.first_q + first_query(tile, consumer), tile.head,
-                     tile.batch_q, 0, ptx::Keep::kShort);
+    load_tile<TileQ>(pipe.q_buffer(i, consumer), params.q, pipe.q(consumer).full(i), kPanels,
+                     tile.first_q + first_query(tile, consumer), tile.head, tile.batch_q,
+                     -unused * kPanels * 128, ptx::Keep::kShort);
   }
 }
 
@@ -323,13 +341,13 @@ __device__ inline void store_output(const TmaForwardParams& params,
 }
 
 // A warp's work: log-sum-exps of a consumer's rows.
-template <class AnyTile>
-__device__ inline void store_lse(const ForwardParams& params, const AnyTile& tile, uint32_t smem,
-                                 int consumer, int lane) {
+template <class Cfg>
+__device__ inline void store_lse(const ForwardParams& params, const TileOf<Cfg::kServesAll>& tile,
+                                 uint32_t smem, int consumer, int lane) {
 #pragma unroll
   for (int row = lane; row < 64; row += 32) {
     const int query = query_of(tile, consumer, row);
-    if (query < tile.sq) {
+    if (query < tile.sq && head_of(tile, row) < heads_of_tile<Cfg>(params)) {
       lse_of(params, tile, head_of(tile, row))[query] = ptx::ld_shared_f32(smem + 4 * row);
     }
   }
@@ -344,7 +362,7 @@ __device__ inline void store_tile(const TmaForwardParams& params, const Pipeline
 #pragma unroll 1
   for (int consumer = first; consumer < Cfg::kConsumers; consumer += kStep) {
     pipe.o(consumer).wait_full(i);
-    store_lse(params.call, tile, pipe.lse_buffer(consumer), consumer, lane);
+    store_lse<Cfg>(params.call, tile, pipe.lse_buffer(consumer), consumer, lane);
     __syncwarp();
     if (lane != 0) continue;
     if constexpr (Cfg::kHasOBuffer) {
