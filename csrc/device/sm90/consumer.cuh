@@ -3,7 +3,6 @@
 
 #include "sm90/fp8_softmax.cuh"
 #include "sm90/output.cuh"
-#include "sm90/producer.cuh"
 #include "sm90/recompute.cuh"
 #include "sm90/sight.cuh"
 #include "sm90/transform.cuh"
@@ -297,7 +296,7 @@ class Consumer {
   __device__ __forceinline__ void absorb(AccS& s, const Sight& sight) {
     const auto& t = pipe_.tile(tile_);
     const int block = key_block();
-    const int row = own_query(t, consumer_);
+    const int row = query_of(t, consumer_, own_row());
     const int key = first_key<kBlockN>(block);
     float scale = scale_log2_;
     if (!is_plain()) {

@@ -17,6 +17,7 @@
 #include "ptx/warpgroup.cuh"
 #include "sm90/consumer.cuh"
 #include "sm90/fp8_transpose.cuh"
+#include "sm90/producer.cuh"
 
 namespace flash::sm90 {
 

@@ -4,7 +4,7 @@
 #include "ptx/tma.cuh"
 #include "sm90/fp8_transpose.cuh"
 #include "sm90/own.cuh"
-#include "sm90/producer.cuh"
+#include "sm90/storing.cuh"
 #include "sm90/softmax.cuh"
 #include "tile/store.cuh"
 #include "tile/warpgroup.cuh"
@@ -62,6 +62,10 @@ class Output {
   __device__ bool is_whole(const TileOf<Cfg::kServesAll>& t) const {
     return is_stored_whole<Cfg>(params_, t, consumer_);
   }
+  // Of what is in shared memory: kernels for all calls store row by row from registers.
+  __device__ bool leaves_whole(const TileOf<Cfg::kServesAll>& t) const {
+    return Cfg::kServesAll || is_whole(t);
+  }
 
   __device__ __forceinline__ void store_ordered(const AccO& o, uint32_t tile) {
     const auto& t = pipe_.tile(tile);
@@ -84,7 +88,9 @@ class Output {
     if constexpr (Cfg::kHasOBuffer) {
       const uint32_t smem = pipe_.o_buffer(consumer_);
       tile::store_matrix<Out, TileO>(smem, o, factor, Own::warp_row(), Own::lane());
-      store_tail(t, smem, 0);
+      if (!leaves_whole(t)) {
+        store_rows<TileO>(params_, t, smem, consumer_, Own::warp_row(), 0, Own::lane());
+      }
       ptx::fence_async_proxy();
       pipe_.o(consumer_).arrive_full(tile);
     } else {
@@ -119,28 +125,23 @@ class Output {
     }
   }
 
-  // The same, from shared memory, of kernels that have no parts.
-  __device__ __forceinline__ void store_tail(const TileOf<Cfg::kServesAll>& t, uint32_t smem,
-                                             int col) const {
-    if (Cfg::kServesAll || is_whole(t)) return;
-    store_rows<TileO>(params_, t, smem, consumer_, Own::warp_row(), col, Own::lane());
-  }
-
   // Half of O, from column `col` on: it leaves while the consumer goes on.
   __device__ __forceinline__ void store_half(const TileOf<Cfg::kServesAll>& t,
                                              const uint32_t (&half)[kHalf / 16][4], int col) const {
     const uint32_t smem = pipe_.o_buffer(consumer_);
-    const bool leaves_whole = Cfg::kServesAll || is_whole(t);
+    const bool is_whole = leaves_whole(t);
     ptx::tma_store_wait_read<0>();
     ptx::named_barrier_sync(1 + consumer_, 128);
     tile::store_a<TileO>(smem, half, Own::warp_row(), Own::lane());
-    store_tail(t, smem, col);
+    if (!is_whole) {
+      store_rows<TileO>(params_, t, smem, consumer_, Own::warp_row(), col, Own::lane());
+    }
     ptx::fence_async_proxy();
     ptx::named_barrier_sync(1 + consumer_, 128);
 #pragma unroll
     for (int panel = 0; panel < kHalf / 64; ++panel) {
       const int at = col + 64 * panel;
-      ptx::tma_store_if(leaves_whole && Own::thread() == 0 && at < params_.dv, map_,
+      ptx::tma_store_if(is_whole && Own::thread() == 0 && at < params_.dv, map_,
                         smem + panel * TileO::kPanelBytes, at,
                         t.first_q + first_query(t, consumer_), t.head, t.batch_q);
     }

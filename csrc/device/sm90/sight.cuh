@@ -7,12 +7,9 @@
 
 namespace flash::sm90 {
 
-// The query of this lane's scores of a block, of the upper row and, 8 rows below, the other one.
-template <class AnyTile>
-__device__ inline int own_query(const AnyTile& t, int consumer, int below = 0) {
-  return query_of(t, consumer, Own::warp_row() + Own::lane() / 4 + below);
-}
-// The first key.
+// Of a consumer's rows, the upper one of this lane's scores; the other one is 8 below.
+__device__ inline int own_row() { return Own::warp_row() + Own::lane() / 4; }
+// The first key of its scores of a block.
 template <int kBlockN>
 __device__ inline int first_key(int key_block) {
   return key_block * kBlockN + Own::lane() % 4 * 2;
@@ -44,7 +41,8 @@ struct SightOf {
     if (sees_all<kBlockN>(t, consumer, key_block)) {
       see_all();
     } else {
-      const int queries[2] = {own_query(t, consumer), own_query(t, consumer, 8)};
+      const int row = own_row();
+      const int queries[2] = {query_of(t, consumer, row), query_of(t, consumer, row + 8)};
       see(attn::Mask(scores, t.sq, t.sk), queries, first_key<kBlockN>(key_block));
     }
   }
