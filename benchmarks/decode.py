@@ -49,6 +49,11 @@ def cases(quick: bool) -> Iterator[Case]:
         yield Case(f"pages of {page}", 16, 8192, page=page)
     yield Case("ragged, pages of 16", 64, 8192, page=16, ragged=True)
     yield Case("4 queries", 16, 8192, queries=4)
+    for kind, heads, kv_heads, queries in (("16 queries", 64, 8, 16), ("8 queries", 28, 4, 8)):
+        for batch in (1, 16):
+            yield Case(
+                f"{kind}, heads {heads} of {kv_heads}", batch, 8192, heads, kv_heads, 128, queries
+            )
     yield Case("append and rotate", 16, 8192, new=1)
     yield Case("append and rotate", 1, 1024, new=1)
 

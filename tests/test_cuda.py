@@ -430,7 +430,9 @@ def test_a_long_cache_is_split_by_itself() -> None:
     ids=str,
 )
 @pytest.mark.parametrize(
-    "sizes", [(80, 8, 2), (33, 8, 1), (13, 16, 1), (5, 64, 1), (21, 12, 2), (20, 7, 1), (9, 10, 2)], ids=str
+    "sizes",
+    [(80, 8, 2), (33, 8, 1), (13, 16, 1), (5, 64, 1), (21, 12, 2), (20, 7, 1), (9, 10, 2)],
+    ids=str,
 )
 @pytest.mark.parametrize("d", [64, 96, 128, 192, 256])
 def test_heads_of_a_group_may_share_tiles(

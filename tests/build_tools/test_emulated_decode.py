@@ -35,7 +35,8 @@ CASES = {
     "long_line": "step(d={d}, b=5, capacity=1500, seqlens=(1500, 900, 0, 1499, 1100))",
     "one_head": "step(d={d}, hq=16, hk=1, seqlens=(300, 31), capacity=300)",
     "causal_rows": "step(d={d}, sq=5, causal=True, seqlens=(200, 3), capacity=256)",
-    "many_rows": "step(d={d}, sq=16, causal=True, seqlens=(200, 90), capacity=256, hq=8)",
+    "many_rows": "step(d={d}, alibi='bh', sq=16, causal=True, seqlens=(200, 90), capacity=256,"
+    " hq=8)",
     "window": "step(d={d}, sq=3, window=(70, 0), seqlens=(400, 30), capacity=400)",
     "window_both": "step(d={d}, sq=4, window=(100, 1), seqlens=(400, 30), capacity=400)",
     "chunk": "fa3(d={d}, sq=4, attention_chunk=100, seqlens=(310, 99), capacity=400)",
@@ -43,7 +44,7 @@ CASES = {
     "alibi": "step(d={d}, alibi='bh', sq=5, causal=True, hq=8)",
     "negative_scale": "step(d={d}, softmax_scale=-0.2)",
     "pages": "step(d={d}, page=16, capacity=700, seqlens=(699, 300), sq=2, causal=True)",
-    "pages_of_many_rows": "step(d={d}, page=16, sq=16, causal=True, seqlens=(90, 61), hq=8)",
+    "pages_of_many_rows": "step(d={d}, page=5, sq=16, causal=True, seqlens=(90, 61), hq=8)",
     "odd_pages": "step(d={d}, page=5, capacity=300, seqlens=(299, 17))",
     "pages_of_one": "step(d={d}, page=1, capacity=130, seqlens=(130, 0))",
     "append": "step(d={d}, sq=3, s_new=3, causal=True, seqlens=(200, 0), capacity=300)",
@@ -72,7 +73,8 @@ CLUSTERED = {
     "one_block": "step(d={d}, b=1, hq=4, hk=2, seqlens=(7,), capacity=2300)",
     "without_keys": "step(d={d}, b=1, seqlens=(0,), capacity=2300)",
     "short_cache": "step(d={d}, b=1, hq=2, hk=1, seqlens=(700,), capacity=701)",
-    "many_rows": "step(d={d}, b=1, hq=16, hk=1, sq=4, causal=True, seqlens=(900,), capacity=2300)",
+    "many_rows": "step(d={d}, alibi='bh', b=1, hq=16, hk=1, sq=4, causal=True, seqlens=(900,),"
+    " capacity=2300)",
     "append": "step(d={d}, b=1, s_new=3, sq=3, causal=True, rotary_dim=32, capacity=2300,"
     " seqlens=(1601,))",
     "pages": "step(d={d}, b=1, page=16, s_new=1, seqlens=(1777,), capacity=2300)",

@@ -35,6 +35,8 @@ HOPPER = ((r"HGMMA\.64x\d+x16\.F32", ""), *WARPGROUPS)
 # How O leaves, but at head dim 256, and mostly dK or dV.
 O_BUFFER = ((r"UTMASTG\.4D", ""), (r"STSM\.16\.M\w*88\.4", ""))
 HOPPERS_FORWARD = (*HOPPER, PRODUCT, FRAGMENT, STORE)
+# Of calls in parts, these leave unrounded, from registers.
+HOPPERS_PARTS = (*HOPPER, PRODUCT, FRAGMENT, (r"STG\.E(\.\w+)*\.64", ""))
 # Products of 8-bit elements; V is transposed on its way.
 FP8_FORWARD = (
     (r"QGMMA\.64x\d+x32\.F32\.E4M3\.E4M3", ""),
@@ -53,7 +55,8 @@ SUMS = (
     (r"STSM\.16\.MT88\.4", ""),
 )
 MUST_HAVE = {
-    **{f"{family} forward": HOPPERS_FORWARD for family in ("sm90", "sm90_wide", "sm90_scored")},
+    **{f"{family} forward": HOPPERS_FORWARD for family in ("sm90", "sm90_wide")},
+    "sm90_scored forward": HOPPERS_PARTS,
     **{
         f"{family} forward": FP8_FORWARD
         for family in ("sm90_fp8", "sm90_fp8_wide", "sm90_fp8_scored")
@@ -140,7 +143,7 @@ def faults(unit: codegen.Unit, arch: Arch, code: bytes, log: str) -> Iterator[st
     found = (machine_code.ptx if arch.is_ptx else machine_code.sass)(code)
     form = 1 if arch.is_ptx else 0
     must_have = MUST_HAVE.get(f"{unit.family} {unit.kind}", MUST_HAVE[unit.kind])
-    if must_have in (HOPPERS_FORWARD, FP8_FORWARD) and unit.head_dim < 256:
+    if must_have in (HOPPERS_FORWARD, HOPPERS_PARTS, FP8_FORWARD) and unit.head_dim < 256:
         must_have += O_BUFFER
     if must_have is HOPPERS_BACKWARD:
         # Where dQ has a consumer of its own, dK and dV leave from registers.
