@@ -169,25 +169,34 @@ int64_t keys_of_tile(const ForwardParams& params, const Shape& shape) {
 }
 
 // Parts into which the keys are cut so that a call with few rows still fills the device: as many as
-// take the least time, of rounds of the device and of merging.
+// take the least time, of rounds of the device or of reading all keys, and of merging.
 int choose_splits(const ForwardParams& params, const Shape& shape, const Device& device) {
   constexpr int64_t kMaxSplits = 128, kMostRounds = 8;
-  // A microsecond's FLOPs of a CTA, and bytes of parts, which are written and read; what a further
-  // kernel costs. Measured on an H100 (docs/kernels/sm90.md); the sm80 family has a third of the
-  // FLOPs there.
-  const double flops = shape.box_m > 0 ? 5.6e6 : 1.9e6;
-  constexpr double kBytes = 2.4e6, kMerging = 3.0;
+  // A microsecond's bytes of memory, of the device and of a CTA, and FLOPs of a CTA: narrow heads
+  // have fewer beside an exponential, and the sm80 family a third of Hopper's. What a further
+  // kernel costs. Measured on an H100 (docs/kernels/sm90.md).
+  constexpr double kBytes = 2.4e6, kBytesOfCta = 32e3, kMerging = 3.0;
+  const Sequences& seqs = params.seqs;
   const int64_t tiles = num_tiles(params, shape);
-  const int64_t blocks = ceil_div(keys_of_tile(params, shape), shape.block_n);
-  const int64_t rows = int64_t{params.seqs.b} * params.hq * params.seqs.sq;
-  const int columns = params.d > params.dv ? params.d : params.dv;
-  const double block_us = 4.0 * shape.block_m * shape.block_n * columns / flops;
-  const double part_us = 2.0 * sizeof(float) * static_cast<double>(rows * params.dv) / kBytes;
+  const int64_t keys = keys_of_tile(params, shape);
+  const int64_t blocks = ceil_div(keys, shape.block_n);
+  const int64_t columns = wider(params.d, params.dv);
+  const double flops = shape.box_m == 0 ? 1.9e6 : columns <= 64 ? 4.1e6 : 5.6e6;
+  const double block_us =
+      4.0 * static_cast<double>(shape.block_m * shape.block_n * columns) / flops;
+  const int64_t read = 2 * shape.element_bytes * columns * keys * params.hk * seqs.b;
+  // A part is written and read.
+  const int64_t moved = 2 * int64_t{sizeof(float)} * params.dv * params.hq * seqs.sq * seqs.b;
+  const double part_us = static_cast<double>(moved) / kBytes;
   const auto time_of = [&](int64_t splits) {
     // To begin and to end a tile takes as long as a block.
     const int64_t steps = ceil_div(tiles * splits, device.num_sms) * (ceil_div(blocks, splits) + 1);
-    const double merging = splits == 1 ? 0.0 : kMerging + static_cast<double>(splits) * part_us;
-    return static_cast<double>(steps) * block_us + merging;
+    const int64_t ctas = clamp(tiles * splits, 1, device.num_sms);
+    const double bytes = kBytesOfCta * static_cast<double>(ctas);
+    const double reading_us = static_cast<double>(read) / (bytes < kBytes ? bytes : kBytes);
+    const double computing_us = static_cast<double>(steps) * block_us;
+    const double merging_us = splits == 1 ? 0.0 : kMerging + static_cast<double>(splits) * part_us;
+    return (computing_us > reading_us ? computing_us : reading_us) + merging_us;
   };
   const int64_t most = tiles == 0 ? 1 : clamp(kMostRounds * device.num_sms / tiles, 1, kMaxSplits);
   int chosen = 1;

@@ -129,7 +129,7 @@ CASES = {
     "heads_share_tiles_of_jumping_scores": "dense({d}, 20, 900, hq=8, hk=1, jump=200.0)",
     "heads_share_packed_tiles": "packed({d}, (20, 0, 33), (100, 50, 333), hq=8, hk=2, causal=True)",
     "heads_share_packed_tiles_in_parts": "packed({d}, (20, 33), (100, 333), hq=8, hk=2, splits=2)",
-    "heads_share_tiles_over_pages": "paged({d}, 16, 0, (300, 7), hq=16, lens_q=(20, 9), causal=True)",
+    "heads_share_tiles_over_pages": "paged({d}, 16, 0, (300, 7), hq=8, lens_q=(9, 5), causal=True)",
     "pages_and_packed_queries": "paged({d}, 32, 0, (300, 7, 64), lens_q=(100, 0, 40), causal=True)",
 }
 # Of wide tiles, which are for long calls: packed sequences may be shorter than the longest is said

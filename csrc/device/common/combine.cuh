@@ -2,7 +2,8 @@
 //
 // A warp takes a row: its lanes share the parts to find the maximum and the sum, then the columns,
 // four each. A part without keys (lse -inf, or +inf as published calls return it) counts nothing
-// and its o is not read; a row that no part saw gets o 0 and lse +inf. Bound by memory.
+// and its o is not read; a row that no part saw gets o 0 and lse +inf. Bound by memory: loads of
+// several parts are on their way at a time.
 #pragma once
 
 #include "attn/sequence.cuh"
@@ -23,6 +24,8 @@ __device__ inline float warp_sum(float x) {
   for (int step = 1; step < 32; step *= 2) x += __shfl_xor_sync(0xffffffffu, x, step);
   return x;
 }
+
+constexpr int kPartsAtOnce = 4;
 
 // The log-sum-exp of one row in each part.
 struct PartialLse {
@@ -64,6 +67,7 @@ __device__ inline void combine(const CombineParams& params) {
   const PartialLse lse{from.ptr + index * from.batch + row * from.row + head * from.head,
                        from.split};
   float maximum = -attn::infinity();
+#pragma unroll 1
   for (int split = lane; split < params.num_splits; split += 32) {
     maximum = fmaxf(maximum, lse[split]);
   }
@@ -71,6 +75,7 @@ __device__ inline void combine(const CombineParams& params) {
   const bool is_empty = maximum == -attn::infinity();
   const float shift = is_empty ? 0.0f : maximum * attn::kLog2e;
   float sum = 0.0f;
+#pragma unroll 1
   for (int split = lane; split < params.num_splits; split += 32) {
     sum += ptx::ex2(lse[split] * attn::kLog2e - shift);
   }
@@ -86,18 +91,36 @@ __device__ inline void combine(const CombineParams& params) {
   const float* o = parts.ptr + index * parts.batch + row * parts.row + head * parts.head;
   const int64_t to = batch * params.o.batch + at_row * params.o.row + head * params.o.head;
   const float factor = is_empty ? 0.0f : 1.0f / sum;
-  for (int col = 4 * lane; col < params.dv; col += 4 * 32) {
+  for (int col = 4 * lane; col < (params.dv + 127) / 128 * 128; col += 128) {
     float4 total = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-    for (int split = 0; split < params.num_splits; ++split) {
-      if (lse[split] == -attn::infinity()) continue;
-      const float weight = ptx::ex2(lse[split] * attn::kLog2e - shift) * factor;
-      const float4 x = *reinterpret_cast<const float4*>(o + split * parts.split + col);
-      total.x += weight * x.x;
-      total.y += weight * x.y;
-      total.z += weight * x.z;
-      total.w += weight * x.w;
+#pragma unroll 1
+    for (int first = 0; first < params.num_splits; first += 32) {
+      // A lane has the weight of a part.
+      const int own = first + lane;
+      const float weight =
+          own < params.num_splits ? ptx::ex2(lse[own] * attn::kLog2e - shift) * factor : 0.0f;
+#pragma unroll 1
+      for (int i = 0; i < 32 && first + i < params.num_splits; i += kPartsAtOnce) {
+        float4 x[kPartsAtOnce];
+        float w[kPartsAtOnce];
+#pragma unroll
+        for (int j = 0; j < kPartsAtOnce; ++j) {
+          w[j] = __shfl_sync(0xffffffffu, weight, i + j);
+          x[j] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+          if (w[j] != 0.0f && col < params.dv) {
+            x[j] = *reinterpret_cast<const float4*>(o + (first + i + j) * parts.split + col);
+          }
+        }
+#pragma unroll
+        for (int j = 0; j < kPartsAtOnce; ++j) {
+          total.x += w[j] * x[j].x;
+          total.y += w[j] * x[j].y;
+          total.z += w[j] * x[j].z;
+          total.w += w[j] * x[j].w;
+        }
+      }
     }
-    store_columns<T>(params, to + col, total);
+    if (col < params.dv) store_columns<T>(params, to + col, total);
   }
 }
 
