@@ -79,18 +79,20 @@ bool is_long(const ForwardParams& params) {
   const Sequences& seqs = params.seqs;
   const Scores& scores = params.scores;
   const int length = seqs.sq < seqs.sk ? seqs.sq : seqs.sk;
-  const int width = params.d > params.dv ? params.d : params.dv;
+  const int width = wider(params.d, params.dv);
   const bool is_window = scores.window_left >= 0 || scores.attention_chunk != 0;
   const int least = (width <= 96 ? 2048 : 4096) * (has_mask(scores) ? 2 : 1);
   return length >= least && (width <= 64 || !is_window);
 }
 
-// The tiles of sm90 at head dim 64 are the largest of all: they need enough rows, and enough tiles
-// for two rounds of the device.
+// The tiles of sm90 at head dim 64 are the largest of all: they need enough rows of a sequence, as
+// long as they are on average, and enough tiles for two rounds of the device.
 bool is_small(const ForwardParams& params, int num_sms) {
+  const Sequences& seqs = params.seqs;
   const int rows = forward_tile(kSm90, 64).block_m();
-  const int64_t tiles = ceil_div(params.seqs.sq, rows) * params.hq * params.seqs.b;
-  return params.seqs.sq < rows || tiles < 2 * num_sms;
+  if (seqs.b == 0) return true;
+  const int64_t length = seqs.cu_seqlens_q == nullptr ? seqs.sq : ceil_div(seqs.total_q, seqs.b);
+  return length < rows || ceil_div(length, rows) * params.hq * seqs.b < 2 * num_sms;
 }
 
 }  // namespace
