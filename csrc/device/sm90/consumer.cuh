@@ -296,7 +296,8 @@ class Consumer {
   __device__ __forceinline__ void absorb(AccS& s, const Sight& sight) {
     const auto& t = pipe_.tile(tile_);
     const int block = key_block();
-    const int row = query_of(t, consumer_, own_row());
+    // Of a tile that heads do not share: neither do those of ALiBi, nor of 8-bit elements.
+    const int row = first_query(t, consumer_) + Own::warp_row() + Own::lane() / 4;
     const int key = first_key<kBlockN>(block);
     float scale = scale_log2_;
     if (!is_plain()) {

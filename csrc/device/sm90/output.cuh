@@ -4,8 +4,8 @@
 #include "ptx/tma.cuh"
 #include "sm90/fp8_transpose.cuh"
 #include "sm90/own.cuh"
-#include "sm90/storing.cuh"
 #include "sm90/softmax.cuh"
+#include "sm90/storing.cuh"
 #include "tile/store.cuh"
 #include "tile/warpgroup.cuh"
 
@@ -108,7 +108,7 @@ class Output {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int row = Own::warp_row() + Own::lane() / 4 + 8 * h;
-      const int query = query_of(t, consumer_, row);
+      const int query = query_of(t, first_query(t, consumer_), row);
       const int head = head_of(t, row);
       if (query >= t.sq || head >= params_.heads_of_tile) continue;
       if (params_.num_splits > 1) {

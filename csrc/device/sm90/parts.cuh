@@ -18,16 +18,15 @@ __device__ inline int first_query(const AnyTile& tile, int consumer) {
   return tile.row0 + queries_of(tile) * consumer;
 }
 
-// Which of the tile's heads a consumer's row belongs to, and the query that it is.
+// Which of the tile's heads a consumer's row belongs to, and the query that it is: `first` is the
+// consumer's first one.
 __device__ inline int head_of(const TileOf<false>&, int) { return 0; }
 __device__ inline int head_of(const TileOf<true>& tile, int row) {
   return static_cast<int>(row * tile.inverse >> 16);
 }
-__device__ inline int query_of(const TileOf<false>& tile, int consumer, int row) {
-  return first_query(tile, consumer) + row;
-}
-__device__ inline int query_of(const TileOf<true>& tile, int consumer, int row) {
-  return first_query(tile, consumer) + row - head_of(tile, row) * tile.queries;
+template <class AnyTile>
+__device__ inline int query_of(const AnyTile& tile, int first, int row) {
+  return first + row - head_of(tile, row) * queries_of(tile);
 }
 
 template <class Cfg>
@@ -46,15 +45,21 @@ __device__ inline int64_t row_of_part(const ForwardParams& params, const TileOf<
   return attn::row_of_part(params, tile.split, tile.sequence, tile.head + head);
 }
 
-// Where the log-sum-exps of one of a tile's heads go, from query 0 of its sequence on.
+// Where the log-sum-exps of a tile's first head go, from query 0 of its sequence on, and how far
+// behind them the next head's stand.
+struct LseRows {
+  float* ptr;
+  int64_t head;
+};
 template <bool kServesAll>
-__device__ inline float* lse_of(const ForwardParams& params, const TileOf<kServesAll>& tile,
-                                int head) {
+__device__ inline LseRows lse_of(const ForwardParams& params, const TileOf<kServesAll>& tile) {
   if constexpr (kServesAll) {
-    if (params.num_splits > 1) return params.lse_partial + row_of_part(params, tile, head);
+    if (params.num_splits > 1) {
+      return {params.lse_partial + row_of_part(params, tile, 0), params.seqs.sq};
+    }
   }
-  return params.lse + tile.batch_q * params.lse_batch + (tile.head + head) * params.lse_head +
-         tile.first_q;
+  return {params.lse + tile.batch_q * params.lse_batch + tile.head * params.lse_head + tile.first_q,
+          params.lse_head};
 }
 
 }  // namespace flash::sm90

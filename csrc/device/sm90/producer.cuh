@@ -145,7 +145,7 @@ struct Schedule {
     }
 #pragma unroll 1
     for (int consumer = 0; consumer < Cfg::kConsumers; ++consumer) {
-      const int first = first_query(tile, consumer);
+      const int first = row0 + queries_of(tile) * consumer;
       const int last = first + queries_of(tile) - 1;
       tile.seen_by_all[consumer] = {mask.lowest(last), mask.highest(first)};
       if (Cfg::kTile.skips_blocks()) {

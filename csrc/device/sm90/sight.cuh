@@ -42,7 +42,8 @@ struct SightOf {
       see_all();
     } else {
       const int row = own_row();
-      const int queries[2] = {query_of(t, consumer, row), query_of(t, consumer, row + 8)};
+      const int first = first_query(t, consumer);
+      const int queries[2] = {query_of(t, first, row), query_of(t, first, row + 8)};
       see(attn::Mask(scores, t.sq, t.sk), queries, first_key<kBlockN>(key_block));
     }
   }

@@ -50,11 +50,14 @@ __device__ inline void store_output(const TmaForwardParams& params,
 template <class Cfg>
 __device__ inline void store_lse(const ForwardParams& params, const TileOf<Cfg::kServesAll>& tile,
                                  uint32_t smem, int consumer, int lane) {
+  const LseRows to = lse_of(params, tile);
+  const int first = first_query(tile, consumer);
 #pragma unroll
   for (int row = lane; row < 64; row += 32) {
-    const int query = query_of(tile, consumer, row);
-    if (query < tile.sq && head_of(tile, row) < heads_of_tile<Cfg>(params)) {
-      lse_of(params, tile, head_of(tile, row))[query] = ptx::ld_shared_f32(smem + 4 * row);
+    const int head = head_of(tile, row);
+    const int query = query_of(tile, first, row);
+    if (query < tile.sq && head < heads_of_tile<Cfg>(params)) {
+      to.ptr[head * to.head + query] = ptx::ld_shared_f32(smem + 4 * row);
     }
   }
 }
