@@ -444,15 +444,9 @@ def test_heads_of_a_group_may_share_tiles(
 
 
 @pytest.mark.parametrize("causal", [False, True])
-def test_packed_heads_of_a_group_may_share_tiles(causal: bool) -> None:
-    problem = varlen(
-        (17, 1, 0, 40, 21),
-        (900, 3, 70, 300, 21),
-        hq=8,
-        hk=1,
-        causal=causal,
-        dtype=BF16,
-    )
+@pytest.mark.parametrize("lengths", [(17, 1, 0, 40, 21), (1, 1, 200, 3, 1)], ids=str)
+def test_packed_heads_of_a_group_may_share_tiles(lengths: tuple[int, ...], causal: bool) -> None:
+    problem = varlen(lengths, (900, 3, 370, 300, 21), hq=8, hk=1, causal=causal, dtype=BF16)
     assert_follows_rule(problem, published_results(problem, problem.tensors("cuda"), flash_attn))
 
 

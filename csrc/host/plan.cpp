@@ -151,10 +151,16 @@ int choose_heads_of_tile(const ForwardParams& params, const Shape& shape) {
   const int group = params.hq / params.hk;
   if (shape.box_m == 0 || shape.element_bytes != 2 || group > sm90::kBoxM) return 1;
   if (params.scores.alibi_slopes != nullptr) return 1;
-  // Tiles for each head by itself, and for all of them. Less than a quarter less costs more.
+  // Tiles for each head by itself, and for all of them. Less than a quarter less costs more. Half
+  // of a packed sequence's last tile is empty, or so: how long each is nobody knows here.
   constexpr int kConsumers = 2;
-  const int64_t apart = group * ceil_div(params.seqs.sq, kConsumers * sm90::kBoxM);
-  const int64_t together = ceil_div(params.seqs.sq, kConsumers * (sm90::kBoxM / group));
+  const Sequences& seqs = params.seqs;
+  const auto tiles_of = [&](int queries) -> int64_t {
+    if (seqs.cu_seqlens_q == nullptr) return 2 * seqs.b * ceil_div(seqs.sq, queries);
+    return 2 * ceil_div(seqs.total_q, queries) + seqs.b;
+  };
+  const int64_t apart = group * tiles_of(kConsumers * sm90::kBoxM);
+  const int64_t together = tiles_of(kConsumers * (sm90::kBoxM / group));
   return 4 * together <= 3 * apart ? group : 1;
 }
 

@@ -100,14 +100,14 @@ class Call(ctypes.Structure):
     _fields_ = [("head", ForwardHead), ("rest", ctypes.c_ubyte * 800)]
 def plan_and_run(
     device, d=64, stream=77, splits=1, b=2, sq=300, sk=300, right=-1, margin=0, given=(),
-    dtype=BF16, pages=(0, 0), window_left=-1, **rows
+    dtype=BF16, pages=(0, 0), window_left=-1, heads=(4, 2), total_q=0, **rows
 ):
     # Only sizes matter to the plan; offsets are asked of the compiler below.
     call = Call()
-    sizes = dict(b=b, sq=sq, sk=sk, hq=4, hk=2, d=d, dv=d, cache_rows=b)
+    sizes = dict(b=b, sq=sq, sk=sk, hq=heads[0], hk=heads[1], d=d, dv=d, cache_rows=b)
     for name, value in dict(
         sizes, window_left=window_left, window_right=right, sm_margin=margin, q_dtype=dtype,
-        num_pages=pages[0], page_size=pages[1],
+        num_pages=pages[0], page_size=pages[1], total_q=total_q,
     ).items():
         ctypes.c_int32.from_buffer(call, OFFSETS[name]).value = value
     ctypes.c_float.from_buffer(call, OFFSETS["softmax_scale"]).value = 0.125
@@ -130,7 +130,7 @@ def offsets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
     """Offsets of fields of flash::ForwardParams, as the host's compiler lays them out."""
     folder = tmp_path_factory.mktemp("offsets")
     sizes = ("b", "sq", "sk", "cache_rows", "block_table", "num_pages", "page_size")
-    sizes += ("seqused_k", "leftpad_k", "cu_seqlens_q")
+    sizes += ("seqused_k", "leftpad_k", "cu_seqlens_q", "total_q")
     fields = {name: f"seqs.{name}" for name in sizes}
     fields["rng_state"] = "scores.rng_state"
     fields["alibi_slopes"] = "scores.alibi_slopes"
@@ -492,6 +492,36 @@ call(136, 8192)
         "sm90_wide_d128_bf16",
         "sm90_d128_bf16",
         "sm90_d192_bf16",
+    ]
+
+
+def test_heads_share_tiles_where_queries_are_few(
+    stub: Stub, hopper: Path, tmp_path: Path, offsets: dict[str, int]
+) -> None:
+    text = """
+call = lambda **more: say(plan_and_run(0, d=128, **more))
+packed = dict(given=['cu_seqlens_q'], heads=(32, 8))
+call(sq=20, heads=(16, 2))
+call(sq=9, heads=(14, 2))
+call(sq=20, heads=(16, 2), given=['alibi_slopes'])
+call(sq=300)
+call(b=32, sq=512, total_q=31 + 512, **packed)
+call(b=8, sq=1000, total_q=8 * 900, **packed)
+"""
+    found = run_with(hopper, stub, tmp_path / "log", offsets, text)
+    shapes = [
+        (x.kernel.split("_")[3], x.grid, *struct.unpack_from("<13Q", x.params)[9:13:3])
+        for x in found
+        if x.kernel.startswith("flash_fwd")
+    ]
+    # Rows and heads of a box of Q, of the 64 rows of a consumer; a tile has two.
+    assert shapes == [
+        ("scored", 2 * 2 * 2, 8, 8),
+        ("scored", 1 * 2 * 2, 9, 7),
+        ("scored", 1 * 16 * 2, 64, 1),
+        ("d128", 3 * 4 * 2, 64, 1),
+        ("scored", 132, 16, 4),
+        ("d128", 132, 64, 1),
     ]
 
 

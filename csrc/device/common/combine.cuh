@@ -91,6 +91,7 @@ __device__ inline void combine(const CombineParams& params) {
   const float* o = parts.ptr + index * parts.batch + row * parts.row + head * parts.head;
   const int64_t to = batch * params.o.batch + at_row * params.o.row + head * params.o.head;
   const float factor = is_empty ? 0.0f : 1.0f / sum;
+  // All lanes go on as long as one has columns, because they hand each other weights.
   for (int col = 4 * lane; col < (params.dv + 127) / 128 * 128; col += 128) {
     float4 total = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
 #pragma unroll 1
