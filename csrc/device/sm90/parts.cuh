@@ -8,11 +8,11 @@
 namespace flash::sm90 {
 
 // A consumer has 64 rows: queries of one head, or fewer of each head that shares the tile. What
-// remains is of a head behind those, and nothing.
+// remains counts as rows of one more head, which there is not.
 __device__ inline int queries_of(const TileOf<false>&) { return 64; }
 __device__ inline int queries_of(const TileOf<true>& tile) { return tile.queries; }
 
-// The first one of a consumer.
+// The first query of a consumer.
 template <class AnyTile>
 __device__ inline int first_query(const AnyTile& tile, int consumer) {
   return tile.row0 + queries_of(tile) * consumer;
