@@ -142,8 +142,10 @@ LONG = {
     "rows_without_keys": "packed({d}, (300, 130), (100, 129), longest=8192, causal=True)",
     "used": "packed({d}, (130, 5, 256), (130, 300, 256), used_k=(1, 290, 0), longest=8192)",
     "pages": "paged({d}, 16, 0, (333, 700), lens_q=(200, 140), longest=8192)",
-    "pages_causal": "paged({d}, 24, 0, (300, 100), lens_q=(200, 90), longest=8192, causal=True)",
-    "jumping_scores": "paged({d}, 64, 0, (900, 600), lens_q=(200, 90), longest=8192, jump=200.0)",
+    "pages_causal": "paged({d}, 24, 0, (300, 100), hk=2, lens_q=(200, 90), longest=8192,"
+    " causal=True)",
+    "jumping_scores": "paged({d}, 64, 0, (900, 600), hk=2, lens_q=(200, 90), longest=8192,"
+    " jump=200.0)",
     "dense": "dense({d}, 4096, 4099, hq=1, hk=1, b=1)",
 }
 # Of head dim 256, where CTAs run in pairs. One of a pair has fewer blocks of keys, or rows without
