@@ -12,9 +12,6 @@ import pytest
 from emulated import FORWARD_CASES, HEAD_DIMS, answers
 from native_tools import Stub, lines_of
 
-# One process computes what all of these tests ask for.
-pytestmark = pytest.mark.xdist_group("emulated")
-
 PROGRAM = """
 from oracle import kvcache_attention, varlen_attention
 

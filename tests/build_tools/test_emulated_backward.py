@@ -9,9 +9,6 @@ import pytest
 from emulated import BACKWARD_HEAD_DIMS, answers
 from native_tools import Stub
 
-# One process computes what all of these tests ask for.
-pytestmark = pytest.mark.xdist_group("emulated_backward")
-
 PROGRAM = """
 def call(dout, q, k, v, out, lse, grads, cu, used, max_seqlens, causal, window, softcap, slopes,
          scale, deterministic):

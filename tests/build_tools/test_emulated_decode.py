@@ -10,9 +10,6 @@ import pytest
 from emulated import DECODE_HEAD_DIMS, answers
 from native_tools import Stub, lines_of
 
-# One process computes what all of these tests ask for.
-pytestmark = pytest.mark.xdist_group("emulated_decode")
-
 PROGRAM = """
 import flash_attn, flash_attn_interface
 from cache_problem import CacheProblem

@@ -6,9 +6,6 @@ import pytest
 from emulated import FP8_DECODE_HEAD_DIMS, answers
 from native_tools import Stub
 
-# One process computes what all of these tests ask for.
-pytestmark = pytest.mark.xdist_group("emulated_decode_fp8")
-
 PROGRAM = """
 import flash_attn_interface
 from cache_problem import CacheProblem

@@ -6,9 +6,6 @@ import pytest
 from emulated import FORWARD_CASES, HEAD_DIMS, answers
 from native_tools import Stub
 
-# One process computes what all of these tests ask for.
-pytestmark = pytest.mark.xdist_group("emulated_fp8")
-
 PROGRAM = """
 from oracle import varlen_attention
 E4M3 = torch.float8_e4m3fn
