@@ -34,7 +34,7 @@ demo: ## install as a user would, run the quickstart and compare with standard a
 	$(DEMO)/bin/python benchmarks/demo.py --plot build/demo.png
 
 test: $(VENV)/.test ## run every test that needs no GPU
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not gpu' -n $(JOBS) --dist loadgroup $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not gpu' -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-gpu: $(VENV)/.test ## run the tests that need a GPU (see TORCH)
 	@$(BIN)/python -c 'import torch; assert torch.cuda.is_available()' 2>/dev/null || \
