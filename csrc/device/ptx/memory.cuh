@@ -184,6 +184,13 @@ __device__ inline void wait_until_equal(const int32_t* gmem, int x, uint32_t sle
   }
 }
 
+// What a counter says, in no order with anything else.
+__device__ inline int ld_relaxed(const int32_t* gmem) {
+  int x;
+  asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(x) : "l"(gmem));
+  return x;
+}
+
 // Adds to a counter, behind what this thread did before, and what it saw of others at a barrier.
 __device__ inline void red_release_add(int32_t* gmem, int x) {
   asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(gmem), "r"(x) : "memory");

@@ -27,12 +27,14 @@ __device__ inline void send_rows(const TensorMap& map, uint32_t smem, const KeyB
   ptx::tma_store_commit();
 }
 
-// One lane's work: what leaves through a buffer. Of each step dQ is added to the sums in memory:
-// all of it, if it has a consumer; or a consumer's part, a step late, as it is multiplied. Then
-// that one's dV of each block leaves there too.
+// One lane's work: what leaves through a buffer. Of each step dQ is added to the sums in memory: a
+// consumer's part, a step late, as it is multiplied; or all of it, if it has a consumer. Then a
+// consumer's dV of each block leaves there too.
 //
 // Where sums have one order, a counter of each 64 rows of dQ and sender tells which block of keys
-// is next to add to them, from the last that their queries see down to the first.
+// is next to add to them, from the last that their queries see down to the first. An addition, the
+// fence behind it and a look at a counter, one after the other, take longer than some steps: so the
+// next step's counter is looked at beside each addition.
 template <class Cfg>
 struct Sender {
   static constexpr bool kByRows = Cfg::kBlockM == 2 * kSumRows;  // else by columns
@@ -45,9 +47,10 @@ struct Sender {
   __device__ void run() const {
     const BackwardParams& call = maps.call;
     uint32_t sent = 0;
-    // Of the step before, if there is one: the row in dq_accum, and the turn.
+    // Of the step before, if there is one: the row in dq_accum, its turn, and whose that seemed.
     int late = kNone;
     int late_turn = 0;
+    int seen = kNone;
     int uncounted = kNone;  // the key-value head of the block before, until its last dQ has left
     ptx::wait_for_kernel_in_front();
     for (int i = 0;; ++i) {
@@ -55,22 +58,17 @@ struct Sender {
       const KeyBlock& block = pipe.block(i);
       const bool has_steps = !block.is_last && block.begin < block.end;
       // Behind the last block there is only the late dQ.
-      int left = has_steps ? (block.end - block.begin) * (call.hq / call.hk)
-                           : block.is_last && !Cfg::kHasSummer;
+      int left = has_steps ? (block.end - block.begin) * (call.hq / call.hk) : block.is_last;
       int at = block.begin;
-      int row = block.first_sum + at * Cfg::kBlockM + (kByRows ? kSumRows * consumer : 0);
+      int row = has_steps ? first_row(block) : 0;
       for (; left > 0; --left) {
-        if constexpr (Cfg::kHasSummer) {
-          add(row, block.first / Cfg::kBlockN, sent++);
-        } else {
-          if (late != kNone) {
-            add(late, late_turn, sent++);
-            count(uncounted);
-            uncounted = kNone;
-          }
-          late = row;
-          late_turn = block.first / Cfg::kBlockN;
+        if (late != kNone) {
+          add(late, late_turn, seen, row, sent++);
+          count(uncounted);
+          uncounted = kNone;
         }
+        late = row;
+        late_turn = block.first / Cfg::kBlockN;
         row += Cfg::kBlockM;
         if (++at == block.end) {
           at = block.begin;
@@ -78,13 +76,13 @@ struct Sender {
         }
       }
       if (block.is_last) break;
-      if (has_steps && !Cfg::kHasSummer) {
-        pipe.outs(consumer).wait_full(sent);
-        send_values(block);
-        pipe.outs(consumer).arrive_empty(sent++);
-      }
       const int head = block.sequence * call.hk + block.head;
-      if (has_steps && !Cfg::kHasSummer) {
+      if (has_steps) {
+        if constexpr (!Cfg::kHasSummer) {
+          pipe.outs(consumer).wait_full(sent);
+          send_values(block);
+          pipe.outs(consumer).arrive_empty(sent++);
+        }
         uncounted = head;
       } else {
         count(head);
@@ -110,25 +108,35 @@ struct Sender {
     ptx::tma_store_wait_read();
   }
 
-  // To 64 rows from `row` of dq_accum on.
-  __device__ void add(int row, int turn, uint32_t sent) const {
+  __device__ int first_row(const KeyBlock& block) const {
+    return block.first_sum + block.begin * Cfg::kBlockM + (kByRows ? kSumRows * consumer : 0);
+  }
+
+  // To 64 rows from `row` of dq_accum on, and looks at the turn of those from `next` on.
+  __device__ void add(int row, int turn, int& seen, int next, uint32_t sent) const {
     const BackwardParams& call = maps.call;
-    const int column = kByRows ? 0 : 64 * consumer;
-    float* const to = call.dq_accum + int64_t{row} * Cfg::kHeadDim +
-                      column / 8 * tile::WarpgroupOrder::kEightColumns;
-    const int bytes =
-        min(Cfg::kHeadDim - column, kColumns) * kSumRows * static_cast<int>(sizeof(float));
-    int32_t* const counter = call.turns + row / kSumRows * 2 + (kByRows ? 0 : consumer);
     pipe.outs(consumer).wait_full(sent);
-    if (call.turns) ptx::wait_until_equal(counter, turn);
-    ptx::bulk_add(to, pipe.out_buffer(consumer), bytes);
-    ptx::tma_store_commit();
+    if (call.turns && seen != turn) ptx::wait_until_equal(turn_of(row), turn);
+    start_adding(row);
+    if (call.turns) seen = ptx::ld_relaxed(turn_of(next));
     ptx::tma_store_wait_read();
     pipe.outs(consumer).arrive_empty(sent);
     if (call.turns) {
       ptx::tma_store_wait();
-      ptx::red_release_add(counter, -1);
+      ptx::red_release_add(turn_of(row), -1);
     }
+  }
+  __device__ void start_adding(int row) const {
+    const int column = kByRows ? 0 : 64 * ptx::opaque(consumer);  // so that no address is kept
+    float* const to = maps.call.dq_accum + int64_t{row} * Cfg::kHeadDim +
+                      column / 8 * tile::WarpgroupOrder::kEightColumns;
+    const int bytes =
+        min(Cfg::kHeadDim - column, kColumns) * kSumRows * static_cast<int>(sizeof(float));
+    ptx::bulk_add(to, pipe.out_buffer(consumer), bytes);
+    ptx::tma_store_commit();
+  }
+  __device__ int32_t* turn_of(int row) const {
+    return maps.call.turns + static_cast<uint32_t>(row) / kSumRows * 2 + (kByRows ? 0 : consumer);
   }
 };
 

@@ -103,6 +103,8 @@ inline void let_kernel_behind_begin() {}
 
 inline void red_add_f32(float* gmem, float x) { *gmem += x; }
 
+inline int ld_relaxed(const int32_t* gmem) { return *gmem; }
+
 inline void wait_until_equal(const int32_t* gmem, int x, uint32_t = 0) {
   emulator::wait_until([=] { return *gmem == x; }, "a counter in memory");
 }
