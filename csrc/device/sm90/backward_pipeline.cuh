@@ -19,6 +19,7 @@ struct BackwardConfig {
   static constexpr bool kByKeys = kTile.share == sm90::kByKeys;
   static constexpr bool kHasSummer = kTile.has_summer;
   static constexpr int kSenders = kTile.senders();
+  static constexpr int kOutBuffers = kTile.out_buffers();
   static_assert(kBlockN == (kByKeys ? 128 : 64), "a product of a warpgroup has 64 rows");
   using TileQ = tile::SmemTile<kBlockM, kTile.columns()>;
   using TileK = tile::SmemTile<kBlockN, kTile.columns()>;
@@ -59,8 +60,9 @@ struct KeyBlock {
 //   loads:           full: but for the last step's    (nobody waits until it is empty)
 //                    all of a block have begun
 //
-// Outs, a ring for each sender, are there where consumers have keys of their own; gradients where a
-// third one multiplies dQ.
+// Outs, a ring for each buffer, are there where consumers have keys of their own; gradients where a
+// third one multiplies dQ. Then there is one buffer, and a ring of two entries, one for each
+// sender.
 template <class Cfg>
 struct BackwardPipeline {
   static constexpr int kBlocks = 2;
@@ -71,19 +73,20 @@ struct BackwardPipeline {
   static constexpr int kDs = kQueries + 2 * Cfg::kStages * Cfg::TileQ::kBytes;
   static constexpr int kP = kDs + 2 * Cfg::kTile.ds_bytes();
   static constexpr int kOuts = kP + 2 * Cfg::kTile.p_bytes();
-  static constexpr int kStatistics = kOuts + Cfg::kSenders * Cfg::kTile.out_bytes();
+  static constexpr int kStatistics = kOuts + Cfg::kOutBuffers * Cfg::kTile.out_bytes();
   static constexpr int kBounds = kStatistics + Cfg::kTile.statistics_bytes();
   static constexpr int kBarriers = kBounds + Cfg::kTile.bounds_bytes();
   using KeyRing = Ring<kKeyBuffers>;
   using ValueRing = Ring<1>;
   using QueryRing = Ring<Cfg::kStages>;
   using GradientRing = Ring<2>;
-  using OutRing = Ring<1>;
+  using OutRing = Ring<Cfg::kSenders == Cfg::kOutBuffers ? 1 : 2>;
   using BlockRing = Ring<kBlocks>;
   using LoadRing = Ring<1>;
-  static constexpr int kRecords =
-      kBarriers + KeyRing::kBytes + ValueRing::kBytes + 2 * QueryRing::kBytes + BlockRing::kBytes +
-      Cfg::kSenders * OutRing::kBytes + LoadRing::kBytes + Cfg::kHasSummer * GradientRing::kBytes;
+  static constexpr int kRecords = kBarriers + KeyRing::kBytes + ValueRing::kBytes +
+                                  2 * QueryRing::kBytes + BlockRing::kBytes +
+                                  Cfg::kOutBuffers * OutRing::kBytes + LoadRing::kBytes +
+                                  Cfg::kHasSummer * GradientRing::kBytes;
   static_assert(kRecords % alignof(KeyBlock) == 0 &&
                     kRecords + kBlocks * sizeof(KeyBlock) <= Cfg::kTile.smem_bytes(),
                 "room behind the buffers");
@@ -112,10 +115,10 @@ struct BackwardPipeline {
     return smem + kP + step % 2 * Cfg::kTile.p_bytes();
   }
   // Where dQ and dV leave, or else dV through V and dK through K.
-  __device__ uint32_t out_buffer(int sender) const {
-    return Cfg::kByKeys  ? smem + kOuts + sender * Cfg::kTile.out_bytes()
-           : sender == 0 ? v_buffer()
-                         : k_buffer(0);
+  __device__ uint32_t out_buffer(int i) const {
+    return Cfg::kByKeys ? smem + kOuts + i * Cfg::kTile.out_bytes()
+           : i == 0     ? v_buffer()
+                        : k_buffer(0);
   }
   // Of each 64 queries of a block, 64 lse and 64 delta.
   __device__ uint32_t statistics(uint32_t step) const {
@@ -130,10 +133,10 @@ struct BackwardPipeline {
   __device__ QueryRing queries() const { return {values().barriers + ValueRing::kBytes}; }
   __device__ QueryRing douts() const { return {queries().barriers + QueryRing::kBytes}; }
   __device__ BlockRing blocks() const { return {douts().barriers + QueryRing::kBytes}; }
-  __device__ OutRing outs(int sender) const {
-    return {blocks().barriers + BlockRing::kBytes + sender * OutRing::kBytes};
+  __device__ OutRing outs(int i) const {
+    return {blocks().barriers + BlockRing::kBytes + i * OutRing::kBytes};
   }
-  __device__ LoadRing loads() const { return {outs(Cfg::kSenders).barriers}; }
+  __device__ LoadRing loads() const { return {outs(Cfg::kOutBuffers).barriers}; }
   __device__ GradientRing gradients() const { return {loads().barriers + LoadRing::kBytes}; }
   __device__ KeyBlock& block(uint32_t i) const {
     return reinterpret_cast<KeyBlock*>(storage + kRecords)[i % kBlocks];
@@ -146,7 +149,7 @@ struct BackwardPipeline {
       values().init(1, 4 * Cfg::kConsumers);
       queries().init(1, 4 * Cfg::kConsumers);
       douts().init(1, Cfg::kConsumers);
-      for (int i = 0; i < Cfg::kSenders; ++i) outs(i).init(4, 1);
+      for (int i = 0; i < Cfg::kOutBuffers; ++i) outs(i).init(4, 1);
       blocks().init(1, 1 + Cfg::kConsumers + Cfg::kHasSummer + Cfg::kSenders);
       loads().init(1, 1);
       if (Cfg::kHasSummer) gradients().init(4 * Cfg::kConsumers, 4);

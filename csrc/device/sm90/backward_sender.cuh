@@ -28,13 +28,13 @@ __device__ inline void send_rows(const TensorMap& map, uint32_t smem, const KeyB
 }
 
 // One lane's work: what leaves through a buffer. Of each step dQ is added to the sums in memory: a
-// consumer's part, a step late, as it is multiplied; or all of it, if it has a consumer. Then a
-// consumer's dV of each block leaves there too.
+// consumer's part, a step late, as it is multiplied, then that one's dV of each block; or, if dQ has
+// a consumer, all of it, by two senders that have every second step.
 //
-// Where sums have one order, a counter of each 64 rows of dQ and sender tells which block of keys
-// is next to add to them, from the last that their queries see down to the first. An addition, the
-// fence behind it and a look at a counter, one after the other, take longer than some steps: so the
-// next step's counter is looked at beside each addition.
+// Where sums have one order, a counter of each 64 rows of dQ, or of half of their columns, tells
+// which block of keys is next to add to them, from the last that their queries see down to the
+// first. An addition, the fence behind it and a look at a counter, one after the other, take longer
+// than some steps: so who has all steps looks at the next counter beside each addition.
 template <class Cfg>
 struct Sender {
   static constexpr bool kByRows = Cfg::kBlockM == 2 * kSumRows;  // else by columns
@@ -42,7 +42,7 @@ struct Sender {
   static constexpr int kNone = -1;
   const TmaBackwardParams& maps;
   const BackwardPipeline<Cfg>& pipe;
-  const int consumer;  // whose part leaves; 0 where all of dQ does
+  const int sender;
 
   __device__ void run() const {
     const BackwardParams& call = maps.call;
@@ -63,7 +63,8 @@ struct Sender {
       int row = has_steps ? first_row(block) : 0;
       for (; left > 0; --left) {
         if (late != kNone) {
-          add(late, late_turn, seen, row, sent++);
+          if (has_all_steps() || sent % 2 == sender) add(late, late_turn, seen, row, sent);
+          ++sent;
           count(uncounted);
           uncounted = kNone;
         }
@@ -78,10 +79,10 @@ struct Sender {
       if (block.is_last) break;
       const int head = block.sequence * call.hk + block.head;
       if (has_steps) {
-        if constexpr (!Cfg::kHasSummer) {
-          pipe.outs(consumer).wait_full(sent);
+        if constexpr (has_all_steps()) {
+          outs().wait_full(sent);
           send_values(block);
-          pipe.outs(consumer).arrive_empty(sent++);
+          outs().arrive_empty(sent++);
         }
         uncounted = head;
       } else {
@@ -93,6 +94,10 @@ struct Sender {
   }
 
  private:
+  __device__ static constexpr bool has_all_steps() { return !Cfg::kHasSummer; }
+  __device__ int buffer() const { return has_all_steps() ? sender : 0; }
+  __device__ auto outs() const { return pipe.outs(buffer()); }
+
   // Counts a block of keys of a head: its dQ has left. Who sees that sees the sums.
   __device__ void count(int head) const {
     if (head == kNone) return;
@@ -101,42 +106,42 @@ struct Sender {
   }
 
   __device__ void send_values(const KeyBlock& block) const {
-    const int first = block.first + 64 * consumer;
+    const int first = block.first + 64 * sender;
     if (!leave_by_tma(maps.call, block, first)) return;
-    send_rows<typename Cfg::TileOut>(maps.dv, pipe.out_buffer(consumer), block, first,
+    send_rows<typename Cfg::TileOut>(maps.dv, pipe.out_buffer(buffer()), block, first,
                                      maps.call.dv);
     ptx::tma_store_wait_read();
   }
 
   __device__ int first_row(const KeyBlock& block) const {
-    return block.first_sum + block.begin * Cfg::kBlockM + (kByRows ? kSumRows * consumer : 0);
+    return block.first_sum + block.begin * Cfg::kBlockM + (kByRows ? kSumRows * sender : 0);
   }
 
   // To 64 rows from `row` of dq_accum on, and looks at the turn of those from `next` on.
   __device__ void add(int row, int turn, int& seen, int next, uint32_t sent) const {
     const BackwardParams& call = maps.call;
-    pipe.outs(consumer).wait_full(sent);
     if (call.turns && seen != turn) ptx::wait_until_equal(turn_of(row), turn);
+    outs().wait_full(sent);
     start_adding(row);
-    if (call.turns) seen = ptx::ld_relaxed(turn_of(next));
+    if (has_all_steps() && call.turns) seen = ptx::ld_relaxed(turn_of(next));
     ptx::tma_store_wait_read();
-    pipe.outs(consumer).arrive_empty(sent);
+    outs().arrive_empty(sent);
     if (call.turns) {
       ptx::tma_store_wait();
       ptx::red_release_add(turn_of(row), -1);
     }
   }
   __device__ void start_adding(int row) const {
-    const int column = kByRows ? 0 : 64 * ptx::opaque(consumer);  // so that no address is kept
+    const int column = kByRows ? 0 : 64 * ptx::opaque(buffer());  // so that no address is kept
     float* const to = maps.call.dq_accum + int64_t{row} * Cfg::kHeadDim +
                       column / 8 * tile::WarpgroupOrder::kEightColumns;
     const int bytes =
         min(Cfg::kHeadDim - column, kColumns) * kSumRows * static_cast<int>(sizeof(float));
-    ptx::bulk_add(to, pipe.out_buffer(consumer), bytes);
+    ptx::bulk_add(to, pipe.out_buffer(buffer()), bytes);
     ptx::tma_store_commit();
   }
   __device__ int32_t* turn_of(int row) const {
-    return maps.call.turns + static_cast<uint32_t>(row) / kSumRows * 2 + (kByRows ? 0 : consumer);
+    return maps.call.turns + static_cast<uint32_t>(row) / kSumRows * 2 + (kByRows ? 0 : buffer());
   }
 };
 

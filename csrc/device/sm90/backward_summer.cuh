@@ -47,7 +47,7 @@ class Summer : GradientConsumer<Cfg> {
     ptx::pin(dq.c[0]);
     this->pipe_.gradients().arrive_empty_if(this->lane() == 0, this->step_);
     const auto out = this->pipe_.outs(0);
-    out.wait_empty(this->step_);
+    out.wait_empty(this->step_ + 1);  // what the step in front has put there has left
     tile::WarpgroupOrder::store(this->pipe_.out_buffer(0), dq, Cfg::kHeadDim, this->thread());
     ptx::fence_async_proxy();
     __syncwarp();

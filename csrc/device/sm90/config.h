@@ -128,8 +128,10 @@ struct BackwardTile {
   constexpr int p_bytes() const { return share == kByGradients ? block_m * block_n * 4 : 0; }
   // Of dS, where dQ is made of it.
   constexpr int ds_bytes() const { return share == kByKeys ? block_m * block_n * 2 : 0; }
-  // Where dQ of a step leaves by TMA, in float: a consumer's part of it, and then its dV, or all.
-  constexpr int senders() const { return share != kByKeys ? 0 : has_summer ? 1 : consumers(); }
+  // Where dQ of a step leaves by TMA, in float: a consumer's part of it, and then its dV, by a
+  // sender of its own; or all of it, by two senders in turn.
+  constexpr int senders() const { return share == kByKeys ? 2 : 0; }
+  constexpr int out_buffers() const { return has_summer ? 1 : senders(); }
   constexpr int out_bytes() const { return 64 * (has_summer ? head_dim : 64) * 4; }
   // Of K. Where there are two, dQ of a block's last step is multiplied beside the next block's
   // first.
@@ -140,7 +142,7 @@ struct BackwardTile {
   // queries see a key; barriers and records.
   constexpr int smem_bytes() const {
     return ((key_buffers() + 1) * block_n + 2 * stages * block_m) * columns() * 2 +
-           2 * (ds_bytes() + p_bytes()) + senders() * out_bytes() + statistics_bytes() +
+           2 * (ds_bytes() + p_bytes()) + out_buffers() * out_bytes() + statistics_bytes() +
            bounds_bytes() + 512;
   }
 };
