@@ -2,6 +2,7 @@
 
 #include <atomic>
 
+#include "device/common/config.h"
 #include "host/driver.h"
 #include "host/fp8.h"
 #include "host/launch.h"
@@ -98,7 +99,11 @@ bool fill(const Call& call, const FillParams& params) {
   int64_t rows = int64_t{seqs.b} * (params.is_keys ? seqs.sk : seqs.sq);
   if (params.is_keys && seqs.cu_seqlens_k != nullptr) rows = seqs.total_k;
   if (!params.is_keys && seqs.cu_seqlens_q != nullptr) rows = seqs.total_q;
-  return run_rows(call, FLASH_FILL, rows, &params);
+  const int64_t ctas = params.x[0].ptr == nullptr ? 0 : ceil_div(rows, common::kFillThreads);
+  const int64_t ctas_of_order =
+      params.order == nullptr ? 0 : ceil_div(seqs.b, common::kFillThreads / 32);
+  Ready ready;
+  return call.prepare(FLASH_FILL, &ready) && call.run(ready, ctas + ctas_of_order, &params);
 }
 
 // Rows of a tensor that belong to no sequence: those of q, unless `is_keys` is set.
@@ -111,8 +116,11 @@ FillParams unused_rows_of(const Sequences& seqs, const Rows& x, int cols, int he
   return filled;
 }
 
+// And the order of sequences, where the call wants it.
 FillParams unused_rows_of(const ForwardParams& params) {
-  FillParams filled = unused_rows_of(params.seqs, params.o, params.dv, params.hq);
+  const Rows o = has_unused_q(params.seqs) ? params.o : Rows{};
+  FillParams filled = unused_rows_of(params.seqs, o, params.dv, params.hq);
+  filled.order = params.order;
   filled.lse = params.lse;
   filled.lse_batch = params.lse_batch;
   filled.lse_head = params.lse_head;
@@ -160,10 +168,10 @@ bool run_forward(const Call& call, const ForwardParams& params) {
 }
 
 bool forward(const Call& call, const ForwardParams& params) {
-  return run_forward(call, params) &&
+  const bool fills = has_unused_q(params.seqs) || params.order != nullptr;
+  return (!fills || fill(for_output(call), unused_rows_of(params))) && run_forward(call, params) &&
          (params.num_splits <= 1 || combine(call, combine_params(params))) &&
-         (params.s_dmask == nullptr || s_dmask(call, params)) &&
-         (!has_unused_q(params.seqs) || fill(for_output(call), unused_rows_of(params)));
+         (params.s_dmask == nullptr || s_dmask(call, params));
 }
 
 bool decode(const Call& call, const DecodeParams& given) {

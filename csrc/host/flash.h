@@ -108,6 +108,9 @@ struct ForwardParams {
   int32_t heads_of_tile;  // query heads of a group whose rows share a tile; 1: none do
   // CTAs take tile after tile by this counter (attn/counter.cuh); null: each tile has its CTA.
   uint64_t* next_tile;
+  // Sequences, those of most keys first, as the kernel that fills unused rows finds it: so come
+  // their tiles. Null: in the caller's order.
+  int32_t* order;
   int32_t sm_margin;                        // multiprocessors that such CTAs leave to other kernels
   int32_t q_dtype;                          // a FlashDtype; k and v of a decode call may be e4m3
   Factors q_descale, k_descale, v_descale;  // of 8-bit operands
@@ -251,6 +254,7 @@ struct FillParams {
   Sequences seqs;
   int32_t is_keys;  // x has k's rows, else q's
   int32_t heads;
+  int32_t* order;  // ForwardParams::order, to be found too; null: nobody asks for it
 };
 
 }  // namespace flash

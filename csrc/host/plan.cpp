@@ -259,6 +259,16 @@ uint32_t last_section(const ForwardParams& params, const Shape& shape, const Dev
   return heads <= few ? 0 : static_cast<uint32_t>((heads - few) / params.heads_per_section);
 }
 
+bool wants_order(const ForwardParams& params, const Shape& shape, const Device& device) {
+  const Sequences& seqs = params.seqs;
+  if (!shares_tiles(params, shape, device) || !has_lengths(seqs) || seqs.b == 1) return false;
+  // A packed call fills rows in any case; for others that is a launch of 2 us, or four blocks.
+  constexpr int kFewBlocks = 64;  // of a CTA
+  return seqs.cu_seqlens_q != nullptr || seqs.seqused_q != nullptr ||
+         num_tiles(params, shape) * ceil_div(seqs.sk, shape.block_n) >=
+             int64_t{kFewBlocks} * device.num_sms;
+}
+
 int choose_section(const BackwardParams& params, const Shape& shape, const Device& device) {
   // All columns of a head run side by side, so that its queries are read from L2.
   const int64_t heads = int64_t{params.hk} * params.seqs.b;

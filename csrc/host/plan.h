@@ -22,6 +22,9 @@ int choose_section(const ForwardParams& params, const Shape& shape, const Device
 // The section that has all heads behind it too: enough of them that CTAs end at about one time.
 uint32_t last_section(const ForwardParams& params, const Shape& shape, const Device& device);
 
+// Whether sequences of many keys should come first.
+bool wants_order(const ForwardParams& params, const Shape& shape, const Device& device);
+
 // Whether CTAs run in pairs that load K and V together: of a causal call, in which few CTAs read
 // the same keys at one time, and where no CTA of a pair would be left without rows.
 bool is_paired(const ForwardParams& params, const Shape& shape, const Device& device);

@@ -129,7 +129,7 @@ ForwardResult run(Forward& call) {
   const int64_t dv = call.v.size(-1);
   Written out(call.out, call.q, dv);
   // Floats behind the log-sum-exp would keep the parts of a decode call alive with it.
-  Lse made = make_lse(call, workspace.decodes != 0 ? 0 : workspace.next_tile);
+  Lse made = make_lse(call, workspace.decodes != 0 ? 0 : workspace.next_tile + workspace.order);
   ForwardResult result = {Tensor(), std::move(made.lse), Tensor()};
   params.q = rows_of(q);
   params.o = rows_of(out.tensor());
@@ -138,6 +138,9 @@ ForwardResult run(Forward& call) {
   params.v_descale = factors_of(call.descale.v);
   params.lse = pointer<float>(result.softmax_lse);
   if (made.scratch != nullptr) params.next_tile = reinterpret_cast<uint64_t*>(made.scratch);
+  if (workspace.order != 0) {
+    params.order = reinterpret_cast<int32_t*>(made.scratch + workspace.next_tile);
+  }
   params.lse_head = result.softmax_lse.stride(-2);
   params.lse_batch = call.is_packed_q() ? 0 : result.softmax_lse.stride(0);
   if (call.return_softmax) {

@@ -117,9 +117,10 @@ def plan_and_run(
         setattr(call.head, name, value)
     workspace = (ctypes.c_int64 * 9)()
     ok = host.flash_plan_forward(device, dtype, splits, ctypes.byref(call), workspace)
-    next_tile, decodes = workspace[5:7]
-    if next_tile:
-        ctypes.c_uint64.from_buffer(call, OFFSETS["next_tile"]).value = 4096
+    next_tile, decodes, _, order = workspace[5:9]
+    for name, size in (("next_tile", next_tile), ("order", order)):
+        if size:
+            ctypes.c_uint64.from_buffer(call, OFFSETS[name]).value = 4096
     run = host.flash_decode if decodes else host.flash_forward
     return ok and run(device, ctypes.c_void_p(stream), dtype, ctypes.byref(call))
 """
@@ -137,7 +138,7 @@ def offsets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
     fields["window_left"] = "scores.window_left"
     fields["window_right"] = "scores.window_right"
     fields["softmax_scale"] = "scores.softmax_scale"
-    of_call = ("hq", "hk", "d", "dv", "next_tile", "sm_margin", "q_dtype")
+    of_call = ("hq", "hk", "d", "dv", "next_tile", "order", "sm_margin", "q_dtype")
     fields.update({name: name for name in of_call})
     rows = "".join(
         f'printf("{name} %d\\n", int(offsetof(flash::ForwardParams, {field})));'
@@ -561,6 +562,28 @@ def test_tiles_that_are_shared_leave_multiprocessors_to_others(
     grids = [x.grid for x in run_with(hopper, stub, tmp_path / "log", offsets, text)]
     # Of 132; b calls of 4 heads have 3 tiles each, and what fits is not shared.
     assert grids == [132, 100, 1, 92, 2 * 4 * 3]
+
+
+def test_sequences_of_many_keys_come_first_where_that_pays(
+    stub: Stub, hopper: Path, tmp_path: Path, offsets: dict[str, int]
+) -> None:
+    text = """
+def call(given=["seqused_k"], b=20, sk=8192, **options):
+    say(plan_and_run(0, d=128, b=b, sk=sk, given=given, **options))
+call()
+call(given=["cu_seqlens_q"], total_q=6000, sk=300)
+# One sequence; all as long as one another; too short for another launch; each tile has its CTA.
+call(b=1, sq=8192)
+call(given=[])
+call(sk=1024)
+call(b=8)
+"""
+    found = run_with(hopper, stub, tmp_path / "log", offsets, text)
+    kernels = [x.kernel for x in found]
+    assert kernels[:4] == 2 * ["flash_fill_bf16", "flash_fwd_sm90_d128_bf16"]
+    assert "flash_fill_bf16" not in kernels[4:]
+    # A warp for each of 20 sequences, eight in a CTA.
+    assert [found[i].grid for i in (0, 2)] == [3, 3]
 
 
 def test_tensor_maps_tell_sizes_and_strides(

@@ -175,7 +175,7 @@ print(json.dumps([list(x.shape) for x in (out, lse, d)]))
     assert run(installed, tmp_path / "log", text) == [[50, 2, 64], [2, 50], [2, 50 + 256]]
     kernels = [launch.kernel for launch in launches(tmp_path / "log")]
     # Rows that belong to no sequence are filled: of the output, then of dq, then of dk and dv.
-    forward = ["flash_fwd_sm80_d64_bf16", "flash_fill_bf16"]
+    forward = ["flash_fill_bf16", "flash_fwd_sm80_d64_bf16"]
     backward = ["flash_delta_bf16", "flash_bwd_sm80_d64_bf16", "flash_convert_sm80_d64_bf16"]
     assert kernels == [*forward, *backward, "flash_fill_bf16", "flash_fill_bf16"]
 
@@ -313,7 +313,7 @@ print(json.dumps([list(out.shape), list(lse.shape)]))
 """
     )
     assert run(installed, tmp_path / "log", text) == [[70, 4, 64], [4, 70]]
-    append, _, fill = launches(tmp_path / "log")
+    append, fill, _ = launches(tmp_path / "log")
     assert append.grid == -(-(9 * 2 + 70 * 4) // 4)
     assert fill.kernel == "flash_fill_bf16"
 

@@ -1,4 +1,5 @@
-// Gives rows that no sequence uses their values: zero, and +inf as log-sum-exp.
+// Gives rows that no sequence uses their values: zero, and +inf as log-sum-exp. For a forward call
+// that wants it, finds the order of its sequences too.
 //
 // The other kernels write the rows in use only. These are behind seqused, behind the last sequence
 // of a packed operand, or beyond the longest sequence that the caller promised. A warp looks at 32
@@ -68,15 +69,36 @@ __device__ inline void fill_row(const FillParams& params, const AnyRow& at, int 
   }
 }
 
-// Grid: all rows, kFillThreads a CTA.
+// A warp's work: finds the place of a sequence in the order, behind those of more keys, or of as
+// many and a lower index.
+__device__ inline void find_place(const FillParams& params, int index, int lane) {
+  if (index >= params.seqs.b) return;
+  const attn::Sequence own(params.seqs, index);
+  uint32_t before = 0;
+  for (int i = lane; i < params.seqs.b; i += 32) {
+    const attn::Sequence seq(params.seqs, i);
+    before += seq.sk > own.sk || (seq.sk == own.sk && i < index);
+  }
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2) before += __shfl_xor_sync(0xffffffffu, before, step);
+  if (lane == 0) params.order[before] = index;
+}
+
+// Grid: where the order is wanted all sequences, a warp each; then all rows, kFillThreads a CTA.
 __device__ inline void fill(const FillParams& params) {
   const Sequences& seqs = params.seqs;
+  const int lane = threadIdx.x % 32;
+  int block = blockIdx.x;
+  if (params.order) {
+    constexpr int kWarps = kFillThreads / 32;
+    if (block * kWarps < seqs.b) return find_place(params, block * kWarps + threadIdx.x / 32, lane);
+    block -= (seqs.b + kWarps - 1) / kWarps;
+  }
   const bool is_packed = AnyRow::cu_seqlens(params) != nullptr;
   const int64_t packed_rows = params.is_keys ? seqs.total_k : seqs.total_q;
   const int64_t dense_rows = static_cast<int64_t>(seqs.b) * (params.is_keys ? seqs.sk : seqs.sq);
   const int64_t count = is_packed ? packed_rows : dense_rows;
-  const int lane = threadIdx.x % 32;
-  const int64_t mine = static_cast<int64_t>(blockIdx.x) * kFillThreads + threadIdx.x;
+  const int64_t mine = static_cast<int64_t>(block) * kFillThreads + threadIdx.x;
   const bool is_unused = mine < count && !AnyRow(params, mine).is_used(params);
   for (uint32_t rows = __ballot_sync(0xffffffffu, is_unused); rows != 0; rows &= rows - 1) {
     fill_row(params, AnyRow(params, mine - lane + __ffs(rows) - 1), lane);

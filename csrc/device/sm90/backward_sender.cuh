@@ -28,8 +28,8 @@ __device__ inline void send_rows(const TensorMap& map, uint32_t smem, const KeyB
 }
 
 // One lane's work: what leaves through a buffer. Of each step dQ is added to the sums in memory: a
-// consumer's part, a step late, as it is multiplied, then that one's dV of each block; or, if dQ has
-// a consumer, all of it, by two senders that have every second step.
+// consumer's part, a step late, as it is multiplied, then that one's dV of each block; or, if dQ
+// has a consumer, all of it, by two senders that have every second step.
 //
 // Where sums have one order, a counter of each 64 rows of dQ, or of half of their columns, tells
 // which block of keys is next to add to them, from the last that their queries see down to the

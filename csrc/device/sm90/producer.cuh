@@ -49,6 +49,8 @@ struct Schedule {
         tile.queries = 64 / params.heads_of_tile;
         tile.inverse = 65536 / tile.queries + 1;
       }
+      ptx::forget();  // what is in the tile by now: registers are few
+      if (params.order) at.sequence = params.order[at.sequence];
       const attn::Sequence seq(params.seqs, at.sequence);
       if (at.block_m * queries < seq.sq) describe(at, seq, tile);
     }
