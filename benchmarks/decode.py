@@ -48,6 +48,7 @@ def cases(quick: bool) -> Iterator[Case]:
     for page in (1, 16, 64, 256):
         yield Case(f"pages of {page}", 16, 8192, page=page)
     yield Case("ragged, pages of 16", 64, 8192, page=16, ragged=True)
+    yield Case("ragged, 16 queries", 64, 8192, queries=16, ragged=True)
     yield Case("4 queries", 16, 8192, queries=4)
     for kind, heads, kv_heads, queries in (("16 queries", 64, 8, 16), ("8 queries", 28, 4, 8)):
         for batch in (1, 16):

@@ -45,6 +45,7 @@ def backward(
     window: Window = (-1, -1),
     starts: Optional[Any] = None,
     longest: Optional[int] = None,
+    deterministic: bool = False,
 ) -> list[Any]:
     """dq, dk and dv."""
     import torch
@@ -52,5 +53,5 @@ def backward(
     made = [torch.empty_like(x) for x in (q, k, v)]
     packed = (starts, starts, None, None, longest, longest)
     given = (dout, q, k, v, out, lse, *made, *packed, None, causal, *window)
-    torch.ops.flash_attn_3.bwd.default(*given)
+    torch.ops.flash_attn_3.bwd.default(*given, deterministic=deterministic)
     return made

@@ -120,6 +120,8 @@ KINDS = {
 class Method(ABC):
     """One way to compute attention, and its gradients, of some inputs."""
 
+    deterministic = False
+
     @staticmethod
     def takes(case: Case) -> bool:
         return True
@@ -184,6 +186,8 @@ class FlashAttn(Autograd):
         """`functions`: what has flash_attn_func and flash_attn_varlen_func."""
         case = self.inputs.case
         rule: dict[str, Any] = {"causal": case.causal, "window_size": case.window_size}
+        if self.deterministic:
+            rule["deterministic"] = True
         if not case.lengths:
             return functions.flash_attn_func(*self.inputs.qkv, **rule)
         for side in "qk":
@@ -235,7 +239,8 @@ class FlashAttention3(Method):
         return fa3_operators.forward(*self.qkv, *self.rule)
 
     def _backward(self, out: Any, lse: Any) -> Any:
-        return fa3_operators.backward(self.dout, *self.qkv, out, lse, *self.rule)
+        operands = (self.dout, *self.qkv, out, lse)
+        return fa3_operators.backward(*operands, *self.rule, deterministic=self.deterministic)
 
     def forward(self) -> Any:
         return self._forward()[0]
@@ -248,6 +253,11 @@ class FlashAttention3(Method):
 
 
 Methods = dict[str, type[Method]]
+
+
+def deterministic(method: type[Method]) -> type[Method]:
+    """The same method with sums in one order."""
+    return type(method.__name__, (method,), {"deterministic": True})
 
 
 def load(fa3: Path, fa4: Optional[Path]) -> Methods:

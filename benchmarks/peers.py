@@ -27,13 +27,15 @@ import fa3_operators
 import gpu
 import report
 from accuracy import distance, exact_attention
-from peer_methods import FA3, KINDS, OURS, Case, Inputs, Methods, load
+from peer_methods import FA3, KINDS, OURS, Case, Inputs, Methods, deterministic, load
 
 SEQLENS = (512, 1024, 2048, 4096, 16384)
+# Where sums of dQ of several CTAs have one order, if asked for.
+HEAD_DIMS_IN_ORDER, SEQLENS_IN_ORDER = (64, 96, 128), (2048, 4096, 16384)
 # Lengths whose dense cases are timed forward and backward together, too.
 SEQLENS_OF_BOTH = (512, 2048, 16384)
 LENGTHS = tuple(random.Random(1234 + i).randint(100, 4000) for i in range(16))
-WARM_UP_MS, TOTAL_MS, TOTAL_MS_OF_BOTH, TOTAL_MS_OF_KINDS = 20.0, 75.0, 50.0, 40.0
+WARM_UP_MS, TOTAL_MS, TOTAL_MS_OF_BOTH, TOTAL_MS_OF_OTHERS = 20.0, 75.0, 50.0, 40.0
 TENSORS = ("out", "dq", "dk", "dv")
 
 
@@ -69,7 +71,7 @@ def ready(inputs: Inputs, methods: Methods) -> dict[str, Any]:
 
 
 def two_of(methods: Methods) -> Methods:
-    """Ours, and the one that errors and hard inputs are judged by."""
+    """Ours, and the one that errors, hard inputs and deterministic calls are judged by."""
     return {name: methods[name] for name in (OURS, FA3)}
 
 
@@ -141,7 +143,7 @@ def slowed(case: Case, timer: gpu.Timer, known: Methods) -> Iterator[dict[str, A
         for kind, by_name in methods.items()
         for name, method in by_name.items()
     }
-    ms = take_turns(calls, timer, TOTAL_MS_OF_KINDS)
+    ms = take_turns(calls, timer, TOTAL_MS_OF_OTHERS)
     for kind, by_name in methods.items():
         yield {
             **asdict(case),
@@ -150,6 +152,17 @@ def slowed(case: Case, timer: gpu.Timer, known: Methods) -> Iterator[dict[str, A
             "slower": {name: ms[f"{kind} {name}"] / ms[f"normal {name}"] for name in known},
             "difference": distance(*(method.forward() for method in by_name.values())),
         }
+
+
+def in_order(case: Case, timer: gpu.Timer, known: Methods) -> dict[str, Any]:
+    """The row of a deterministic backward call: its time over that of others."""
+    inputs = Inputs(case)
+    usual = {name: made.backward for name, made in ready(inputs, known).items()}
+    changed = {name: deterministic(method) for name, method in known.items()}
+    calls = {f"{name} in order": made.backward for name, made in ready(inputs, changed).items()}
+    ms = take_turns({**usual, **calls}, timer, TOTAL_MS_OF_OTHERS)
+    slower = {name: ms[f"{name} in order"] / ms[name] for name in known}
+    return {**asdict(case), "ms": ms, "slower": slower}
 
 
 def cpu_times(device: str = "cuda") -> dict[str, Any]:
@@ -176,7 +189,7 @@ def tables(methods: Methods) -> dict[str, list[dict[str, Any]]]:
     """Everything that is measured."""
     import torch
 
-    timer, rows, accuracy, hard = gpu.CudaTimer(), [], [], []
+    timer, rows, accuracy, hard, ordered = gpu.CudaTimer(), [], [], [], []
     for case in cases():
         measured = measure(case, timer, methods)
         tell(case, ", ".join(f"{row['passes']} {row['ratio']:.3f}" for row in measured))
@@ -191,7 +204,12 @@ def tables(methods: Methods) -> dict[str, list[dict[str, Any]]]:
         for row in slowed(case, timer, two_of(methods)):
             tell(case, told_of(row, "slower"))
             hard.append(row)
-    return {"cpu": [cpu_times()], "rows": rows, "accuracy": accuracy, "hard": hard}
+    for head_dim, causal, seqlen in product(HEAD_DIMS_IN_ORDER, (False, True), SEQLENS_IN_ORDER):
+        case = dense(head_dim, causal, seqlen)
+        ordered.append(in_order(case, timer, two_of(methods)))
+        tell(case, f"deterministic {report.rounded(ordered[-1]['slower'])}")
+    found = {"rows": rows, "accuracy": accuracy, "hard": hard, "deterministic": ordered}
+    return {"cpu": [cpu_times()], **found}
 
 
 def run(fa3: Path, fa4: Optional[Path], out: Optional[Path]) -> Path:

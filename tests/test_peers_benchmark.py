@@ -28,6 +28,7 @@ from peer_methods import (
     FlashAttn,
     Inputs,
     add_cute,
+    deterministic,
 )
 
 import flash_attn
@@ -198,6 +199,9 @@ def test_errors_and_hard_inputs_become_tables() -> None:
     assert "| normal | 64 | causal | 2.00e-03 (1.000) | 3.00e-03 (1.500) |" in text
     slower = [{**row, "inputs": name, "slower": {OURS: 1.02}} for name in ("normal", "huge")]
     assert result_tables.hard_table(slower).splitlines()[4:] == ["| huge | 64 | 1.020 |"]
+    ordered = [{**row, "seqlen": 2048, "slower": {OURS: 1.05}}]
+    lines = result_tables.order_table(ordered).splitlines()[4:]
+    assert lines == ["| 64 | causal | 2048 | 1.050 |"]
 
 
 def test_a_run_measures_speed_errors_and_hard_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,6 +222,21 @@ def test_a_run_measures_speed_errors_and_hard_inputs(monkeypatch: pytest.MonkeyP
     for row in tables["hard"]:
         assert row["slower"] == {OURS: 1.0, FA3: 1.0}
         assert row["difference"] == 0.0
+    assert [row["slower"] for row in tables["deterministic"]] == 18 * [{OURS: 1.0, FA3: 1.0}]
+
+
+def test_deterministic_calls_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = []
+    plain = flash_attn.flash_attn_func
+
+    def spy(*args: Any, **rule: Any) -> Any:
+        told.append(rule.get("deterministic", False))
+        return plain(*args, **rule)
+
+    monkeypatch.setattr(flash_attn, "flash_attn_func", spy)
+    for method in (FlashAttn, deterministic(FlashAttn)):
+        method(Inputs(SMALL, device="cpu"))
+    assert told == [False, True]
 
 
 def test_a_pass_of_fewer_lengths_is_drawn(tmp_path: Path) -> None:

@@ -126,7 +126,7 @@ def triton_section(result: dict[str, Any]) -> str:
 
 
 def peers_section(result: dict[str, Any]) -> str:
-    """Heading, a table for each pass, errors, and what hard inputs cost."""
+    """Heading, a table for each pass, errors, what hard inputs cost, and what one order does."""
     _, *others = result["rows"][0]["tflops"]
     parts = [heading(result, f"Beside {', '.join(others)}.")]
     parts += picture(result, "Ratios to the best peer by sequence length")
@@ -135,6 +135,7 @@ def peers_section(result: dict[str, Any]) -> str:
         parts.append(passes_table([row for row in result["rows"] if row["passes"] == passes]))
     parts += [errors_table(result["accuracy"])] if "accuracy" in result else []
     parts += [hard_table(result["hard"])] if "hard" in result else []
+    parts += [order_table(result["deterministic"])] if "deterministic" in result else []
     return "\n".join(parts)
 
 
@@ -188,6 +189,22 @@ def hard_table(rows: list[dict[str, Any]]) -> str:
     ]
     title = "**Hard inputs**: time of a forward call over that of normal inputs"
     return f"{title}\n\n{table(('Inputs', 'Head dim', *methods), lines)}"
+
+
+def order_table(rows: list[dict[str, Any]]) -> str:
+    """A line for each call, a column for each method."""
+    methods = list(rows[0]["slower"])
+    lines = [
+        (
+            str(row["head_dim"]),
+            mask(row),
+            str(row["seqlen"]),
+            *(f"{row['slower'][m]:.3f}" for m in methods),
+        )
+        for row in rows
+    ]
+    title = "**Deterministic**: time of a backward call with `deterministic=True` over that without"
+    return f"{title}\n\n{table(('Head dim', 'Mask', 'Length', *methods), lines)}"
 
 
 def fp8_section(result: dict[str, Any]) -> str:
