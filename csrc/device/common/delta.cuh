@@ -10,6 +10,7 @@
 #include "attn/sequence.cuh"
 #include "attn/softmax.cuh"
 #include "common/config.h"
+#include "common/order.cuh"
 #include "ptx/math.cuh"
 
 namespace flash::common {
@@ -39,39 +40,19 @@ __device__ inline float lse_of_row(const BackwardParams& params, const attn::Seq
   return lse == -attn::infinity() ? attn::infinity() : lse * attn::kLog2e;
 }
 
-// Finds the place of a sequence in BackwardParams::order: behind those of more queries, or as many
-// and a lower index.
+// A warp's work: the place of a sequence in BackwardParams::order, which goes by queries.
 __device__ inline void find_place(const BackwardParams& params, const attn::Sequence& own) {
+  const auto queries_of = [](const attn::Sequence& seq) { return seq.sq; };
   const auto blocks_of = [&](const attn::Sequence& seq) -> uint32_t {
     return (seq.sk + params.turn_keys - 1) / params.turn_keys * params.hk;
   };
-  uint32_t sequences = 0;
-  uint32_t blocks = 0;
-  for (int i = threadIdx.x; i < params.seqs.b; i += kDeltaThreads) {
-    const attn::Sequence seq(params.seqs, i);
-    if (seq.sq > own.sq || (seq.sq == own.sq && i < own.index)) {
-      ++sequences;
-      blocks += blocks_of(seq);
-    }
-  }
-  __shared__ uint2 of_warps[kDeltaThreads / 32];
-#pragma unroll
-  for (int step = 1; step < 32; step *= 2) {
-    sequences += __shfl_xor_sync(0xffffffffu, sequences, step);
-    blocks += __shfl_xor_sync(0xffffffffu, blocks, step);
-  }
-  if (threadIdx.x % 32 == 0) of_warps[threadIdx.x / 32] = make_uint2(sequences, blocks);
-  __syncthreads();
-  if (threadIdx.x > 0) return;
-  for (int warp = 1; warp < kDeltaThreads / 32; ++warp) {
-    sequences += of_warps[warp].x;
-    blocks += of_warps[warp].y;
-  }
-  uint32_t* const place = params.order + 2 * sequences;
+  const InFront found = find_in_front(params.seqs, own, queries_of, blocks_of);
+  if (threadIdx.x % 32 != 0) return;
+  uint32_t* const place = params.order + 2 * found.sequences;
   place[0] = own.index;
-  place[1] = blocks;
-  const bool is_last = sequences + 1 == static_cast<uint32_t>(params.seqs.b);
-  if (is_last) place[3] = blocks + blocks_of(own);
+  place[1] = found.blocks;
+  const bool is_last = found.sequences + 1 == static_cast<uint32_t>(params.seqs.b);
+  if (is_last) place[3] = found.blocks + blocks_of(own);
 }
 
 // Grid: CTAs of a head (as many as the longest head has tiles of rows), times hq, times b.
@@ -100,7 +81,7 @@ __device__ inline void delta(const BackwardParams& params) {
   if (params.finished && block == 0 && threadIdx.x == 0 && head < params.hk) {
     params.finished[seq.index * params.hk + head] = 0;
   }
-  if (params.order && block == 0 && head == 0) find_place(params, seq);
+  if (params.order && block == 0 && head == 0 && threadIdx.x < 32) find_place(params, seq);
   for (int first = block * kDeltaRows; first < padded.count; first += blocks * kDeltaRows) {
     const int end = min(first + kDeltaRows, padded.count);
     for (int copy = 0; copy < params.dq_copies; ++copy) {

@@ -10,6 +10,7 @@
 #include "attn/sequence.cuh"
 #include "attn/softmax.cuh"
 #include "common/config.h"
+#include "common/order.cuh"
 
 namespace flash::common {
 
@@ -69,35 +70,30 @@ __device__ inline void fill_row(const FillParams& params, const AnyRow& at, int 
   }
 }
 
-// A warp's work: finds the place of a sequence in the order, behind those of more keys, or of as
-// many and a lower index.
-__device__ inline void find_place(const FillParams& params, int index, int lane) {
+// A warp's work: the place of a sequence in ForwardParams::order, which goes by keys.
+__device__ inline void find_place(const FillParams& params, int index) {
   if (index >= params.seqs.b) return;
+  const auto keys_of = [](const attn::Sequence& seq) { return seq.sk; };
+  const auto none = [](const attn::Sequence&) { return 0u; };
   const attn::Sequence own(params.seqs, index);
-  uint32_t before = 0;
-  for (int i = lane; i < params.seqs.b; i += 32) {
-    const attn::Sequence seq(params.seqs, i);
-    before += seq.sk > own.sk || (seq.sk == own.sk && i < index);
-  }
-#pragma unroll
-  for (int step = 1; step < 32; step *= 2) before += __shfl_xor_sync(0xffffffffu, before, step);
-  if (lane == 0) params.order[before] = index;
+  const InFront found = find_in_front(params.seqs, own, keys_of, none);
+  if (threadIdx.x % 32 == 0) params.order[found.sequences] = index;
 }
 
 // Grid: where the order is wanted all sequences, a warp each; then all rows, kFillThreads a CTA.
 __device__ inline void fill(const FillParams& params) {
   const Sequences& seqs = params.seqs;
-  const int lane = threadIdx.x % 32;
   int block = blockIdx.x;
   if (params.order) {
     constexpr int kWarps = kFillThreads / 32;
-    if (block * kWarps < seqs.b) return find_place(params, block * kWarps + threadIdx.x / 32, lane);
+    if (block * kWarps < seqs.b) return find_place(params, block * kWarps + threadIdx.x / 32);
     block -= (seqs.b + kWarps - 1) / kWarps;
   }
   const bool is_packed = AnyRow::cu_seqlens(params) != nullptr;
   const int64_t packed_rows = params.is_keys ? seqs.total_k : seqs.total_q;
   const int64_t dense_rows = static_cast<int64_t>(seqs.b) * (params.is_keys ? seqs.sk : seqs.sq);
   const int64_t count = is_packed ? packed_rows : dense_rows;
+  const int lane = threadIdx.x % 32;
   const int64_t mine = static_cast<int64_t>(block) * kFillThreads + threadIdx.x;
   const bool is_unused = mine < count && !AnyRow(params, mine).is_used(params);
   for (uint32_t rows = __ballot_sync(0xffffffffu, is_unused); rows != 0; rows &= rows - 1) {
