@@ -117,7 +117,9 @@ struct Sender {
     return block.first_sum + block.begin * Cfg::kBlockM + (kByRows ? kSumRows * sender : 0);
   }
 
-  // To 64 rows from `row` of dq_accum on, and looks at the turn of those from `next` on.
+  // To 64 rows from `row` of dq_accum on, and looks at the turn of those from `next` on. Nothing is
+  // read behind that look, and additions take place in L2, behind those that the turn tells of: so
+  // it needs no order of its own.
   __device__ void add(int row, int turn, int& seen, int next, uint32_t sent) const {
     const BackwardParams& call = maps.call;
     if (call.turns && seen != turn) ptx::wait_until_equal(turn_of(row), turn);
