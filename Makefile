@@ -33,6 +33,7 @@ demo: ## install as a user would, run the quickstart and compare with standard a
 	$(DEMO)/bin/python -m pip install . matplotlib rich
 	$(DEMO)/bin/python benchmarks/demo.py --plot build/demo.png
 
+# By file, as what the fixtures of one make is made once; in their order, long ones first.
 test: $(VENV)/.test ## run every test that needs no GPU
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not gpu' -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
