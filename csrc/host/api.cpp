@@ -2,7 +2,6 @@
 
 #include <atomic>
 
-#include "device/common/config.h"
 #include "host/driver.h"
 #include "host/fp8.h"
 #include "host/launch.h"
@@ -99,11 +98,12 @@ bool fill(const Call& call, const FillParams& params) {
   int64_t rows = int64_t{seqs.b} * (params.is_keys ? seqs.sk : seqs.sq);
   if (params.is_keys && seqs.cu_seqlens_k != nullptr) rows = seqs.total_k;
   if (!params.is_keys && seqs.cu_seqlens_q != nullptr) rows = seqs.total_q;
-  const int64_t ctas = params.x[0].ptr == nullptr ? 0 : ceil_div(rows, common::kFillThreads);
-  const int64_t ctas_of_order =
-      params.order == nullptr ? 0 : ceil_div(seqs.b, common::kFillThreads / 32);
+  if (params.x[0].ptr == nullptr) rows = 0;
   Ready ready;
-  return call.prepare(FLASH_FILL, &ready) && call.run(ready, ctas + ctas_of_order, &params);
+  if (!call.prepare(FLASH_FILL, &ready)) return false;
+  int64_t ctas = ceil_div(rows, ready.shape.block_m);
+  if (params.order != nullptr) ctas += ceil_div(seqs.b, ready.shape.threads / 32);
+  return call.run(ready, ctas, &params);
 }
 
 // Rows of a tensor that belong to no sequence: those of q, unless `is_keys` is set.

@@ -261,7 +261,7 @@ uint32_t last_section(const ForwardParams& params, const Shape& shape, const Dev
 
 bool wants_order(const ForwardParams& params, const Shape& shape, const Device& device) {
   const Sequences& seqs = params.seqs;
-  if (!shares_tiles(params, shape, device) || !has_lengths(seqs) || seqs.b == 1) return false;
+  if (!has_lengths(seqs) || seqs.b == 1) return false;
   // A packed call fills rows in any case; for others that is a launch of 2 us, or four blocks.
   constexpr int kFewBlocks = 64;  // of a CTA
   return seqs.cu_seqlens_q != nullptr || seqs.seqused_q != nullptr ||

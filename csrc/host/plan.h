@@ -22,7 +22,7 @@ int choose_section(const ForwardParams& params, const Shape& shape, const Device
 // The section that has all heads behind it too: enough of them that CTAs end at about one time.
 uint32_t last_section(const ForwardParams& params, const Shape& shape, const Device& device);
 
-// Whether sequences of many keys should come first.
+// Whether sequences of many keys should come first, where tiles are shared.
 bool wants_order(const ForwardParams& params, const Shape& shape, const Device& device);
 
 // Whether CTAs run in pairs that load K and V together: of a causal call, in which few CTAs read

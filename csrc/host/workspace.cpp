@@ -87,8 +87,10 @@ bool plan_forward(const Device& on, int dtype, int num_splits, ForwardParams* pa
   if (is_fp8) num_splits = 1;  // they take all keys at once
   if (!cut(dtype, num_splits, on, params, &ready)) return false;
   params->heads_per_section = choose_section(*params, ready.shape, on);
-  if (shares_tiles(*params, ready.shape, on)) workspace->next_tile = 2;
-  if (wants_order(*params, ready.shape, on)) workspace->order = params->seqs.b;
+  if (shares_tiles(*params, ready.shape, on)) {
+    workspace->next_tile = 2;
+    if (wants_order(*params, ready.shape, on)) workspace->order = params->seqs.b;
+  }
   if (params->num_splits > 1) {
     const int64_t rows = int64_t{params->seqs.b} * params->hq * params->seqs.sq;
     workspace->lse_partial = rows * params->num_splits;

@@ -80,7 +80,7 @@ struct BackwardPipeline {
   using ValueRing = Ring<1>;
   using QueryRing = Ring<Cfg::kStages>;
   using GradientRing = Ring<2>;
-  using OutRing = Ring<Cfg::kSenders == Cfg::kOutBuffers ? 1 : 2>;
+  using OutRing = Ring<1 + Cfg::kHasSummer>;
   using BlockRing = Ring<kBlocks>;
   using LoadRing = Ring<1>;
   static constexpr int kRecords = kBarriers + KeyRing::kBytes + ValueRing::kBytes +
