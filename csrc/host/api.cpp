@@ -102,7 +102,7 @@ bool fill(const Call& call, const FillParams& params) {
   Ready ready;
   if (!call.prepare(FLASH_FILL, &ready)) return false;
   int64_t ctas = ceil_div(rows, ready.shape.block_m);
-  if (params.order != nullptr) ctas += ceil_div(seqs.b, ready.shape.threads / 32);
+  if (params.line != nullptr) ctas += seqs.b / (ready.shape.threads / 32) + 1;
   return call.run(ready, ctas, &params);
 }
 
@@ -116,11 +116,9 @@ FillParams unused_rows_of(const Sequences& seqs, const Rows& x, int cols, int he
   return filled;
 }
 
-// And the order of sequences, where the call wants it.
 FillParams unused_rows_of(const ForwardParams& params) {
   const Rows o = has_unused_q(params.seqs) ? params.o : Rows{};
   FillParams filled = unused_rows_of(params.seqs, o, params.dv, params.hq);
-  filled.order = params.order;
   filled.lse = params.lse;
   filled.lse_batch = params.lse_batch;
   filled.lse_head = params.lse_head;
@@ -153,9 +151,18 @@ uint64_t next_call_number() {
   return (calls.fetch_add(1, std::memory_order_relaxed) + 1) * kOdd << kCounterBits >> kCounterBits;
 }
 
-bool run_forward(const Call& call, const ForwardParams& params) {
-  Ready ready;
-  if (!call.prepare(FLASH_FORWARD, &ready, &params)) return false;
+// Values of rows that no sequence uses, and the line of sequences where the call has one.
+bool fill_for_forward(const Call& call, const Ready& ready, const ForwardParams& params) {
+  if (!has_unused_q(params.seqs) && params.line == nullptr) return true;
+  FillParams filled = unused_rows_of(params);
+  filled.line = params.line;
+  filled.line_blocks = blocks_in_line(params, ready.shape);
+  filled.block_queries = queries_of_tile(params, ready.shape);
+  return fill(for_output(call), filled);
+}
+
+bool run_forward(const Call& call, Ready ready, const ForwardParams& params) {
+  if (params.line != nullptr) ready.shape.waits = true;  // for it
   const int64_t ctas = num_ctas(params, ready.shape, call.on);
   if (ctas == 0) return true;
   if (ready.shape.box_m == 0) return call.run(ready, ctas, &params);
@@ -164,12 +171,18 @@ bool run_forward(const Call& call, const ForwardParams& params) {
   if (!make_tma_params(params, ready.shape, call.dtype, in_pairs, &with_maps)) return false;
   with_maps.call_number = next_call_number();
   with_maps.last_section = last_section(params, ready.shape, call.on);
+  with_maps.tile_heads = params.hq / params.heads_of_tile;
+  with_maps.tile_queries = queries_of_tile(params, ready.shape) * (in_pairs ? 2 : 1);
+  with_maps.row_blocks = ceil_div(params.seqs.sq, with_maps.tile_queries);
+  with_maps.own_queries = ready.shape.box_m / params.heads_of_tile;
+  with_maps.inverse_of_own = 65536 / with_maps.own_queries + 1;
   return call.run(ready, ctas, &with_maps, in_pairs ? 2 : 0);
 }
 
 bool forward(const Call& call, const ForwardParams& params) {
-  const bool fills = has_unused_q(params.seqs) || params.order != nullptr;
-  return (!fills || fill(for_output(call), unused_rows_of(params))) && run_forward(call, params) &&
+  Ready ready;
+  return call.prepare(FLASH_FORWARD, &ready, &params) && fill_for_forward(call, ready, params) &&
+         run_forward(call, ready, params) &&
          (params.num_splits <= 1 || combine(call, combine_params(params))) &&
          (params.s_dmask == nullptr || s_dmask(call, params));
 }

@@ -85,6 +85,18 @@ struct Factors {
   int64_t head;
 };
 
+// Blocks of rows of all sequences, in the order in which CTAs take their tiles: one for each head.
+// Sequences of one block stand behind all others.
+struct alignas(8) Line {
+  uint32_t blocks;
+  uint32_t of_several;    // blocks of sequences that have several
+  uint32_t part_of_lone;  // what part of all the others are, in 2^-32; 0 if that is none, or all
+};
+struct LineBlock {
+  int32_t sequence;
+  uint32_t first;  // the sequence's first block
+};
+
 struct ForwardParams {
   Rows q, k, v, o;
   float* lse;  // (i, h, r) at i * lse_batch + h * lse_head + r
@@ -108,9 +120,9 @@ struct ForwardParams {
   int32_t heads_of_tile;  // query heads of a group whose rows share a tile; 1: none do
   // CTAs take tile after tile by this counter (attn/counter.cuh); null: each tile has its CTA.
   uint64_t* next_tile;
-  // Sequences, those of most keys first, as the kernel that fills unused rows finds it: so come
-  // their tiles. Null: in the caller's order.
-  int32_t* order;
+  // The line of sequences that have lengths, most keys first, and behind it its blocks, as the
+  // kernel that fills unused rows finds them. Null: sequences come in the caller's order.
+  Line* line;
   int32_t sm_margin;                        // multiprocessors that such CTAs leave to other kernels
   int32_t q_dtype;                          // a FlashDtype; k and v of a decode call may be e4m3
   Factors q_descale, k_descale, v_descale;  // of 8-bit operands
@@ -129,6 +141,11 @@ struct TmaForwardParams {
   float scale_log2;      // softmax_scale to logarithms of base 2
   uint64_t call_number;  // no other call's; with kCounterBits bits free
   uint32_t last_section;
+  uint32_t tile_heads;      // tiles with the same rows
+  uint32_t row_blocks;      // tiles of one head that the longest sequence has
+  int32_t tile_queries;     // queries of a tile, or of those of a pair together
+  int32_t own_queries;      // of them a consumer's, whose 64 rows are those of heads_of_tile heads
+  uint32_t inverse_of_own;  // a row times this, over 2^16, is which of those heads it is
 };
 
 constexpr int kCounterBits = 24;
@@ -254,7 +271,9 @@ struct FillParams {
   Sequences seqs;
   int32_t is_keys;  // x has k's rows, else q's
   int32_t heads;
-  int32_t* order;  // ForwardParams::order, to be found too; null: nobody asks for it
+  Line* line;             // ForwardParams::line, to be found too; null: nobody asks for it
+  int32_t line_blocks;    // that there is room for
+  int32_t block_queries;  // of a block
 };
 
 }  // namespace flash

@@ -18,9 +18,7 @@ int section(int64_t heads, int64_t most) {
 
 // Tiles of the rows of a head, or of the heads that share tiles.
 int64_t num_row_blocks(const ForwardParams& params, const Shape& shape) {
-  if (params.heads_of_tile == 1) return ceil_div(params.seqs.sq, shape.block_m);
-  const int consumers = shape.block_m / sm90::kBoxM;
-  return ceil_div(params.seqs.sq, consumers * (sm90::kBoxM / params.heads_of_tile));
+  return ceil_div(params.seqs.sq, queries_of_tile(params, shape));
 }
 
 int64_t num_tiles(const ForwardParams& params, const Shape& shape) {
@@ -51,6 +49,12 @@ bool has_long_tiles(const ForwardParams& params) {
 }
 
 }  // namespace
+
+int queries_of_tile(const ForwardParams& params, const Shape& shape) {
+  if (params.heads_of_tile == 1) return shape.block_m;
+  const int consumers = shape.block_m / sm90::kBoxM;
+  return consumers * (sm90::kBoxM / params.heads_of_tile);
+}
 
 bool is_paired(const ForwardParams& params, const Shape& shape, const Device& device) {
   const Sequences& seqs = params.seqs;
@@ -259,7 +263,7 @@ uint32_t last_section(const ForwardParams& params, const Shape& shape, const Dev
   return heads <= few ? 0 : static_cast<uint32_t>((heads - few) / params.heads_per_section);
 }
 
-bool wants_order(const ForwardParams& params, const Shape& shape, const Device& device) {
+bool wants_line(const ForwardParams& params, const Shape& shape, const Device& device) {
   const Sequences& seqs = params.seqs;
   if (!has_lengths(seqs) || seqs.b == 1) return false;
   // A packed call fills rows in any case; for others that is a launch of 2 us, or four blocks.
@@ -267,6 +271,12 @@ bool wants_order(const ForwardParams& params, const Shape& shape, const Device& 
   return seqs.cu_seqlens_q != nullptr || seqs.seqused_q != nullptr ||
          num_tiles(params, shape) * ceil_div(seqs.sk, shape.block_n) >=
              int64_t{kFewBlocks} * device.num_sms;
+}
+
+int blocks_in_line(const ForwardParams& params, const Shape& shape) {
+  const Sequences& seqs = params.seqs;
+  if (seqs.cu_seqlens_q == nullptr) return seqs.b * num_row_blocks(params, shape);
+  return seqs.b + seqs.total_q / queries_of_tile(params, shape);
 }
 
 int choose_section(const BackwardParams& params, const Shape& shape, const Device& device) {

@@ -10,6 +10,9 @@ namespace flash::host {
 // head would be empty for the most part; else 1. `shape`: of who takes the call otherwise.
 int choose_heads_of_tile(const ForwardParams& params, const Shape& shape);
 
+// Queries of a tile, of each head that has it.
+int queries_of_tile(const ForwardParams& params, const Shape& shape);
+
 // `wanted` parts, or fewer where some would have no keys.
 int limit_splits(int wanted, const ForwardParams& params, const Shape& shape);
 
@@ -22,8 +25,10 @@ int choose_section(const ForwardParams& params, const Shape& shape, const Device
 // The section that has all heads behind it too: enough of them that CTAs end at about one time.
 uint32_t last_section(const ForwardParams& params, const Shape& shape, const Device& device);
 
-// Whether sequences of many keys should come first, where tiles are shared.
-bool wants_order(const ForwardParams& params, const Shape& shape, const Device& device);
+// Whether sequences should come in a line, those of many keys first, where tiles are shared; and
+// how many blocks of rows that has at most.
+bool wants_line(const ForwardParams& params, const Shape& shape, const Device& device);
+int blocks_in_line(const ForwardParams& params, const Shape& shape);
 
 // Whether CTAs run in pairs that load K and V together: of a causal call, in which few CTAs read
 // the same keys at one time, and where no CTA of a pair would be left without rows.

@@ -89,7 +89,10 @@ bool plan_forward(const Device& on, int dtype, int num_splits, ForwardParams* pa
   params->heads_per_section = choose_section(*params, ready.shape, on);
   if (shares_tiles(*params, ready.shape, on)) {
     workspace->next_tile = 2;
-    if (wants_order(*params, ready.shape, on)) workspace->order = params->seqs.b;
+    if (wants_line(*params, ready.shape, on)) {
+      const int64_t bytes = sizeof(Line) + blocks_in_line(*params, ready.shape) * sizeof(LineBlock);
+      workspace->order = bytes / sizeof(float);
+    }
   }
   if (params->num_splits > 1) {
     const int64_t rows = int64_t{params->seqs.b} * params->hq * params->seqs.sq;

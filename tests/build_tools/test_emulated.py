@@ -122,6 +122,11 @@ CASES = {
     "split_pages": "paged({d}, 16, 150, (333, 0, 700), splits=3)",
     "heads_share_tiles": "dense({d}, 9, 400, hq=16, hk=2, causal=True)",
     "odd_heads_share_tiles": "dense({d}, 30, 400, hq=14, hk=2, causal=True, splits=2)",
+    "packed_of_one_tile_and_of_more": "packed({d}, (1, 300, 1, 0, 7, 520, 1),"
+    " (90, 300, 257, 5, 64, 520, 0), causal=True)",
+    "packed_of_one_tile_and_more_in_parts": "packed({d}, (1, 300, 2), (500, 300, 257), splits=2)",
+    "heads_share_packed_tiles_of_one_and_of_more": "packed({d}, (1, 90, 1, 2), (300, 200, 90, 7),"
+    " hq=8, hk=2, causal=True)",
     "odd_heads_share_packed_tiles": "packed({d}, (20, 0, 33), (100, 50, 333), hq=5, hk=1)",
     "heads_share_tiles_in_parts": "dense({d}, 20, 700, hq=8, hk=2, causal=True, splits=3)",
     "heads_share_tiles_in_a_window": "dense({d}, 35, 400, hq=8, hk=2, window=(100, 5))",

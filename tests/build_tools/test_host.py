@@ -118,7 +118,7 @@ def plan_and_run(
     workspace = (ctypes.c_int64 * 9)()
     ok = host.flash_plan_forward(device, dtype, splits, ctypes.byref(call), workspace)
     next_tile, decodes, _, order = workspace[5:9]
-    for name, size in (("next_tile", next_tile), ("order", order)):
+    for name, size in (("next_tile", next_tile), ("line", order)):
         if size:
             ctypes.c_uint64.from_buffer(call, OFFSETS[name]).value = 4096
     run = host.flash_decode if decodes else host.flash_forward
@@ -138,7 +138,7 @@ def offsets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
     fields["window_left"] = "scores.window_left"
     fields["window_right"] = "scores.window_right"
     fields["softmax_scale"] = "scores.softmax_scale"
-    of_call = ("hq", "hk", "d", "dv", "next_tile", "order", "sm_margin", "q_dtype")
+    of_call = ("hq", "hk", "d", "dv", "next_tile", "line", "sm_margin", "q_dtype")
     fields.update({name: name for name in of_call})
     rows = "".join(
         f'printf("{name} %d\\n", int(offsetof(flash::ForwardParams, {field})));'
@@ -568,7 +568,7 @@ def test_sequences_of_many_keys_come_first_where_that_pays(
     stub: Stub, hopper: Path, tmp_path: Path, offsets: dict[str, int]
 ) -> None:
     text = """
-def call(given=["seqused_k"], b=20, sk=8192, **options):
+def call(given=["seqused_k"], b=24, sk=8192, **options):
     say(plan_and_run(0, d=128, b=b, sk=sk, given=given, **options))
 call()
 call(given=["cu_seqlens_q"], total_q=6000, sk=300)
@@ -582,8 +582,11 @@ call(b=8)
     kernels = [x.kernel for x in found]
     assert kernels[:4] == 2 * ["flash_fill_bf16", "flash_fwd_sm90_d128_bf16"]
     assert "flash_fill_bf16" not in kernels[4:]
-    # A warp for each of 20 sequences, eight in a CTA.
-    assert [found[i].grid for i in (0, 2)] == [3, 3]
+    # A warp for each of 24 sequences and one for the line, eight in a CTA.
+    assert [found[i].grid for i in (0, 2)] == [4, 4]
+    # Who wants the line waits for it by itself.
+    programmatic = "attribute flash_fwd_sm90_d128_bf16 6"
+    assert lines_of(tmp_path / "log", "attribute") == [programmatic] * 2
 
 
 def test_tensor_maps_tell_sizes_and_strides(

@@ -11,6 +11,8 @@ namespace flash::attn {
 struct TileIndex {
   int block_m, head, sequence;
 
+  __device__ TileIndex() {}
+
   // A division costs a hundred clocks, so the usual call has two.
   __device__ TileIndex(uint32_t index, uint32_t num_blocks, uint32_t hq, uint32_t b,
                        uint32_t section) {

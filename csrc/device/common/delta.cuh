@@ -42,11 +42,12 @@ __device__ inline float lse_of_row(const BackwardParams& params, const attn::Seq
 
 // A warp's work: the place of a sequence in BackwardParams::order, which goes by queries.
 __device__ inline void find_place(const BackwardParams& params, const attn::Sequence& own) {
-  const auto queries_of = [](const attn::Sequence& seq) { return seq.sq; };
   const auto blocks_of = [&](const attn::Sequence& seq) -> uint32_t {
     return (seq.sk + params.turn_keys - 1) / params.turn_keys * params.hk;
   };
-  const InFront found = find_in_front(params.seqs, own, queries_of, blocks_of);
+  const Count found = count(params.seqs, blocks_of, [&](const attn::Sequence& seq) {
+    return seq.sq > own.sq || (seq.sq == own.sq && seq.index < own.index);
+  });
   if (threadIdx.x % 32 != 0) return;
   uint32_t* const place = params.order + 2 * found.sequences;
   place[0] = own.index;

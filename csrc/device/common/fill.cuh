@@ -1,5 +1,5 @@
 // Gives rows that no sequence uses their values: zero, and +inf as log-sum-exp. For a forward call
-// that wants it, finds the order of its sequences too.
+// that wants it, finds the line of its sequences too.
 //
 // The other kernels write the rows in use only. These are behind seqused, behind the last sequence
 // of a packed operand, or beyond the longest sequence that the caller promised. A warp looks at 32
@@ -7,10 +7,12 @@
 // are none, else by memory.
 #pragma once
 
+#include "attn/line.cuh"
 #include "attn/sequence.cuh"
 #include "attn/softmax.cuh"
 #include "common/config.h"
 #include "common/order.cuh"
+#include "ptx/memory.cuh"
 
 namespace flash::common {
 
@@ -70,24 +72,48 @@ __device__ inline void fill_row(const FillParams& params, const AnyRow& at, int 
   }
 }
 
-// A warp's work: the place of a sequence in ForwardParams::order, which goes by keys.
-__device__ inline void find_place(const FillParams& params, int index) {
-  if (index >= params.seqs.b) return;
-  const auto keys_of = [](const attn::Sequence& seq) { return seq.sk; };
-  const auto none = [](const attn::Sequence&) { return 0u; };
-  const attn::Sequence own(params.seqs, index);
-  const InFront found = find_in_front(params.seqs, own, keys_of, none);
-  if (threadIdx.x % 32 == 0) params.order[found.sequences] = index;
+// A warp's work: the blocks of a sequence in ForwardParams::line, or the line itself.
+__device__ inline void find_line(const FillParams& params, int index) {
+  const Sequences& seqs = params.seqs;
+  const int lane = threadIdx.x % 32;
+  const auto blocks_of = [&](const attn::Sequence& seq) -> uint32_t {
+    return (seq.sq + params.block_queries - 1) / params.block_queries;
+  };
+  const auto has_several = [&](const attn::Sequence& seq) { return seq.sq > params.block_queries; };
+  const uint32_t room = params.line_blocks;
+  if (index < seqs.b) {
+    const attn::Sequence own(seqs, index);
+    const uint32_t first = count(seqs, blocks_of, [&](const attn::Sequence& seq) {
+                             if (has_several(seq) != has_several(own)) return has_several(seq);
+                             return seq.sk > own.sk || (seq.sk == own.sk && seq.index < index);
+                           }).blocks;
+    const uint32_t end = min(first + blocks_of(own), room);
+    for (uint32_t i = first + lane; i < end; i += 32) {
+      attn::blocks_of(params.line)[i] = {index, first};
+    }
+  } else if (index == seqs.b) {
+    const auto any = [](const attn::Sequence&) { return true; };
+    const uint32_t all = min(count(seqs, blocks_of, any).blocks, room);
+    const uint32_t several = min(count(seqs, blocks_of, has_several).blocks, room);
+    if (lane != 0) return;
+    // Rounded up: so of as many turns as there are blocks, as many are of lone ones.
+    const uint64_t lone = all - several;
+    const bool is_mixed = lone > 0 && several > 0;
+    const uint64_t part = is_mixed ? ((lone << 32) + all - 1) / all : 0;
+    *params.line = {all, several, static_cast<uint32_t>(part)};
+  }
 }
 
-// Grid: where the order is wanted all sequences, a warp each; then all rows, kFillThreads a CTA.
+// Grid: where the line is wanted all sequences and one more, a warp each; then all rows,
+// kFillThreads a CTA.
 __device__ inline void fill(const FillParams& params) {
+  ptx::let_kernel_behind_begin();
   const Sequences& seqs = params.seqs;
   int block = blockIdx.x;
-  if (params.order) {
+  if (params.line) {
     constexpr int kWarps = kFillThreads / 32;
-    if (block * kWarps < seqs.b) return find_place(params, block * kWarps + threadIdx.x / 32);
-    block -= (seqs.b + kWarps - 1) / kWarps;
+    if (block * kWarps <= seqs.b) return find_line(params, block * kWarps + threadIdx.x / 32);
+    block -= seqs.b / kWarps + 1;
   }
   const bool is_packed = AnyRow::cu_seqlens(params) != nullptr;
   const int64_t packed_rows = params.is_keys ? seqs.total_k : seqs.total_q;

@@ -6,21 +6,19 @@
 
 namespace flash::common {
 
-// How many sequences come in front of one in that order, and how many blocks they have together.
-struct InFront {
+struct Count {
   uint32_t sequences, blocks;
 };
 
-// All lanes of a warp look at sequences, and get the same result. Of sequences of one length, those
-// of lower index come first.
-template <class LengthOf, class BlocksOf>
-__device__ inline InFront find_in_front(const Sequences& seqs, const attn::Sequence& own,
-                                        const LengthOf& length_of, const BlocksOf& blocks_of) {
-  InFront found = {0, 0};
+// Sequences that are of a kind, as those in front of one, and all their blocks. All lanes of a warp
+// look at sequences, and get the same result.
+template <class BlocksOf, class IsCounted>
+__device__ inline Count count(const Sequences& seqs, const BlocksOf& blocks_of,
+                              const IsCounted& is_counted) {
+  Count found = {0, 0};
   for (int i = threadIdx.x % 32; i < seqs.b; i += 32) {
     const attn::Sequence seq(seqs, i);
-    const int more = length_of(seq) - length_of(own);
-    if (more > 0 || (more == 0 && i < own.index)) {
+    if (is_counted(seq)) {
       ++found.sequences;
       found.blocks += blocks_of(seq);
     }

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "attn/counter.cuh"
+#include "attn/line.cuh"
 #include "attn/mask.cuh"
 #include "attn/schedule.cuh"
 #include "attn/sequence.cuh"
@@ -20,48 +21,75 @@ struct Schedule {
   const ForwardParams& params;
   const Pipeline<Cfg>& pipe;
   using AnyTile = TileOf<Cfg::kServesAll>;
-  const int queries;  // of the tiles of a pair together
-  const uint32_t num_blocks, num_tiles;
   uint32_t index;
   uint32_t num_sent = 0;
   bool is_first = true;
 
   __device__ Schedule(const TmaForwardParams& with_maps, const Pipeline<Cfg>& pipe)
-      : with_maps(with_maps),
-        params(with_maps.call),
-        pipe(pipe),
-        queries(pipe.ctas() * Cfg::kConsumers * (64 / heads_of_tile<Cfg>(params))),
-        num_blocks((params.seqs.sq + queries - 1) / queries),
-        num_tiles(num_blocks * num_heads() * num_sequences()) {}
+      : with_maps(with_maps), params(with_maps.call), pipe(pipe) {
+    if (params.line) ptx::wait_for_kernel_in_front();  // which finds it
+  }
 
   // Fills in the next tile that has rows, or one with `end` 0 if there is none.
   __device__ void next(AnyTile& tile) {
     tile.end = 0;
     while (tile.end == 0) {
       advance();
-      if (index >= num_tiles) return;
-      attn::TileIndex at(index, num_blocks, num_heads(), num_sequences(), params.heads_per_section,
-                         with_maps.last_section);
+      if (index >= num_tiles()) return;
+      attn::TileIndex at;
+      attn::Sequence seq;
+      if (params.line) {
+        find_in_line(tile, at, seq);
+      } else {
+        find(tile, at, seq);
+      }
       if constexpr (Cfg::kServesAll) {
-        tile.split = at.sequence / params.seqs.b;
-        at.sequence -= tile.split * params.seqs.b;
         at.head *= params.heads_of_tile;
-        tile.queries = 64 / params.heads_of_tile;
-        tile.inverse = 65536 / tile.queries + 1;
+        tile.queries = with_maps.own_queries;
+        tile.inverse = with_maps.inverse_of_own;
       }
       ptx::forget();  // what is in the tile by now: registers are few
-      if (params.order) at.sequence = params.order[at.sequence];
-      const attn::Sequence seq(params.seqs, at.sequence);
-      if (at.block_m * queries < seq.sq) describe(at, seq, tile);
+      if (at.block_m * with_maps.tile_queries < seq.sq) describe(at, seq, tile);
     }
   }
 
  private:
-  __device__ uint32_t num_heads() const { return params.hq / heads_of_tile<Cfg>(params); }
+  __device__ uint32_t num_splits() const { return Cfg::kServesAll ? params.num_splits : 1; }
 
-  // Parts of a sequence count like sequences.
-  __device__ uint32_t num_sequences() const {
-    return Cfg::kServesAll ? params.num_splits * params.seqs.b : params.seqs.b;
+  __device__ uint32_t num_tiles() const { return num_splits() * tiles_of_part(); }
+  __device__ uint32_t tiles_of_part() const {
+    const uint32_t blocks =
+        params.line ? params.line->blocks : params.seqs.b * with_maps.row_blocks;
+    return blocks * with_maps.tile_heads;
+  }
+
+  // Among as many tiles of each sequence; its parts count like sequences.
+  __device__ void find(AnyTile& tile, attn::TileIndex& at, attn::Sequence& seq) const {
+    at = attn::TileIndex(index, with_maps.row_blocks, with_maps.tile_heads,
+                         num_splits() * params.seqs.b, params.heads_per_section,
+                         with_maps.last_section);
+    if constexpr (Cfg::kServesAll) {
+      tile.split = at.sequence / params.seqs.b;
+      at.sequence -= tile.split * params.seqs.b;
+    }
+    seq = attn::Sequence(params.seqs, at.sequence);
+  }
+
+  __device__ void find_in_line(AnyTile& tile, attn::TileIndex& at, attn::Sequence& seq) const {
+    const uint32_t heads = with_maps.tile_heads;
+    const uint32_t part = num_splits() > 1 ? index / tiles_of_part() : 0;
+    if constexpr (Cfg::kServesAll) tile.split = part;
+    const uint32_t place = attn::place_of(*params.line, heads, index - part * tiles_of_part());
+    const LineBlock block = attn::blocks_of(params.line)[place / heads];
+    seq = attn::Sequence(params.seqs, block.sequence);
+    at.block_m = 0;
+    at.head = place - block.first * heads;
+    // Short tiles wait for divisions.
+    if (seq.sq > with_maps.tile_queries) {
+      const int blocks = (seq.sq + with_maps.tile_queries - 1) / with_maps.tile_queries;
+      at = attn::TileIndex(at.head, blocks, heads, 1, params.heads_per_section);
+    }
+    at.sequence = block.sequence;
   }
 
   // In the end every CTA takes a number that is no tile's; who takes the last closes the counter.
@@ -71,13 +99,13 @@ struct Schedule {
     if (is_first) {
       index = first;
     } else if (!counter.word) {
-      index = num_tiles;
+      index = num_tiles();
     } else if (pipe.rank() > 0) {
       receive();
     } else {
       if (index == first) counter.open(with_maps.call_number);
       const uint32_t taken = counter.count();
-      if (taken == num_tiles - 1) counter.close();
+      if (taken == num_tiles() - 1) counter.close();
       index = gridDim.x / pipe.ctas() + taken;
       if (pipe.ctas() > 1) send();
     }
@@ -113,7 +141,7 @@ struct Schedule {
   __device__ void describe(const attn::TileIndex& at, const attn::Sequence& seq,
                            AnyTile& tile) const {
     const Sequences& seqs = params.seqs;
-    const int row0 = at.block_m * queries + pipe.rank() * Cfg::kBlockM;
+    const int row0 = at.block_m * with_maps.tile_queries + pipe.rank() * Cfg::kBlockM;
     tile.sequence = at.sequence;
     tile.head = at.head;
     tile.row0 = row0;
