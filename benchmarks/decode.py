@@ -73,6 +73,19 @@ def chunks() -> Iterator[Case]:
     yield Case("chunk", 1, 8192, queries=256, page=64)
 
 
+def mixed() -> Iterator[Case]:
+    """What a server with chunked prefill sends: steps, and chunks of prompts among them."""
+    for kind, packed, heads in (
+        ("31 of 1 query, 1 of 512", (*[1] * 31, 512), ((32, 8), (28, 4), (64, 8))),
+        ("60 of 1 query, 4 of 300", (*[1] * 60, *[300] * 4), ((32, 8), (28, 4), (64, 8))),
+        ("16 of 20 to 200 queries", tuple(range(20, 201, 12)), ((32, 8), (64, 8))),
+        ("64 of 1 to 8 queries", (*range(1, 9),) * 8, ((32, 8),)),
+    ):
+        for pair in heads:
+            sizes = (len(packed), 4000, *pair, 128, max(packed))
+            yield Case(kind, *sizes, page=64, packed=packed)
+
+
 def models() -> Iterator[Case]:
     """All attention of a step: a key appended and rotated in each layer's cache, then read."""
     for batch in (1, 16):
@@ -195,12 +208,13 @@ def run(libraries: Libraries, out: Optional[Path], quick: bool) -> Path:
     ceiling = read_ceiling()
     rows = list(rows_of(cases(quick), libraries, ceiling))
     pieces = list(rows_of(chunks(), libraries, ceiling))
+    batches = list(rows_of(mixed(), libraries, ceiling))
     layers = list(rows_of(models(), libraries, ceiling))
     versions = {"cuDNN": str(torch.backends.cudnn.version())}
     if libraries.flashinfer:
         versions["FlashInfer"] = version("flashinfer-python")
     machine = report.of_gpu("decode", versions)
-    tables = {"rows": rows, "chunks": pieces, "layers": layers}
+    tables = {"rows": rows, "chunks": pieces, "mixed": batches, "layers": layers}
     return report.write({**machine, "read_gbps": ceiling, **tables}, out)
 
 

@@ -27,7 +27,9 @@ class Case:
 
     `page`: rows of a page, in random order; 0: one block of memory for each sequence. `ragged`:
     lengths drawn from 1 to seqlen, else all are seqlen. `new`: keys appended and rotated first.
-    `layers`: so many calls that share lengths and positions, as in a model.
+    `layers`: so many calls that share lengths and positions, as in a model. `packed`: queries of
+    each sequence, one behind the other in q (total, heads, head_dim), over pages; `queries` is then
+    the most of any.
     """
 
     kind: str
@@ -41,6 +43,12 @@ class Case:
     ragged: bool = False
     new: int = 0
     layers: int = 0
+    packed: tuple[int, ...] = ()
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Queries of each sequence."""
+        return self.packed or (self.queries,) * self.batch
 
     @property
     def lengths(self) -> list[int]:
@@ -57,14 +65,13 @@ class Case:
     @property
     def bytes(self) -> int:
         """What a step must move: keys and values once, queries and results."""
-        rows = self.batch * self.queries * self.heads
+        rows = sum(self.counts) * self.heads
         return sum(self.lengths) * self.row_bytes + 2 * 2 * rows * self.head_dim
 
     @property
     def flops(self) -> float:
-        """Of pairs that a causal mask leaves."""
-        hidden = self.queries * (self.queries - 1) / 2
-        pairs = self.queries * sum(self.lengths) - self.batch * hidden
+        """Of pairs that a causal mask leaves; queries are the last rows of a sequence."""
+        pairs = sum(n * length - n * (n - 1) / 2 for n, length in zip(self.counts, self.lengths))
         return 4.0 * self.heads * pairs * self.head_dim
 
     @property
@@ -91,10 +98,11 @@ class Inputs:
         self.case = case
         heads = (case.kv_heads, case.head_dim)
         room = case.seqlen + (case.new and max(case.page, 64))
-        self.q = rand(case.batch, case.queries, case.heads, case.head_dim)
+        rows = (sum(case.packed),) if case.packed else (case.batch, case.queries)
+        self.q = rand(*rows, case.heads, case.head_dim)
         self.table: Optional[Any] = None
         if case.page:
-            pages = case.batch * room // case.page
+            pages = case.batch * -(-room // case.page)
             shape: tuple[int, ...] = (pages, case.page, *heads)
             order = torch.randperm(pages, device=device, generator=generator)
             self.table = order.to(torch.int32).view(case.batch, -1)
@@ -103,9 +111,16 @@ class Inputs:
         self.k, self.v = rand(*shape), rand(*shape)
         self.new = {name: rand(case.batch, case.new, *heads) for name in "kv" if case.new}
         if first:
-            self.lengths, self.rotary = first.lengths, first.rotary
+            self.lengths, self.rotary, self.packed = first.lengths, first.rotary, first.packed
+            self.key_starts = first.key_starts
             return
-        self.lengths = torch.tensor(case.lengths, dtype=torch.int32, device=device)
+        kind: dict[str, Any] = {"dtype": torch.int32, "device": device}
+        self.lengths = torch.tensor(case.lengths, **kind)
+        self.key_starts = torch.tensor([0, *accumulate(case.lengths)], **kind)
+        self.packed: dict[str, Any] = {}
+        if case.packed:
+            starts = torch.tensor([0, *accumulate(case.packed)], **kind)
+            self.packed = {"cu_seqlens_q": starts, "max_seqlen_q": case.queries}
         self.rotary: dict[str, Any] = {}
         if case.new:
             angle = torch.rand(room, case.head_dim // 2, device=device, generator=generator)
@@ -143,6 +158,21 @@ def ours(inputs: Inputs) -> Any:
     )
 
 
+def ours_packed(inputs: Inputs) -> Any:
+    from flash_attn import flash_attn_varlen_func
+
+    return flash_attn_varlen_func(
+        inputs.q,
+        inputs.k,
+        inputs.v,
+        **inputs.packed,
+        cu_seqlens_k=inputs.key_starts,
+        max_seqlen_k=inputs.case.seqlen,
+        block_table=inputs.table,
+        causal=True,
+    )
+
+
 def fa3(inputs: Inputs, plan: Optional[Any] = None) -> Any:
     import torch
 
@@ -152,6 +182,7 @@ def fa3(inputs: Inputs, plan: Optional[Any] = None) -> Any:
         inputs.v,
         **{f"{name}_new": x for name, x in inputs.new.items()},
         **inputs.rotary,
+        **inputs.packed,
         is_rotary_interleaved=True,
         seqused_k=inputs.lengths,
         page_table=inputs.table,
@@ -175,6 +206,7 @@ def fa3_plan(inputs: Inputs) -> Any:
         *sizes_of(inputs.case),
         torch.bfloat16,
         inputs.lengths,
+        cu_seqlens_q=inputs.packed.get("cu_seqlens_q"),
         page_size=inputs.case.page or None,
         max_seqlen_k_new=inputs.case.new,
         is_causal=True,
@@ -201,13 +233,15 @@ def vllm_planned(first: Inputs) -> Step:
 
     ops, case = torch.ops._vllm_fa3_C, first.case
     no_window = (-1, -1)
-    rows = (first.lengths, *[None] * 5, case.page or None, 0)
+    starts, longest = (first.packed.get(name) for name in ("cu_seqlens_q", "max_seqlen_q"))
+    rows = (first.lengths, starts, *[None] * 4, case.page or None, 0)
     rule = (True, *no_window, False, 0, None, 0)
     plan = ops.get_scheduler_metadata.default(*sizes_of(case), torch.bfloat16, *rows, *rule)
 
     def step(inputs: Inputs) -> Any:
         qkv = (inputs.q, inputs.k, inputs.v)
-        rows = (*[None] * 8, inputs.lengths, None, None, inputs.table, *[None] * 5)
+        lengths = (*[None] * 4, starts, *[None] * 3, inputs.lengths, longest, None)
+        rows = (*lengths, inputs.table, *[None] * 5)
         rule = (*[None] * 3, case.head_dim**-0.5, True, *no_window, 0.0, False)
         return ops.fwd.default(*qkv, *rows, *rule, plan, 0, None, 0, None, 1, 0, None)[0]
 
@@ -271,7 +305,8 @@ class Libraries:
         """Those that take a case, by name."""
         case = first.case
         is_plain = case.queries == 1 and not case.page and not case.new
-        made = {OURS: ours, FA3: fa3, FA3_PLANNED: fa3_planned(first)}
+        mine = ours_packed if case.packed else ours
+        made = {OURS: mine, FA3: fa3, FA3_PLANNED: fa3_planned(first)}
         if self.vllm and not case.new:
             made[VLLM] = vllm_planned(first)
         # Kernels of other head dims would be compiled here and now.

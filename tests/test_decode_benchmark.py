@@ -10,12 +10,14 @@ import decode
 import decode_methods
 import pytest
 import result_tables
-from accuracy import distance
+import torch
+from accuracy import distance, exact_attention
 from decode_methods import CUDNN, FA3, FA3_PLANNED, FLASHINFER, OURS, VLLM, Case, Libraries
 
 import flash_attn_interface
 
 SMALL: dict[str, Any] = {"heads": 4, "kv_heads": 2, "head_dim": 32}
+PACKED: dict[str, Any] = {"queries": 7, "page": 16, "packed": (1, 7, 1)}
 
 
 def test_bytes_are_keys_and_values_in_use_queries_and_results() -> None:
@@ -26,10 +28,21 @@ def test_bytes_are_keys_and_values_in_use_queries_and_results() -> None:
     assert ragged.lengths == Case("ragged", 4, 1000, ragged=True).lengths
     assert all(1 <= x <= 1000 for x in ragged.lengths)
     assert ragged.bytes < Case("whole", 4, 1000).bytes
+    packed = Case("packed", 3, 100, **SMALL, **PACKED)
+    assert packed.bytes == 2 * 32 * (2 * 3 * 100 * 2 + 2 * 9 * 4)
+
+
+@pytest.mark.parametrize("changed", [{"queries": 3}, {"queries": 3, "ragged": True}, PACKED])
+def test_flops_are_of_keys_that_each_query_sees(changed: dict[str, Any]) -> None:
+    case = Case("any", 3, 100, **SMALL, **changed)
+    counts = case.packed or (case.queries,) * 3
+    seen = [n for count, end in zip(counts, case.lengths) for n in range(end - count + 1, end + 1)]
+    assert case.flops == 2 * 2 * 4 * 32 * sum(seen)
 
 
 def test_calls_of_a_graph_do_not_fit_into_l2_together() -> None:
-    for case in (*decode.cases(quick=False), *decode.chunks(), *decode.models()):
+    every = (*decode.cases(quick=False), *decode.chunks(), *decode.mixed(), *decode.models())
+    for case in every:
         cache = case.batch * case.seqlen * case.row_bytes
         many = case.calls in (decode_methods.MAX_CALLS, case.layers)
         assert many or case.calls * cache >= decode_methods.ROTATING_BYTES
@@ -52,6 +65,31 @@ def test_cases_are_steps_that_people_run(quick: bool) -> None:
     assert {"4 queries", "append and rotate"} <= {case.kind for case in cases}
 
 
+def test_mixed_batches_are_what_their_names_say() -> None:
+    cases = list(decode.mixed())
+    totals = {case.kind: (case.batch, case.queries, sum(case.packed)) for case in cases}
+    assert totals == {
+        "31 of 1 query, 1 of 512": (32, 512, 543),
+        "60 of 1 query, 4 of 300": (64, 300, 1260),
+        "16 of 20 to 200 queries": (16, 200, 16 * 110),
+        "64 of 1 to 8 queries": (64, 8, 64 * 9 // 2),
+    }
+    assert len(cases) == 9
+    for case in cases:
+        assert (case.batch, case.queries) == (len(case.packed), max(case.packed))
+        assert (case.seqlen, case.head_dim, case.page) == (4000, 128, 64)
+
+
+def test_packed_queries_have_pages_for_all_keys() -> None:
+    inputs, *_ = decode_methods.all_inputs(Case("packed", 3, 100, **SMALL, **PACKED), "cpu")
+    assert inputs.q.shape == (9, 4, 32)
+    assert inputs.packed["cu_seqlens_q"].tolist() == [0, 1, 8, 9]
+    assert inputs.key_starts.tolist() == [0, 100, 200, 300]
+    assert inputs.table is not None
+    assert inputs.table.shape == (3, 7)
+    assert sorted(inputs.table.flatten().tolist()) == list(range(len(inputs.k)))
+
+
 def test_layers_have_caches_of_their_own_and_share_lengths_and_positions() -> None:
     case = Case("3 layers", 2, 64, new=1, layers=3, **SMALL)
     first, *others = inputs = decode_methods.all_inputs(case, "cpu")
@@ -69,6 +107,7 @@ def test_layers_have_caches_of_their_own_and_share_lengths_and_positions() -> No
         Case("ragged", 3, 64, ragged=True, **SMALL),
         Case("pages", 2, 64, page=16, queries=4, **SMALL),
         Case("append and rotate", 2, 64, new=1, **SMALL),
+        Case("packed", 3, 100, **SMALL, **PACKED),
     ],
     ids=lambda case: case.kind,
 )
@@ -84,6 +123,20 @@ def test_flash_attention_3_is_asked_for_the_same(
         expected = methods[OURS](inputs)
         assert distance(methods[FA3](inputs), expected) < 1e-3
         assert distance(methods[FA3_PLANNED](inputs), expected) < 1e-3
+
+
+def test_packed_queries_are_the_last_of_their_sequences() -> None:
+    inputs, *_ = decode_methods.all_inputs(Case("packed", 3, 100, **SMALL, **PACKED), "cpu")
+    assert inputs.table is not None
+    starts = inputs.packed["cu_seqlens_q"].tolist()
+    found = decode_methods.ours_packed(inputs)
+    for i, pages in enumerate(inputs.table):
+        rows = slice(starts[i], starts[i + 1])
+        q = torch.zeros(100, *found.shape[1:])
+        q[100 - rows.stop + rows.start :] = inputs.q[rows]
+        k, v = (x[pages].flatten(0, 1)[:100].repeat_interleave(2, 1) for x in (inputs.k, inputs.v))
+        exact = exact_attention(q[None], k[None], v[None], causal=True)[0]
+        assert distance(found[rows], exact[100 - rows.stop + rows.start :]) < 0.01
 
 
 def test_a_plan_is_made_once_for_all_layers_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,7 +157,7 @@ def test_methods_take_what_they_have(monkeypatch: pytest.MonkeyPatch) -> None:
     libraries = Libraries(Path("a"), Path("b"), Path("c"))
 
     def methods(**changed: Any) -> set[str]:
-        case = Case("any", 2, 64, **{**SMALL, "head_dim": 128, **changed})
+        case = Case("any", seqlen=64, **{"batch": 2, **SMALL, "head_dim": 128, **changed})
         return set(libraries.methods(decode_methods.all_inputs(case, "cpu")[0]))
 
     monkeypatch.setattr(decode_methods, "MAX_CALLS", 1)
@@ -114,6 +167,7 @@ def test_methods_take_what_they_have(monkeypatch: pytest.MonkeyPatch) -> None:
     assert methods(ragged=True) == everyone - {CUDNN}
     assert methods(page=16) == methods(queries=4) == everyone - {FLASHINFER, CUDNN}
     assert methods(new=1) == {OURS, FA3, FA3_PLANNED}
+    assert methods(batch=3, **PACKED) == {OURS, FA3, FA3_PLANNED, VLLM}
 
 
 def test_chunks_become_a_table() -> None:
@@ -124,6 +178,27 @@ def test_chunks_become_a_table() -> None:
     text = result_tables.chunks_table([row])
     assert "geometric mean 1.25" in text
     assert "| 4 of 2 | 64 | 3 | 100, pages of 16 | 1.25 | 500 (10.0) | 400 (12.5) |" in text
+
+
+def test_mixed_batches_become_a_table() -> None:
+    case = Case("1 of 1 query, 1 of 3", 2, 100, queries=3, page=16, packed=(1, 3), **SMALL)
+    us = {OURS: 10.0, FA3: 12.5, VLLM: 12.0}
+    one = {**asdict(case), "us": us, "of_ceiling": 0.75, "ratio": 1.2}
+    two = {**one, "us": {OURS: 10.0, FA3: 10.8}, "ratio": 1.08}
+    text = result_tables.mixed_table([one, two])
+    assert text.startswith("**Mixed batches**, us; geometric mean 1.14\n\n| Sequences | Heads |")
+    assert "| 1 of 1 query, 1 of 3 | 4 of 2 | 0.750 | 1.20 | 10.0 | 12.5 | 12.0 |" in text
+    assert "| 1 of 1 query, 1 of 3 | 4 of 2 | 0.750 | 1.08 | 10.0 | 10.8 | - |" in text
+
+
+def test_only_a_result_that_has_mixed_batches_shows_them() -> None:
+    us = {OURS: 10.0, FA3: 12.5}
+    row = {"kind": "any", "batch": 1, "seqlen": 8, "heads": 4, "kv_heads": 2, "us": us}
+    rows = [{**row, "of_ceiling": 0.75, "ratio": 1.25}]
+    told = ("device", "date", "driver", "power_limit")
+    result = {**dict.fromkeys(told, "-"), "versions": {}, "read_gbps": 1.0, "rows": rows}
+    assert "Mixed" not in result_tables.decode_section(result)
+    assert "**Mixed batches**" in result_tables.decode_section({**result, "mixed": rows})
 
 
 def test_layers_become_a_table() -> None:

@@ -52,6 +52,20 @@ def mask(row: dict[str, Any]) -> str:
     return "causal" if row["causal"] else "full"
 
 
+def heads_of(row: dict[str, Any]) -> str:
+    return f"{row['heads']} of {row['kv_heads']}"
+
+
+def methods_of(rows: list[dict[str, Any]]) -> list[str]:
+    """All that took a case of some."""
+    return list(dict.fromkeys(method for row in rows for method in row["us"]))
+
+
+def microseconds(row: dict[str, Any], methods: list[str]) -> list[str]:
+    """Of each method, or what stands for none."""
+    return [f"{row['us'][m]:.1f}" if m in row["us"] else "-" for m in methods]
+
+
 def rates(row: dict[str, Any], methods: list[str]) -> list[str]:
     """TFLOP/s of each method, or what stands for none."""
     return [f"{row['tflops'][m]:.0f}" if m in row["tflops"] else "-" for m in methods]
@@ -230,7 +244,7 @@ def fp8_section(result: dict[str, Any]) -> str:
 def decode_section(result: dict[str, Any]) -> str:
     """Heading, and a line for each case: its share of the ceiling, microseconds of all methods."""
     mean = f"Geometric mean of the ratios: {mean_ratio(result['rows']):.2f}."
-    methods = list(dict.fromkeys(method for row in result["rows"] for method in row["us"]))
+    methods = methods_of(result["rows"])
     lines = [
         (
             row["kind"],
@@ -238,7 +252,7 @@ def decode_section(result: dict[str, Any]) -> str:
             str(row["seqlen"]),
             f"{row['of_ceiling']:.3f}",
             f"{row['ratio']:.2f}",
-            *(f"{row['us'][m]:.1f}" if m in row["us"] else "-" for m in methods),
+            *microseconds(row, methods),
         )
         for row in result["rows"]
     ]
@@ -246,16 +260,17 @@ def decode_section(result: dict[str, Any]) -> str:
     parts = [heading(result, f"Reading: {result['read_gbps']:.0f} GB/s. {mean}")]
     parts.append(table(header, lines))
     parts += [chunks_table(result["chunks"])] if "chunks" in result else []
+    parts += [mixed_table(result["mixed"])] if "mixed" in result else []
     parts += [layers_table(result["layers"])] if "layers" in result else []
     return "\n".join(parts)
 
 
 def chunks_table(rows: list[dict[str, Any]]) -> str:
     """TFLOP/s of all methods, and in brackets microseconds."""
-    methods = list(dict.fromkeys(method for row in rows for method in row["us"]))
+    methods = methods_of(rows)
     lines = [
         (
-            f"{row['heads']} of {row['kv_heads']}",
+            heads_of(row),
             str(row["head_dim"]),
             str(row["queries"]),
             f"{row['seqlen']}, pages of {row['page']}" if row["page"] else str(row["seqlen"]),
@@ -266,6 +281,24 @@ def chunks_table(rows: list[dict[str, Any]]) -> str:
     ]
     title = f"**Chunks**, TFLOP/s, and in brackets us; geometric mean {mean_ratio(rows):.2f}"
     header = ("Heads", "Head dim", "Queries", "Keys", "Ratio", *methods)
+    return f"{title}\n\n{table(header, lines)}"
+
+
+def mixed_table(rows: list[dict[str, Any]]) -> str:
+    """A line for each kind of batch and number of heads."""
+    methods = methods_of(rows)
+    lines = [
+        (
+            row["kind"],
+            heads_of(row),
+            f"{row['of_ceiling']:.3f}",
+            f"{row['ratio']:.2f}",
+            *microseconds(row, methods),
+        )
+        for row in rows
+    ]
+    title = f"**Mixed batches**, us; geometric mean {mean_ratio(rows):.2f}"
+    header = ("Sequences", "Heads", "Of the ceiling", "Ratio", *methods)
     return f"{title}\n\n{table(header, lines)}"
 
 
