@@ -50,9 +50,13 @@ bool run_rows(const Call& call, int kind, int64_t rows, const void* params) {
   return call.prepare(kind, &ready) && call.run(ready, ceil_div(rows, ready.shape.block_m), params);
 }
 
-bool combine(const Call& call, const CombineParams& params) {
-  const int64_t rows = int64_t{params.seqs.b} * params.hq * params.seqs.sq;
-  return run_rows(call, FLASH_COMBINE, rows, &params);
+bool combine(const Call& call, const CombineParams& given) {
+  const int64_t rows = int64_t{given.seqs.b} * given.hq * given.seqs.sq;
+  CombineParams params = given;
+  params.shares_rows = shares_rows(rows, given.num_splits, call.on);
+  Ready ready;
+  return call.prepare(FLASH_COMBINE, &ready) &&
+         call.run(ready, params.shares_rows ? rows : ceil_div(rows, ready.shape.block_m), &params);
 }
 
 CombineParams combine_params(const ForwardParams& params) {

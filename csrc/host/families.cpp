@@ -127,7 +127,7 @@ Shape shape_of(int family, int kind, int head_dim, int arch) {
     case FLASH_DELTA:
       return {common::kDeltaRows, 0, common::kDeltaThreads, 0, 0};
     case FLASH_COMBINE:
-      return waiting({common::kCombineRows, 0, common::kCombineThreads, 0, 0});
+      return waiting({common::kCombineWarps, 0, common::kCombineThreads, 0, 0});
     case FLASH_APPEND:
       return {common::kAppendRows, 0, common::kAppendThreads, 0, 0};
     case FLASH_S_DMASK:

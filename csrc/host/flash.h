@@ -219,6 +219,7 @@ struct CombineParams {
   Sequences seqs;  // queries only
   int32_t num_splits;
   int32_t hq, dv;
+  int32_t shares_rows;  // the warps of a CTA share a row; else each has one
 };
 
 // New keys and values for a cache, and how they and the queries are rotated.

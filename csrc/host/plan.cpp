@@ -230,6 +230,12 @@ int limit_splits(int wanted, const ForwardParams& params, const Shape& shape) {
   return clamp(wanted, 1, clamp(ceil_div(params.seqs.sk, shape.block_n), 1, INT32_MAX));
 }
 
+bool shares_rows(int64_t rows, int num_splits, const Device& device) {
+  // CTAs that a multiprocessor has at once: one row each. A warp reads four parts at once.
+  constexpr int kCtas = 16, kPartsOfWarp = 4;
+  return num_splits > kPartsOfWarp && rows <= int64_t{kCtas} * device.num_sms;
+}
+
 int choose_section(const ForwardParams& params, const Shape& shape, const Device& device) {
   const int group = params.hq / params.hk / params.heads_of_tile;  // tiles with the same keys
   const int64_t bytes = int64_t{shape.element_bytes} * params.seqs.sk * (params.d + params.dv);

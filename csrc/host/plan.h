@@ -19,6 +19,9 @@ int limit_splits(int wanted, const ForwardParams& params, const Shape& shape);
 // The same; for 0 as many as let a call with few rows fill the device.
 int splits_of(int wanted, const ForwardParams& params, const Shape& shape, const Device& device);
 
+// Whether so many parts of so few rows are merged that the warps of a CTA had better share a row.
+bool shares_rows(int64_t rows, int num_splits, const Device& device);
+
 // Query heads that run together, so that their keys and values stay in L2.
 int choose_section(const ForwardParams& params, const Shape& shape, const Device& device);
 

@@ -1,9 +1,10 @@
 // Merges the parts of a split call: o = sum of w o_part / sum of w, w = exp(lse_part - max).
 //
 // A warp takes a row: its lanes share the parts to find the maximum and the sum, then the columns,
-// four each. A part without keys (lse -inf, or +inf as published calls return it) counts nothing
-// and its o is not read; a row that no part saw gets o 0 and lse +inf. Bound by memory: loads of
-// several parts are on their way at a time.
+// four each. Where rows are few, all warps of a CTA take one, each some of the parts. A part
+// without keys (lse -inf, or +inf as published calls return it) counts nothing and its o is not
+// read; a row that no part saw gets o 0 and lse +inf. Bound by memory, and by its latency where
+// rows are few: loads of several parts are on their way at a time.
 #pragma once
 
 #include "attn/sequence.cuh"
@@ -39,6 +40,20 @@ struct PartialLse {
   }
 };
 
+// The warps' sums of four columns a lane, in the order of warps: those of all, for every warp.
+__device__ inline float4 add_up(float4 (&sums)[kCombineWarps][32], float4 own, int warp, int lane) {
+  sums[warp][lane] = own;
+  __syncthreads();
+  float4 total = sums[0][lane];
+#pragma unroll
+  for (int i = 1; i < kCombineWarps; ++i) {
+    const float4 x = sums[i][lane];
+    total = make_float4(total.x + x.x, total.y + x.y, total.z + x.z, total.w + x.w);
+  }
+  __syncthreads();
+  return total;
+}
+
 // Four columns of a row.
 template <class T>
 __device__ inline void store_columns(const CombineParams& params, int64_t at, float4 x) {
@@ -50,11 +65,16 @@ __device__ inline void store_columns(const CombineParams& params, int64_t at, fl
   }
 }
 
-// Grid: rows times hq times b, kCombineRows a CTA.
+// Grid: rows times hq times b, one a CTA if its warps share it, else one a warp.
 template <class T>
 __device__ inline void combine(const CombineParams& params) {
+  __shared__ float4 sums[kCombineWarps][32];
   const int lane = threadIdx.x % 32;
-  const int64_t task = static_cast<int64_t>(blockIdx.x) * kCombineRows + threadIdx.x / 32;
+  const int warp = threadIdx.x / 32;
+  const int64_t cta = blockIdx.x;
+  const int64_t task = params.shares_rows ? cta : cta * kCombineWarps + warp;
+  const int share = params.shares_rows ? warp : 0;
+  const int step = kPartsAtOnce * (params.shares_rows ? kCombineWarps : 1);
   const int row = static_cast<int>(task % params.seqs.sq);
   const int head = static_cast<int>(task / params.seqs.sq % params.hq);
   const int64_t index = task / params.seqs.sq / params.hq;
@@ -82,7 +102,7 @@ __device__ inline void combine(const CombineParams& params) {
   sum = warp_sum(sum);
   const int64_t batch = params.seqs.cu_seqlens_q ? 0 : index;
   const int64_t at_row = seq.first_q + row;
-  if (lane == 0) {
+  if (lane == 0 && share == 0) {
     params.lse[batch * params.lse_batch + head * params.lse_head + at_row * params.lse_row] =
         is_empty ? attn::infinity() : maximum + ptx::lg2(sum) * attn::kLn2;
   }
@@ -101,7 +121,7 @@ __device__ inline void combine(const CombineParams& params) {
       const float weight =
           own < params.num_splits ? ptx::ex2(lse[own] * attn::kLog2e - shift) * factor : 0.0f;
 #pragma unroll 1
-      for (int i = 0; i < 32 && first + i < params.num_splits; i += kPartsAtOnce) {
+      for (int i = kPartsAtOnce * share; i < 32 && first + i < params.num_splits; i += step) {
         float4 x[kPartsAtOnce];
         float w[kPartsAtOnce];
 #pragma unroll
@@ -121,7 +141,8 @@ __device__ inline void combine(const CombineParams& params) {
         }
       }
     }
-    if (col < params.dv) store_columns<T>(params, to + col, total);
+    if (params.shares_rows) total = add_up(sums, total, warp, lane);
+    if (col < params.dv && share == 0) store_columns<T>(params, to + col, total);
   }
 }
 

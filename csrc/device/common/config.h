@@ -6,10 +6,10 @@ namespace flash::common {
 constexpr int kDeltaRows = 64;
 constexpr int kDeltaThreads = 256;
 
-// Combine and append: a warp takes a row.
-constexpr int kCombineRows = 4;
-constexpr int kCombineThreads = 32 * kCombineRows;
+constexpr int kCombineWarps = 4;
+constexpr int kCombineThreads = 32 * kCombineWarps;
 
+// A warp takes a row.
 constexpr int kAppendRows = 4;
 constexpr int kAppendThreads = 32 * kAppendRows;
 
