@@ -188,10 +188,11 @@ say(plan_and_run(0, splits=2, b=1, sq=1, sk=8192))
 """
     index.write_text(without + row, "utf-8")
     stub.run(program(stub, RUN + text), tmp_path / "log")
-    automatic, merged, two, _ = launches(tmp_path / "log")
+    automatic, merged, two, merged_two = launches(tmp_path / "log")
     assert automatic.grid > two.grid == 2 * 4
-    # A warp a row, four rows a CTA.
-    assert (merged.kernel, merged.grid, merged.block) == ("flash_combine_bf16", 1, 128)
+    # Four warps take one of four rows; of two parts, a row each.
+    assert (merged.kernel, merged.grid, merged.block) == ("flash_combine_bf16", 4, 128)
+    assert (merged_two.kernel, merged_two.grid, merged_two.block) == ("flash_combine_bf16", 1, 128)
     index.write_text(without, "utf-8")
     child = stub.run(program(stub, RUN + text), tmp_path / "log2")
     whole, asked = child.stdout.splitlines()

@@ -83,6 +83,21 @@ __device__ inline void combine(const CombineParams& params) {
   const attn::Sequence seq(params.seqs, static_cast<int>(index));
   if (row >= seq.sq) return;
 
+  const Parts& parts = params.o_partial;
+  const float* o = parts.ptr + index * parts.batch + row * parts.row + head * parts.head;
+  float4 x[kPartsAtOnce];
+  const auto load = [&](int first, int col) {
+#pragma unroll
+    for (int j = 0; j < kPartsAtOnce; ++j) {
+      const bool is_there = first + j < params.num_splits && col < params.dv;
+      x[j] = is_there ? *reinterpret_cast<const float4*>(o + (first + j) * parts.split + col)
+                      : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    }
+  };
+  // These are on their way beside the log-sum-exps.
+  load(kPartsAtOnce * share, 4 * lane);
+  bool is_loaded = true;
+
   const Parts& from = params.lse_partial;
   const PartialLse lse{from.ptr + index * from.batch + row * from.row + head * from.head,
                        from.split};
@@ -107,8 +122,6 @@ __device__ inline void combine(const CombineParams& params) {
         is_empty ? attn::infinity() : maximum + ptx::lg2(sum) * attn::kLn2;
   }
 
-  const Parts& parts = params.o_partial;
-  const float* o = parts.ptr + index * parts.batch + row * parts.row + head * parts.head;
   const int64_t to = batch * params.o.batch + at_row * params.o.row + head * params.o.head;
   const float factor = is_empty ? 0.0f : 1.0f / sum;
   // All lanes go on as long as one has columns, because they hand each other weights.
@@ -122,22 +135,16 @@ __device__ inline void combine(const CombineParams& params) {
           own < params.num_splits ? ptx::ex2(lse[own] * attn::kLog2e - shift) * factor : 0.0f;
 #pragma unroll 1
       for (int i = kPartsAtOnce * share; i < 32 && first + i < params.num_splits; i += step) {
-        float4 x[kPartsAtOnce];
-        float w[kPartsAtOnce];
+        if (!is_loaded) load(first + i, col);
+        is_loaded = false;
 #pragma unroll
         for (int j = 0; j < kPartsAtOnce; ++j) {
-          w[j] = __shfl_sync(0xffffffffu, weight, i + j);
-          x[j] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-          if (w[j] != 0.0f && col < params.dv) {
-            x[j] = *reinterpret_cast<const float4*>(o + (first + i + j) * parts.split + col);
-          }
-        }
-#pragma unroll
-        for (int j = 0; j < kPartsAtOnce; ++j) {
-          total.x += w[j] * x[j].x;
-          total.y += w[j] * x[j].y;
-          total.z += w[j] * x[j].z;
-          total.w += w[j] * x[j].w;
+          const float w = __shfl_sync(0xffffffffu, weight, i + j);
+          if (w == 0.0f) continue;  // what has no keys may hold anything
+          total.x += w * x[j].x;
+          total.y += w * x[j].y;
+          total.z += w * x[j].z;
+          total.w += w * x[j].w;
         }
       }
     }
