@@ -165,8 +165,7 @@ bool fill_for_forward(const Call& call, const Ready& ready, const ForwardParams&
   return fill(for_output(call), filled);
 }
 
-bool run_forward(const Call& call, Ready ready, const ForwardParams& params) {
-  if (params.line != nullptr) ready.shape.waits = true;  // for it
+bool run_forward(const Call& call, const Ready& ready, const ForwardParams& params) {
   const int64_t ctas = num_ctas(params, ready.shape, call.on);
   if (ctas == 0) return true;
   if (ready.shape.box_m == 0) return call.run(ready, ctas, &params);

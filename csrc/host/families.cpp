@@ -67,7 +67,8 @@ Shape shape_of_hopper(int family, int kind, int head_dim) {
     return waiting({tile.block_m(), tile.block_n, tile.threads(), tile.smem_bytes(), sm90::kBoxM});
   }
   const sm90::ForwardTile tile = forward_tile(family, head_dim);
-  Shape shape = {tile.block_m(), tile.block_n, tile.threads(), tile.smem_bytes(), sm90::kBoxM};
+  Shape shape =
+      waiting({tile.block_m(), tile.block_n, tile.threads(), tile.smem_bytes(), sm90::kBoxM});
   shape.element_bytes = tile.element_bytes;
   shape.may_pair = tile.may_pair();
   return shape;

@@ -582,12 +582,12 @@ call(b=8)
     found = run_with(hopper, stub, tmp_path / "log", offsets, text)
     kernels = [x.kernel for x in found]
     assert kernels[:4] == 2 * ["flash_fill_bf16", "flash_fwd_sm90_d128_bf16"]
+    # Those begin beside the end of the kernel in front, and wait for it by themselves.
+    programmatic = [f"attribute {x} 6" for x in kernels if x != "flash_fill_bf16"]
+    assert lines_of(tmp_path / "log", "attribute") == programmatic
     assert "flash_fill_bf16" not in kernels[4:]
     # A warp for each of 24 sequences and one for the line, eight in a CTA.
     assert [found[i].grid for i in (0, 2)] == [4, 4]
-    # Who wants the line waits for it by itself.
-    programmatic = "attribute flash_fwd_sm90_d128_bf16 6"
-    assert lines_of(tmp_path / "log", "attribute") == [programmatic] * 2
 
 
 def test_tensor_maps_tell_sizes_and_strides(

@@ -69,6 +69,7 @@ __device__ inline void store_columns(const CombineParams& params, int64_t at, fl
 template <class T>
 __device__ inline void combine(const CombineParams& params) {
   __shared__ float4 sums[kCombineWarps][32];
+  ptx::let_kernel_behind_begin();
   const int lane = threadIdx.x % 32;
   const int warp = threadIdx.x / 32;
   const int64_t cta = blockIdx.x;

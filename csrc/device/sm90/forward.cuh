@@ -24,6 +24,7 @@ namespace flash::sm90 {
 template <class Cfg>
 __device__ inline void forward(const TmaForwardParams& params) {
   extern __shared__ __align__(1024) unsigned char storage[];
+  ptx::let_kernel_behind_begin();
   const Pipeline<Cfg> pipe(storage);
   clear_unused_rows(params.call, pipe);
   pipe.init();

@@ -27,7 +27,7 @@ struct Schedule {
 
   __device__ Schedule(const TmaForwardParams& with_maps, const Pipeline<Cfg>& pipe)
       : with_maps(with_maps), params(with_maps.call), pipe(pipe) {
-    if (params.line) ptx::wait_for_kernel_in_front();  // which finds it
+    ptx::wait_for_kernel_in_front();  // as all who wait for a tile do
   }
 
   // Fills in the next tile that has rows, or one with `end` 0 if there is none.
