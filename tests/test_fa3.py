@@ -211,6 +211,21 @@ def test_combine_merges_parts_by_their_lse(dtype: Any, preallocated: bool, devic
     check("lse", lse, reference[1], low[1])
 
 
+@pytest.mark.parametrize("parts", [5, 37])
+def test_combine_merges_many_parts_of_few_rows(parts: int, device: str) -> None:
+    generator = torch.Generator().manual_seed(parts)
+    out_partial = torch.randn(parts, 2, 5, 3, 200, generator=generator)
+    lse_partial = 3 * torch.randn(parts, 2, 5, 3, generator=generator)
+    clean = out_partial.clone()
+    # Some parts of some rows have no keys, and all of one row.
+    for empty in ((slice(1, None, 3), slice(None), 2), (slice(None), 0, 4)):
+        lse_partial[empty], out_partial[empty], clean[empty] = float("-inf"), float("nan"), 0.0
+    out, lse = fa3.flash_attn_combine(out_partial.to(device), lse_partial.to(device))
+    reference, low = combine(clean, lse_partial), combine(clean, lse_partial, dtype=FP32)
+    check("out", out, reference[0], low[0])
+    check("lse", lse, reference[1], low[1])
+
+
 def test_combine_of_real_splits_is_attention(device: str) -> None:
     problem = Problem(sq=33, sk=90, hq=4, hk=2, dtype=BF16)
     q, k, v = problem.tensors(device).leaves

@@ -118,6 +118,7 @@ CASES = {
     "split_alibi": "dense({d}, 100, 500, slopes=torch.tensor([0.1, 0.4]), splits=2)",
     "split_narrow_v": "dense({d}, 150, 570, dv={d} - 24, splits=4)",
     "split_jumping_scores": "dense({d}, 200, 900, jump=200.0, splits=2)",
+    "few_rows_in_many_parts": "dense({d}, 3, 900, hq=4, hk=2, b=1, causal=True, splits=6)",
     "split_packed": "packed({d}, (100, 0, 200, 1), (100, 50, 633, 257), splits=3)",
     "split_pages": "paged({d}, 16, 150, (333, 0, 700), splits=3)",
     "heads_share_tiles": "dense({d}, 9, 400, hq=16, hk=2, causal=True)",

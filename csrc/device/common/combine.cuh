@@ -2,8 +2,8 @@
 //
 // A warp takes a row: its lanes share the parts to find the maximum and the sum, then the columns,
 // four each. Where rows are few, all warps of a CTA take one, each some of the parts. A part
-// without keys (lse -inf, or +inf as published calls return it) counts nothing and its o is not
-// read; a row that no part saw gets o 0 and lse +inf. Bound by memory, and by its latency where
+// without keys (lse -inf, or +inf as published calls return it) counts nothing, whatever its o
+// holds; a row that no part saw gets o 0 and lse +inf. Bound by memory, and by its latency where
 // rows are few: loads of several parts are on their way at a time.
 #pragma once
 

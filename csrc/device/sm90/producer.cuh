@@ -27,7 +27,7 @@ struct Schedule {
 
   __device__ Schedule(const TmaForwardParams& with_maps, const Pipeline<Cfg>& pipe)
       : with_maps(with_maps), params(with_maps.call), pipe(pipe) {
-    ptx::wait_for_kernel_in_front();  // as all who wait for a tile do
+    ptx::wait_for_kernel_in_front();  // others wait for a tile, so for that too
   }
 
   // Fills in the next tile that has rows, or one with `end` 0 if there is none.
