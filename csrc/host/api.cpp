@@ -2,6 +2,7 @@
 
 #include <atomic>
 
+#include "device/common/config.h"
 #include "host/driver.h"
 #include "host/fp8.h"
 #include "host/launch.h"
@@ -54,9 +55,8 @@ bool combine(const Call& call, const CombineParams& given) {
   const int64_t rows = int64_t{given.seqs.b} * given.hq * given.seqs.sq;
   CombineParams params = given;
   params.shares_rows = shares_rows(rows, given.num_splits, call.on);
-  Ready ready;
-  return call.prepare(FLASH_COMBINE, &ready) &&
-         call.run(ready, params.shares_rows ? rows : ceil_div(rows, ready.shape.block_m), &params);
+  const int warps = params.shares_rows ? common::kCombineWarps : 1;  // of a row
+  return run_rows(call, FLASH_COMBINE, rows * warps, &params);
 }
 
 CombineParams combine_params(const ForwardParams& params) {
@@ -155,6 +155,9 @@ uint64_t next_call_number() {
   return (calls.fetch_add(1, std::memory_order_relaxed) + 1) * kOdd << kCounterBits >> kCounterBits;
 }
 
+// For the rows of a tile, x / divisor is x * inverse >> 16.
+uint32_t inverse_of(uint32_t divisor) { return 65536 / divisor + 1; }
+
 // Values of rows that no sequence uses, and the line of sequences where the call has one.
 bool fill_for_forward(const Call& call, const Ready& ready, const ForwardParams& params) {
   if (!has_unused_q(params.seqs) && params.line == nullptr) return true;
@@ -178,7 +181,7 @@ bool run_forward(const Call& call, const Ready& ready, const ForwardParams& para
   with_maps.tile_queries = queries_of_tile(params, ready.shape) * (in_pairs ? 2 : 1);
   with_maps.row_blocks = ceil_div(params.seqs.sq, with_maps.tile_queries);
   with_maps.own_queries = ready.shape.box_m / params.heads_of_tile;
-  with_maps.inverse_of_own = 65536 / with_maps.own_queries + 1;
+  with_maps.inverse_of_own = inverse_of(with_maps.own_queries);
   return call.run(ready, ctas, &with_maps, in_pairs ? 2 : 0);
 }
 
@@ -194,7 +197,7 @@ bool decode(const Call& call, const DecodeParams& given) {
   DecodeParams params = call.dtype == FLASH_E4M3 ? in_pairs(given) : given;
   params.call_number = next_call_number();
   params.group = static_cast<uint32_t>(params.call.hq / params.call.hk);
-  params.group_inverse = 65536 / params.group + 1;
+  params.group_inverse = inverse_of(params.group);
   Ready ready;
   return call.prepare(FLASH_DECODE, &ready, &params.call) &&
          call.run(ready, num_shares(params.call, ready.shape, call.on), &params,

@@ -40,7 +40,7 @@ struct FlashWorkspace {
   int64_t next_tile;  // at a multiple of 8 bytes; of a backward call next_block
   int64_t decodes;    // 1: the call has few queries, and flash_decode() is to run it
   int64_t finished;   // of a backward call, of 4 bytes each, as those behind
-  int64_t order;      // of sequences: ForwardParams::line, which comes first, or the backward's
+  int64_t order;      // ForwardParams::line, in front of next_tile; or BackwardParams::order
 };
 
 FLASH_API const char* flash_last_error();

@@ -231,9 +231,9 @@ int limit_splits(int wanted, const ForwardParams& params, const Shape& shape) {
 }
 
 bool shares_rows(int64_t rows, int num_splits, const Device& device) {
-  // CTAs that a multiprocessor has at once: one row each. A warp reads four parts at once.
-  constexpr int kCtas = 16, kPartsOfWarp = 4;
-  return num_splits > kPartsOfWarp && rows <= int64_t{kCtas} * device.num_sms;
+  constexpr int kWarps = 64;  // that a multiprocessor has at once
+  return num_splits > common::kPartsAtOnce &&
+         rows * common::kCombineWarps <= int64_t{kWarps} * device.num_sms;
 }
 
 int choose_section(const ForwardParams& params, const Shape& shape, const Device& device) {

@@ -26,8 +26,6 @@ __device__ inline float warp_sum(float x) {
   return x;
 }
 
-constexpr int kPartsAtOnce = 4;
-
 // The log-sum-exp of one row in each part.
 struct PartialLse {
   const float* ptr;

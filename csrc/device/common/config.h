@@ -8,6 +8,7 @@ constexpr int kDeltaThreads = 256;
 
 constexpr int kCombineWarps = 4;
 constexpr int kCombineThreads = 32 * kCombineWarps;
+constexpr int kPartsAtOnce = 4;  // on their way to a warp
 
 // A warp takes a row.
 constexpr int kAppendRows = 4;
