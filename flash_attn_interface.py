@@ -2,11 +2,13 @@
 
 Shapes: q (b, sq, hq, d), k (b, sk, hk, d), v (b, sk, hk, dv), out (b, sq, hq, dv); packed sequences
 have (total, h, d) with `cu_seqlens` (b + 1,) int32. dv may differ from d (d <= 256; dv <= 256, or
-dv <= 512 where d <= 64). fp16, bf16, on the CPU float32 and float64 too, and float8_e4m3fn (forward
-only, out is bf16). `causal`, `window_size` and `softcap` as in `flash_attn.flash_attn_interface`.
+dv <= 512 where d <= 64; on a GPU dv > 256 needs compute capability 9.0 and has no backward). fp16,
+bf16, on the CPU float32 and float64 too, and float8_e4m3fn (forward only, out is bf16). `causal`,
+`window_size` and `softcap` as in `flash_attn.flash_attn_interface`.
 
 Arguments beyond FlashAttention-2's:
-    qv: (b, sq, hq, dv), a second query against v: scores are scale * (q k^T + qv v^T). No backward.
+    qv: (b, sq, hq, dv), a second query against v: scores are scale * (q k^T + qv v^T). On a GPU it
+        needs compute capability 9.0 and d <= 64. No backward.
     q_descale, k_descale, v_descale: (b, hk) float32, what FP8 inputs are multiplied by.
     attention_chunk: c > 0 cuts positions into chunks of c; a query sees keys of its own chunk only.
         No backward.

@@ -2,10 +2,13 @@
 
     python benchmarks/decode.py run --fa3 LIBRARY    measure; writes a JSON file
     python benchmarks/decode.py run --fa3 LIBRARY --quick        fewer cases, less than a minute
+    python benchmarks/decode.py run --fa3 LIBRARY --only latent  one table of all
 
 LIBRARY is FlashAttention-3's compiled extension (`flash_attn_3/_C.so` of a wheel that has one).
 `--vllm LIBRARY` is that of a wheel of vLLM (`_vllm_fa3_C.abi3.so`), `--flashinfer SITE` a folder
-that FlashInfer was installed into. README.md beside this file has the method.
+that FlashInfer was installed into. Of latent attention alone, `--sglang LIBRARY` and
+`--flashmla LIBRARY` are those of a wheel of sglang-kernel (`flash_ops.abi3.so` and
+`flashmla_ops.abi3.so`). README.md beside this file has the method.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
@@ -23,12 +26,15 @@ from statistics import median
 from typing import Any, Optional
 
 import gpu
+import latent_methods
 import report
 from accuracy import distance
-from decode_methods import OURS, Case, Inputs, Libraries, Step, all_inputs
+from decode_methods import OURS, Case, Inputs, Libraries, Prepared, Step
 
 BATCHES, SEQLENS = (1, 16, 64, 128), (1024, 8192, 32768)
 ROUNDS, REPLAYS = 5, 8
+TABLES = ("rows", "chunks", "mixed", "layers", "latent")
+Prepare = Callable[[Case], Prepared]
 
 
 def cases(quick: bool) -> Iterator[Case]:
@@ -146,10 +152,9 @@ def times_of(graphs: dict[str, Graph]) -> dict[str, float]:
     return {name: median(times) for name, times in rounds.items()}
 
 
-def measure(case: Case, libraries: Libraries, ceiling: float) -> dict[str, Any]:
+def measure(case: Case, prepare: Prepare, ceiling: float) -> dict[str, Any]:
     """The row of a case; RuntimeError if the methods do not agree."""
-    inputs = all_inputs(case)
-    methods = libraries.methods(inputs[0])
+    inputs, methods = prepare(case)
     graphs = captured(methods, inputs)
     found = max(distance(graph.out, graphs[OURS].out) for graph in graphs.values())
     if not found <= gpu.MAX_DIFFERENCE:
@@ -181,16 +186,14 @@ def read_ceiling() -> float:
     return 4 * len(x) / median(times) * 1e-6
 
 
-def rows_of(
-    cases: Iterator[Case], libraries: Libraries, ceiling: float
-) -> Iterator[dict[str, Any]]:
+def rows_of(cases: Iterable[Case], prepare: Prepare, ceiling: float) -> Iterator[dict[str, Any]]:
     """Rows, up to a case that fails: an error of the device leaves nothing that runs behind it."""
     import torch
 
     for case in cases:
         name = f"{case.kind} {case.batch} x {case.seqlen}"
         try:
-            row = measure(case, libraries, ceiling)
+            row = measure(case, prepare, ceiling)
         except RuntimeError as error:
             print(f"{name}: {error}", file=sys.stderr)
             return
@@ -200,21 +203,26 @@ def rows_of(
         torch.cuda.empty_cache()
 
 
-def run(libraries: Libraries, out: Optional[Path], quick: bool) -> Path:
-    """Measures everything on the current GPU and writes the result."""
+def run(libraries: Libraries, out: Optional[Path], quick: bool, only: str = "") -> Path:
+    """Measures everything, or the one table, on the current GPU and writes the result."""
     import torch
 
     libraries.load()
     ceiling = read_ceiling()
-    rows = list(rows_of(cases(quick), libraries, ceiling))
-    pieces = list(rows_of(chunks(), libraries, ceiling))
-    batches = list(rows_of(mixed(), libraries, ceiling))
-    layers = list(rows_of(models(), libraries, ceiling))
+    latent = partial(latent_methods.prepared, libraries)
+    makers: dict[str, tuple[Iterable[Case], Prepare]] = {
+        "rows": (cases(quick), libraries.prepared),
+        "chunks": (chunks(), libraries.prepared),
+        "mixed": (mixed(), libraries.prepared),
+        "layers": (models(), libraries.prepared),
+        "latent": (latent_methods.cases(), latent),
+    }
+    wanted = [only] if only else TABLES
+    tables = {name: list(rows_of(*makers[name], ceiling)) for name in wanted}
     versions = {"cuDNN": str(torch.backends.cudnn.version())}
     if libraries.flashinfer:
         versions["FlashInfer"] = version("flashinfer-python")
     machine = report.of_gpu("decode", versions)
-    tables = {"rows": rows, "chunks": pieces, "mixed": batches, "layers": layers}
     return report.write({**machine, "read_gbps": ceiling, **tables}, out)
 
 
@@ -225,11 +233,14 @@ def main() -> int:
     runs.add_argument("--fa3", type=Path, required=True, help="FlashAttention-3's extension")
     runs.add_argument("--vllm", type=Path, help="vLLM's extension of FlashAttention-3")
     runs.add_argument("--flashinfer", type=Path, help="a folder that has FlashInfer installed")
+    runs.add_argument("--sglang", type=Path, help="sglang's extension of FlashAttention-3")
+    runs.add_argument("--flashmla", type=Path, help="sglang's extension of FlashMLA")
     runs.add_argument("--out", type=Path, help="the JSON file to write")
     runs.add_argument("--quick", action="store_true", help="fewer cases")
+    runs.add_argument("--only", choices=TABLES, default="", help="one table of the result")
     given = parser.parse_args()
-    libraries = Libraries(given.fa3, given.vllm, given.flashinfer)
-    print(run(libraries, given.out, given.quick))
+    paths = (given.fa3, given.vllm, given.flashinfer, given.sglang, given.flashmla)
+    print(run(Libraries(*paths), given.out, given.quick, given.only))
     return 0
 
 

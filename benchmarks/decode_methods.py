@@ -17,7 +17,7 @@ OURS = gpu.OURS
 FA3, FA3_PLANNED, CUDNN = "FlashAttention-3", "FlashAttention-3, planned", "cuDNN"
 VLLM, FLASHINFER = "vLLM's FlashAttention-3, planned", "FlashInfer, planned"
 # Calls of one graph have caches of their own, of so many bytes in all: none is in L2.
-ROTATING_BYTES, MAX_CALLS = 4e8, 64
+ROTATING_BYTES, MAX_CALLS = 4e8, 256
 PAGE_OF_FLASHINFER = 16
 
 
@@ -58,6 +58,15 @@ class Case:
         return [draw.randint(1, self.seqlen) for _ in range(self.batch)]
 
     @property
+    def head_dims(self) -> tuple[int, int]:
+        """Of keys and of values."""
+        return self.head_dim, self.head_dim
+
+    @property
+    def scale(self) -> float:
+        return self.head_dim**-0.5
+
+    @property
     def row_bytes(self) -> int:
         """Of a key and its value, of all heads."""
         return 2 * 2 * self.kv_heads * self.head_dim
@@ -69,10 +78,13 @@ class Case:
         return sum(self.lengths) * self.row_bytes + 2 * 2 * rows * self.head_dim
 
     @property
+    def pairs(self) -> float:
+        """What a causal mask leaves; queries are the last rows of a sequence."""
+        return sum(n * length - n * (n - 1) / 2 for n, length in zip(self.counts, self.lengths))
+
+    @property
     def flops(self) -> float:
-        """Of pairs that a causal mask leaves; queries are the last rows of a sequence."""
-        pairs = sum(n * length - n * (n - 1) / 2 for n, length in zip(self.counts, self.lengths))
-        return 4.0 * self.heads * pairs * self.head_dim
+        return 4.0 * self.heads * self.pairs * self.head_dim
 
     @property
     def calls(self) -> int:
@@ -97,6 +109,7 @@ class Inputs:
 
         self.case = case
         heads = (case.kv_heads, case.head_dim)
+        self.qv: Optional[Any] = None
         room = case.seqlen + (case.new and max(case.page, 64))
         rows = (sum(case.packed),) if case.packed else (case.batch, case.queries)
         self.q = rand(*rows, case.heads, case.head_dim)
@@ -108,7 +121,7 @@ class Inputs:
             self.table = order.to(torch.int32).view(case.batch, -1)
         else:
             shape = (case.batch, room, *heads)
-        self.k, self.v = rand(*shape), rand(*shape)
+        self._fill_caches(rand, shape)
         self.new = {name: rand(case.batch, case.new, *heads) for name in "kv" if case.new}
         if first:
             self.lengths, self.rotary, self.packed = first.lengths, first.rotary, first.packed
@@ -129,18 +142,23 @@ class Inputs:
                 "rotary_sin": angle.sin().bfloat16(),
             }
 
+    def _fill_caches(self, rand: Callable[..., Any], shape: tuple[int, ...]) -> None:
+        self.k, self.v = rand(*shape), rand(*shape)
 
-def all_inputs(case: Case, device: str = "cuda") -> list[Inputs]:
+
+def all_inputs(case: Case, device: str = "cuda", kind: type[Inputs] = Inputs) -> list[Inputs]:
     """Of all calls of a graph."""
     import torch
 
     generator = torch.Generator(device).manual_seed(case.batch + case.seqlen)
-    first = Inputs(case, generator, device)
+    first = kind(case, generator, device)
     shared = first if case.layers else None
-    return [first, *(Inputs(case, generator, device, shared) for _ in range(case.calls - 1))]
+    return [first, *(kind(case, generator, device, shared) for _ in range(case.calls - 1))]
 
 
 Step = Callable[[Inputs], Any]
+# What a case is measured with: the inputs of all calls of a graph, and who computes them.
+Prepared = tuple[list[Inputs], dict[str, Step]]
 
 
 def ours(inputs: Inputs) -> Any:
@@ -183,6 +201,8 @@ def fa3(inputs: Inputs, plan: Optional[Any] = None) -> Any:
         **{f"{name}_new": x for name, x in inputs.new.items()},
         **inputs.rotary,
         **inputs.packed,
+        q_v=inputs.qv,
+        softmax_scale=inputs.case.scale,
         is_rotary_interleaved=True,
         seqused_k=inputs.lengths,
         page_table=inputs.table,
@@ -194,8 +214,8 @@ def fa3(inputs: Inputs, plan: Optional[Any] = None) -> Any:
 
 def sizes_of(case: Case) -> tuple[int, ...]:
     """What plans of FlashAttention-3 begin with."""
-    head_dims = (case.head_dim, case.head_dim)
-    return (case.batch, case.queries, case.seqlen, case.heads, case.kv_heads, *head_dims)
+    heads = (case.heads, case.kv_heads)
+    return (case.batch, case.queries, case.seqlen, *heads, *case.head_dims)
 
 
 def fa3_plan(inputs: Inputs) -> Any:
@@ -240,9 +260,9 @@ def vllm_planned(first: Inputs) -> Step:
 
     def step(inputs: Inputs) -> Any:
         qkv = (inputs.q, inputs.k, inputs.v)
-        lengths = (*[None] * 4, starts, *[None] * 3, inputs.lengths, longest, None)
+        lengths = (None, None, inputs.qv, None, starts, *[None] * 3, inputs.lengths, longest, None)
         rows = (*lengths, inputs.table, *[None] * 5)
-        rule = (*[None] * 3, case.head_dim**-0.5, True, *no_window, 0.0, False)
+        rule = (*[None] * 3, case.scale, True, *no_window, 0.0, False)
         return ops.fwd.default(*qkv, *rows, *rule, plan, 0, None, 0, None, 1, 0, None)[0]
 
     return step
@@ -291,15 +311,21 @@ class Libraries:
     fa3: Path
     vllm: Optional[Path] = None
     flashinfer: Optional[Path] = None
+    sglang: Optional[Path] = None
+    flashmla: Optional[Path] = None
 
     def load(self) -> None:
         import torch
 
-        torch.ops.load_library(str(self.fa3))
-        if self.vllm:
-            torch.ops.load_library(str(self.vllm))
+        for library in (self.fa3, self.vllm, self.sglang, self.flashmla):
+            if library:
+                torch.ops.load_library(str(library))
         if self.flashinfer:
             site.addsitedir(str(self.flashinfer))
+
+    def prepared(self, case: Case) -> Prepared:
+        inputs = all_inputs(case)
+        return inputs, self.methods(inputs[0])
 
     def methods(self, first: Inputs) -> dict[str, Step]:
         """Those that take a case, by name."""

@@ -160,6 +160,8 @@ def _hopper_forward(serves: str) -> Kind:
     )
 
 
+_LATENT = "flash::sm90::LatentConfig<flash::ptx::{dtype}, {head_dim}>"
+
 KINDS_OF_FAMILIES = {
     ("sm90_wide", "forward"): _hopper_forward("kLong"),
     ("sm90", "forward"): _hopper_forward("kPlain"),
@@ -167,6 +169,13 @@ KINDS_OF_FAMILIES = {
     ("sm90_fp8_wide", "forward"): _hopper_forward("kLong"),
     ("sm90_fp8", "forward"): _hopper_forward("kPlain"),
     ("sm90_fp8_scored", "forward"): _hopper_forward("kAll"),
+    ("sm90_latent", "forward"): dataclasses.replace(
+        KINDS["forward"],
+        headers=("sm90/latent.cuh",),
+        call=f"flash::sm90::latent<{_LATENT}>",
+        threads=f"{_LATENT}::kThreads, 1",
+        params="TmaLatentParams",
+    ),
     ("sm90", "backward"): dataclasses.replace(
         KINDS["backward"], threads=f"{_BACKWARD}::kThreads, 1", params="TmaBackwardParams"
     ),

@@ -15,6 +15,11 @@ from torch._subclasses import FakeTensor
 _FORWARD_PASSES, _BACKWARD_PASSES = (1, 1), (3, 2)
 
 
+def _forward_passes(qv: Optional[Tensor]) -> tuple[int, int]:
+    """A second query against v is one more product over its head dim."""
+    return _FORWARD_PASSES if qv is None else (1, 2)
+
+
 def _dense(q: Tensor, k: Tensor, v: Tensor, passes: tuple[int, int]) -> int:
     """FLOPs over every pair of rows of q (..., sq, hq, d) and k (..., sk, hk, d)."""
     pairs = q.shape[:-1].numel() * k.shape[-3]
@@ -95,7 +100,7 @@ def with_kvcache(
 ) -> int:
     """Over the whole length of the cache: how much of it is in use stands on the device."""
     pages = 1 if block_table is None else block_table.shape[1]
-    return pages * _dense(q, k_cache, v_cache, _FORWARD_PASSES)
+    return pages * _dense(q, k_cache, v_cache, _forward_passes(qv))
 
 
 def forward_fa3(
@@ -111,7 +116,7 @@ def forward_fa3(
     *args: Any,
     **kwargs: Any,
 ) -> int:
-    return _packed(q, k, v, cu_seqlens_q, cu_seqlens_k, _FORWARD_PASSES)
+    return _packed(q, k, v, cu_seqlens_q, cu_seqlens_k, _forward_passes(qv))
 
 
 def backward_fa3(

@@ -204,6 +204,11 @@ class Problem:
     features: frozenset[str] = frozenset()
     capability: Optional[tuple[int, int]] = None
 
+    @property
+    def is_latent(self) -> bool:
+        """Whether it is the absorbed form of latent attention: a second query, or a wide V."""
+        return "qv" in self.features or self.head_dim_v > _support.MAX_HEAD_DIM
+
     def __str__(self) -> str:
         arch = f" (cc {self.capability[0]}.{self.capability[1]})" if self.capability else ""
         dims = f"{self.head_dim}" + (

@@ -10,6 +10,8 @@ MAX_HEAD_DIM = 256
 # FlashAttention-3 takes a wider V beside a narrow QK head (the absorbed form of latent attention).
 NARROW_QK_HEAD_DIM = 64
 MAX_HEAD_DIM_V_OF_NARROW_QK = 512
+# V wider than MAX_HEAD_DIM, and `qv`, have CUDA kernels for this compute capability alone.
+LATENT_CAPABILITY = (9, 0)
 
 MAX_SPLITS_FA2 = 128
 MAX_SPLITS_FA3 = 256
@@ -72,6 +74,7 @@ class BackendSupport:
         features: names of the features it runs.
         note: one line for tables.
         not_in_fp8: of these, what it does not run with FP8 inputs.
+        not_in_latent: of these, what it does not run with `qv`, or V wider than MAX_HEAD_DIM.
     """
 
     name: str
@@ -80,6 +83,7 @@ class BackendSupport:
     features: frozenset[str]
     note: str
     not_in_fp8: frozenset[str] = frozenset()
+    not_in_latent: frozenset[str] = frozenset()
 
 
 # Best first: `backends.choose` takes the first row that fits.
@@ -88,10 +92,12 @@ BACKENDS: tuple[BackendSupport, ...] = (
         "cuda",
         ("cuda",),
         (*HALF_DTYPES, FP8_DTYPE),
-        FEATURE_NAMES - {"qv"},
+        FEATURE_NAMES,
         "compiled CUDA kernels for compute capability 8.0 and later, few queries over an FP8 cache "
-        "among them, other FP8 for 9.0 alone, head dims up to 256, built from source",
+        "among them, head dims up to 256, built from source; for 9.0 alone other FP8, qv, and V up "
+        "to 512 beside q and k up to 64",
         frozenset({"dropout"}),
+        frozenset({"backward", "dropout", "fp8"}),
     ),
     BackendSupport(
         "triton",
@@ -156,6 +162,7 @@ KERNEL_FAMILIES: tuple[KernelFamily, ...] = (
     KernelFamily("sm90_fp8_wide", ("forward",), (128,), (FP8_DTYPE,), ("90a",)),
     KernelFamily("sm90_fp8", ("forward",), (64, 96, 128, 192, 256), (FP8_DTYPE,), ("90a",)),
     KernelFamily("sm90_fp8_scored", ("forward",), (64, 96, 128, 192, 256), (FP8_DTYPE,), ("90a",)),
+    KernelFamily("sm90_latent", ("forward",), (256, 512), HALF_DTYPES, ("90a",)),
     KernelFamily("sm90", ("backward", "convert"), (64, 96, 128), HALF_DTYPES, ("90a",)),
     KernelFamily("sm90", ("backward", "dq"), (192, 256), HALF_DTYPES, ("90a",)),
     KernelFamily(

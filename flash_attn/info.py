@@ -14,15 +14,22 @@ from flash_attn._problem import Problem
 from flash_attn._version import __version__
 from flash_attn.backends import cuda, triton
 
-_TYPICAL: tuple[tuple[str, str, int, frozenset[str]], ...] = (
-    ("training, causal", "bfloat16", 128, frozenset({"causal", "backward"})),
-    ("training, packed sequences, GQA", "bfloat16", 128, frozenset({"varlen", "gqa", "backward"})),
-    ("training, dropout, ALiBi", "float16", 64, frozenset({"dropout", "alibi", "backward"})),
-    ("training, head dim 256, softcap", "bfloat16", 256, frozenset({"softcap", "backward"})),
-    ("decoding, KV cache, GQA", "bfloat16", 128, frozenset({"kv_append", "gqa", "causal"})),
-    ("decoding, paged cache, window", "bfloat16", 128, frozenset({"paged_kv", "window"})),
-    ("decoding, FP8 cache", "bfloat16", 128, frozenset({"fp8", "paged_kv", "gqa"})),
-    ("prefill, FP8", _support.FP8_DTYPE, 128, frozenset({"fp8", "causal"})),
+# Title, dtype, head dims of q and k and of v, features.
+_TYPICAL: tuple[tuple[str, str, tuple[int, int], frozenset[str]], ...] = (
+    ("training, causal", "bfloat16", (128, 128), frozenset({"causal", "backward"})),
+    (
+        "training, packed sequences, GQA",
+        "bfloat16",
+        (128, 128),
+        frozenset({"varlen", "gqa", "backward"}),
+    ),
+    ("training, dropout, ALiBi", "float16", (64, 64), frozenset({"dropout", "alibi", "backward"})),
+    ("training, head dim 256, softcap", "bfloat16", (256, 256), frozenset({"softcap", "backward"})),
+    ("decoding, KV cache, GQA", "bfloat16", (128, 128), frozenset({"kv_append", "gqa", "causal"})),
+    ("decoding, paged cache, window", "bfloat16", (128, 128), frozenset({"paged_kv", "window"})),
+    ("decoding, FP8 cache", "bfloat16", (128, 128), frozenset({"fp8", "paged_kv", "gqa"})),
+    ("decoding, latent attention", "bfloat16", (64, 512), frozenset({"qv", "paged_kv", "gqa"})),
+    ("prefill, FP8", _support.FP8_DTYPE, (128, 128), frozenset({"fp8", "causal"})),
 )
 
 
@@ -84,8 +91,8 @@ def plans() -> list[Plan]:
     """What would run for typical problems on every device."""
     made = []
     for device in devices():
-        for title, dtype, head_dim, features in _TYPICAL:
-            problem = Problem(device.type, dtype, head_dim, head_dim, features, device.capability)
+        for title, dtype, head_dims, features in _TYPICAL:
+            problem = Problem(device.type, dtype, *head_dims, features, device.capability)
             rows = backends.explain(problem)
             chosen = next((name for name, reasons in rows if not reasons), None)
             takers = [row.name for row in _support.BACKENDS if device.type in row.device_types]

@@ -172,7 +172,7 @@ class CacheProblem:
         for name, x in values.items():
             dtype = self.cache_dtype if name in of_cache and self.cache_dtype else self.dtype
             values[name] = x.to(device) if name == "block_table" else x.to(device, dtype)
-        for name in ("q", "k_cache", "v_cache"):
+        for name in {"q", "qv", "k_cache", "v_cache"} & values.keys():
             values[name] = place(values[name], self.layout)
         optional = {
             "cache_seqlens": int32(self.seqlens, device),

@@ -61,8 +61,12 @@ def _is_served(problem: Any) -> bool:
     # FP8 goes without new keys and pages there.
     if isinstance(problem, CacheProblem) and problem.dtype == torch.float8_e4m3fn:
         return False
-    is_narrow = problem.value_dim <= _support.MAX_HEAD_DIM
-    return is_narrow and all(name in features for name, is_on in wanted.items() if is_on)
+    asked = frozenset(name for name, is_on in wanted.items() if is_on)
+    capability = torch.cuda.get_device_capability()
+    latent = Problem("cuda", "bfloat16", problem.d, problem.value_dim, asked, capability)
+    if latent.is_latent:  # of some devices alone
+        return any(not reasons for _, reasons in backends.explain(latent))
+    return asked <= features
 
 
 def _runs_here(item: pytest.Item) -> bool:

@@ -223,7 +223,7 @@ class Problem:
             cu_seqlens_k=None if self.lens_k is None else cumulative(self.lens_k, device),
             seqused_q=int32(self.used_q, device),
             seqused_k=int32(self.used_k, device),
-            qv=None if qv is None else qv.to(device, self.dtype),
+            qv=None if qv is None else place(qv.to(device, self.dtype), self.layout),
             descales=descales(self.b, self.hk, generator, device) if self.descale else {},
         )
 

@@ -2,7 +2,7 @@
 
 SMOKE is a first look at a new backend (seconds), CORE is dense attention forward and backward,
 DROPOUT, VARLEN and KVCACHE what their names say, FA3 and FA3_KVCACHE the arguments that only the
-FlashAttention-3 names have.
+FlashAttention-3 names have, LATENT and LATENT_KVCACHE among them `qv` and a wide V.
 """
 
 from __future__ import annotations
@@ -266,6 +266,41 @@ KVCACHE = [
     CacheProblem(sq=90, capacity=700, seqlens=(700, 0), page=24, dtype=FP16, hk=1, d=111),
 ]
 
+# Latent attention with its projections absorbed: one wide V, often with a query of its own.
+_LATENT = Problem(sq=5, sk=130, d=64, dv=512, qv=True, hq=16, hk=1, dtype=BF16)
+_PACKED_LATENT = varlen((1, 65, 0, 30), (70, 65, 30, 200), d=64, dv=512, qv=True, hq=16, hk=1)
+LATENT = [
+    _LATENT,
+    replace(_LATENT, dtype=FP16, causal=True),
+    replace(_LATENT, sq=1, sk=300, dv=256),
+    replace(_LATENT, sq=65, sk=65, dv=256, causal=True, dtype=FP16),
+    replace(_LATENT, sq=130, sk=65, hq=8, hk=2, causal=True),
+    replace(_LATENT, sq=130, sk=65, hq=8, hk=2, dv=256, causal=True, dtype=FP16),
+    replace(_LATENT, b=1, sq=1, sk=300, hq=128),
+    replace(_LATENT, b=1, sq=3, sk=70, hq=128, causal=True, dtype=FP16),
+    replace(_LATENT, b=1, sq=2, hq=96, dv=256),
+    replace(_LATENT, sq=65, sk=300, hq=8, hk=2, window=(70, 10)),
+    replace(_LATENT, sq=65, hq=4, window=(-1, 3), dv=256),
+    replace(_LATENT, sq=65, hq=8, hk=2, softcap=15.0, causal=True),
+    replace(_LATENT, sq=65, hq=4, attention_chunk=40, causal=True),
+    replace(_LATENT, softmax_scale=-0.02, dtype=FP16),
+    replace(_LATENT, softmax_scale=0.0),
+    replace(_LATENT, d=40, dv=500),
+    replace(_LATENT, d=40, dv=200, causal=True, dtype=FP16),
+    replace(_LATENT, d=7, dv=59, hq=6, hk=3),
+    replace(_LATENT, sk=0),
+    *(replace(_LATENT, layout=layout) for layout in ("headsfirst", "sliced", "lastdim")),
+    replace(_LATENT, layout="misaligned", dtype=FP16),
+    replace(_LATENT, qv=False, sq=130, hq=4, causal=True),
+    replace(_LATENT, qv=False, d=40, dv=300, window=(30, 4), dtype=FP16),
+    replace(_LATENT, qv=False, sq=1, sk=300),
+    replace(_PACKED_LATENT, dtype=BF16, causal=True),
+    replace(_PACKED_LATENT, dtype=FP16, dv=256, window=(20, 5)),
+    replace(_PACKED_LATENT, dtype=BF16, hq=128, softcap=9.0),
+    replace(_PACKED_LATENT, dtype=BF16, used_q=(1, 33, 0, 0), used_k=(7, 65, 30, 131), causal=True),
+    replace(_PACKED_LATENT, dtype=FP16, qv=False, hq=4, causal=True),
+]
+
 FA3 = [
     *(Problem(sq=67, sk=91, d=64, hq=4, hk=2, causal=True, dtype=dtype) for dtype in DTYPES),
     Problem(sq=67, sk=91, d=192, dv=128, dtype=BF16, causal=True),
@@ -304,6 +339,7 @@ FA3 = [
     Problem(b=1, sq=600, sk=1100, d=16, attention_chunk=257, dtype=FP32, causal=True),
     varlen((3, 5), (50, 30), d=64, dv=256, qv=True, hq=4, hk=1, dtype=BF16),
     varlen((40, 30), (50, 30), d=64, dtype=FP8, descale=True, hq=4, hk=2, causal=True),
+    *LATENT,
 ]
 
 _OVER_FP8 = CacheProblem(dtype=BF16, cache_dtype=FP8, d=128, descale=True, sq=3, causal=True)
@@ -329,6 +365,42 @@ FP8_KVCACHE = [
     replace(_OVER_FP8, layout="headsfirst", s_new=1),
 ]
 
+_LATENT_STEP = CacheProblem(dtype=BF16, d=64, dv=512, qv=True, hq=16, hk=1, causal=True)
+LATENT_KVCACHE = [
+    _LATENT_STEP,
+    replace(_LATENT_STEP, dtype=FP16, dv=256, sq=5),
+    replace(_LATENT_STEP, hq=128, sq=2),
+    replace(_LATENT_STEP, hq=8, hk=2, sq=65, causal=False),
+    replace(_LATENT_STEP, seqlens=None),
+    replace(_LATENT_STEP, seqlens=(0, 128)),
+    replace(_LATENT_STEP, page=1, sq=3),
+    replace(_LATENT_STEP, page=7, sq=3, dv=256),
+    replace(_LATENT_STEP, page=16, dtype=FP16),
+    replace(_LATENT_STEP, page=64, capacity=300, seqlens=(280, 3), sq=2),
+    replace(_LATENT_STEP, page=64, capacity=300, seqlens=(280, 3), dv=256, hq=128),
+    replace(_LATENT_STEP, page=256, capacity=300, seqlens=(280, 3)),
+    replace(_LATENT_STEP, page=64, batch_idx=(2, 0)),
+    replace(_LATENT_STEP, batch_idx=(2, 0), sq=3),
+    replace(_LATENT_STEP, leftpad=(17, 33), sq=3),
+    replace(_LATENT_STEP, leftpad=(17, 33), page=64),
+    replace(_LATENT_STEP, leftpad=(40, 97)),
+    replace(_LATENT_STEP, sq=3, s_new=3, rotary_dim=64),
+    replace(_LATENT_STEP, sq=3, s_new=3, rotary_dim=32, interleaved=False, page=64, dtype=FP16),
+    replace(_LATENT_STEP, s_new=1, page=16, rotary_dim=64, rotary_seqlens=(7, 60), hq=128),
+    replace(_LATENT_STEP, lens_q=(4, 9)),
+    replace(_LATENT_STEP, lens_q=(1, 70), lens_new=(6, 2), page=64),
+    replace(_LATENT_STEP, num_splits=3, capacity=300, seqlens=(280, 3), sq=3),
+    replace(_LATENT_STEP, num_splits=5, capacity=300, seqlens=(280, 0), page=64, dv=256),
+    replace(_LATENT_STEP, b=1, capacity=2100, seqlens=(2000,)),
+    replace(_LATENT_STEP, window=(30, 0), softcap=15.0, sq=4),
+    replace(_LATENT_STEP, attention_chunk=30, sq=4, page=64),
+    replace(_LATENT_STEP, d=40, dv=500, sq=2, s_new=2, dtype=FP16),
+    replace(_LATENT_STEP, d=40, dv=500, sq=2, s_new=2, page=16),
+    replace(_LATENT_STEP, qv=False, sq=3, page=64),
+    replace(_LATENT_STEP, qv=False, sq=70, s_new=2),
+    replace(_LATENT_STEP, layout="headsfirst", hk=2, s_new=1),
+]
+
 _ONE_STEP = CacheProblem(dtype=BF16, sq=4, s_new=4, causal=True)
 FA3_KVCACHE = [
     CacheProblem(dtype=BF16),
@@ -351,4 +423,5 @@ FA3_KVCACHE = [
     replace(_ONE_STEP, qv=True, dv=256, hq=8, hk=1, dtype=FP32),
     CacheProblem(dtype=FP32, seqlens=(50, 50), scalar_seqlen=True, page=16),
     *FP8_KVCACHE,
+    *LATENT_KVCACHE,
 ]

@@ -98,6 +98,42 @@ def test_a_feature_that_a_backend_lacks_is_told(monkeypatch: pytest.MonkeyPatch)
         backends.choose(CPU)
 
 
+# (head dims, features, capability, what the CUDA backend has against it)
+ELSEWHERE = "has kernels for qv, and V wider than 256, on compute capability 9.0 alone (H100, H200)"
+LATENT = [
+    ((64, 512), {"qv"}, (8, 0), ELSEWHERE),
+    ((64, 128), {"qv", "paged_kv"}, (10, 0), ELSEWHERE),
+    ((64, 264), {"causal"}, (8, 9), ELSEWHERE),
+    ((128, 128), {"qv"}, (9, 0),
+     "takes qv, and V wider than 256, beside head dims of q and k up to 64, not 128"),
+    ((64, 512), {"backward"}, (9, 0), "lacks backward with qv or V wider than 256"),
+    ((64, 512), {"dropout"}, (9, 0), "lacks dropout with qv or V wider than 256"),
+    ((64, 512), {"qv", "fp8"}, (9, 0), "lacks fp8 with qv or V wider than 256"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("dims", "features", "capability", "told"), LATENT, ids=[f"{x[0]}-{x[1]}" for x in LATENT]
+)
+def test_what_keeps_latent_attention_from_a_gpu_is_told(
+    dims: tuple[int, int],
+    features: set[str],
+    capability: tuple[int, int],
+    told: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(cuda, "_HOST", object())  # kernels of which nobody asks more
+    problem = Problem("cuda", "bfloat16", *dims, frozenset(features), capability)
+    assert reasons(problem)["cuda"] == told
+    with pytest.raises(RuntimeError, match=re.escape(told)) as caught:
+        backends.choose(problem)
+    hint = str(caught.value).split("hint: ")[1]
+    assert "`.cpu()`" in hint
+    assert "Triton" not in hint
+    assert ("run it on a GPU of compute capability 9.0" in hint) == (told == ELSEWHERE)
+    assert ("build the CUDA kernels" in hint) == (told != ELSEWHERE)
+
+
 # --- FLASH_ATTN_BACKEND -------------------------------------------------------------------------
 
 # (FLASH_ATTN_BACKEND, FLASH_ATTENTION_USE_FLAGGEMS, problem, backend), both GPU backends built.

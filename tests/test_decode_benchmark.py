@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import decode
 import decode_methods
+import latent_methods
 import pytest
 import result_tables
 import torch
 from accuracy import distance, exact_attention
 from decode_methods import CUDNN, FA3, FA3_PLANNED, FLASHINFER, OURS, VLLM, Case, Libraries
+from latent_methods import FLASHMLA, SGLANG, LatentCase
 
 import flash_attn_interface
 
@@ -42,7 +46,7 @@ def test_flops_are_of_keys_that_each_query_sees(changed: dict[str, Any]) -> None
 
 def test_calls_of_a_graph_do_not_fit_into_l2_together() -> None:
     every = (*decode.cases(quick=False), *decode.chunks(), *decode.mixed(), *decode.models())
-    for case in every:
+    for case in (*every, *latent_methods.cases()):
         cache = case.batch * case.seqlen * case.row_bytes
         many = case.calls in (decode_methods.MAX_CALLS, case.layers)
         assert many or case.calls * cache >= decode_methods.ROTATING_BYTES
@@ -170,6 +174,88 @@ def test_methods_take_what_they_have(monkeypatch: pytest.MonkeyPatch) -> None:
     assert methods(batch=3, **PACKED) == {OURS, FA3, FA3_PLANNED, VLLM}
 
 
+def test_latents_are_read_once_as_keys_and_as_values() -> None:
+    case = LatentCase("any", 2, 100, heads=16, queries=3)
+    assert case.bytes == 2 * 2 * 100 * (512 + 64)
+    assert case.flops == 2 * 2 * 16 * (98 + 99 + 100) * (512 + 64 + 512)
+    assert case.calls == decode_methods.MAX_CALLS
+
+
+def test_latent_cases_are_steps_that_servers_run() -> None:
+    cases = list(latent_methods.cases())
+    plain = {(case.heads, case.batch, case.seqlen) for case in cases if case.kind == "1 query"}
+    assert {heads for heads, *_ in plain} == {16, 128}
+    assert {batch for _, batch, _ in plain} == set(decode.BATCHES)
+    assert {seqlen for *_, seqlen in plain} == set(decode.SEQLENS)
+    assert {case.page for case in cases} == {1, 64}
+    assert {case.queries for case in cases} == {1, 2, 4, 512}
+    assert any(case.ragged for case in cases)
+    assert len(cases) == 16
+
+
+@pytest.mark.parametrize("changed", [{}, {"queries": 3}, {"page": 1}, {"ragged": True}])
+def test_all_are_asked_for_the_same_of_views_of_one_cache(
+    changed: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decode_methods, "MAX_CALLS", 1)
+    case = LatentCase("any", 2, 70, heads=4, **changed)
+    inputs: Any
+    (inputs,) = decode_methods.all_inputs(case, "cpu", latent_methods.Latents)
+    assert {x.stride(-3) for x in (inputs.k, inputs.v)} == {512 + 64}
+    expected = exact_latents(inputs)
+    methods = latent_methods.methods_of(Libraries(Path("unused")), inputs)
+    assert set(methods) == {OURS, FA3, FA3_PLANNED}
+    assert all(distance(method(inputs), expected) < 0.01 for method in methods.values())
+    public = flash_attn_interface.flash_attn_with_kvcache(
+        *(inputs.q, inputs.k, inputs.v),
+        qv=inputs.qv,
+        cache_seqlens=inputs.lengths,
+        page_table=inputs.table,
+        softmax_scale=(128 + 64) ** -0.5,
+        causal=True,
+    )
+    assert torch.equal(public, methods[OURS](inputs))
+
+
+def test_ours_leaves_the_names_of_flash_attention_3_to_its_extension() -> None:
+    code = (
+        "import latent_methods, torch; from decode_methods import all_inputs;"
+        "case = latent_methods.LatentCase('any', 1, 64, 2, layers=1);"
+        "latent_methods.ours(*all_inputs(case, 'cpu', latent_methods.Latents));"
+        "assert not hasattr(torch.ops.flash_attn_3, 'fwd')"
+    )
+    folder = Path(decode.__file__).parent
+    subprocess.run([sys.executable, "-c", code], cwd=folder, check=True)
+
+
+def exact_latents(inputs: Any) -> torch.Tensor:
+    """In float64, of whole rows of q and of the cache."""
+    outs = []
+    for q, pages, length in zip(inputs.whole_q.double(), inputs.table, inputs.case.lengths):
+        rows = inputs.cache[pages].flatten(0, 2)[:length].double()
+        scores = torch.einsum("qhd,kd->hqk", q, rows) * (128 + 64) ** -0.5
+        hidden = torch.ones(scores.shape[1:], dtype=torch.bool).triu(length - len(q) + 1)
+        weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
+        outs.append(torch.einsum("hqk,kd->qhd", weights, rows[:, :512]))
+    return torch.stack(outs)
+
+
+def test_flashmla_and_sglang_take_pages_of_their_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("fa3_planned", "vllm_planned", "sglang_planned", "flashmla_planned"):
+        monkeypatch.setattr(latent_methods, name, lambda first: None)
+    monkeypatch.setattr(decode_methods, "MAX_CALLS", 1)
+    paths = {name: Path("a") for name in ("vllm", "sglang", "flashmla")}
+
+    def methods(page: int) -> set[str]:
+        case = LatentCase("any", 1, 64, 2, page=page)
+        inputs, *_ = decode_methods.all_inputs(case, "cpu", latent_methods.Latents)
+        return set(latent_methods.methods_of(Libraries(Path("b"), **paths), inputs))
+
+    everyone = {OURS, FA3, FA3_PLANNED, VLLM, SGLANG, FLASHMLA}
+    assert methods(64) == everyone - {SGLANG}
+    assert methods(1) == everyone - {FLASHMLA}
+
+
 def test_chunks_become_a_table() -> None:
     case = Case("chunk", 1, 100, heads=4, kv_heads=2, head_dim=64, queries=3, page=16)
     assert case.flops == 4 * 4 * 64 * (98 + 99 + 100)
@@ -198,7 +284,17 @@ def test_only_a_result_that_has_mixed_batches_shows_them() -> None:
     told = ("device", "date", "driver", "power_limit")
     result = {**dict.fromkeys(told, "-"), "versions": {}, "read_gbps": 1.0, "rows": rows}
     assert "Mixed" not in result_tables.decode_section(result)
+    assert "Latent" not in result_tables.decode_section({**result, "latent": []})
     assert "**Mixed batches**" in result_tables.decode_section({**result, "mixed": rows})
+
+
+def test_latents_become_a_table() -> None:
+    us = {OURS: 10.0, FA3: 12.5}
+    rates = {"gbps": {OURS: 2000.0, FA3: 1600.0}, "tflops": {OURS: 100.0, FA3: 80.0}}
+    row = {**asdict(LatentCase("1 query", 16, 8192, 128)), **rates, "us": us, "ratio": 1.25}
+    text = result_tables.latent_table([row])
+    assert text.startswith("**Latent attention**, us; geometric mean 1.25\n\n| Call | Heads |")
+    assert "| 1 query | 128 | 16 | 8192 | 2000 | 100 | 1.25 | 10.0 | 12.5 |" in text
 
 
 def test_layers_become_a_table() -> None:

@@ -188,6 +188,17 @@ def test_flops_agree_with_those_of_torchs_attention() -> None:
     assert ours == flops_of(sdpa, (q, k, v), backward=False)
 
 
+def test_flops_of_a_second_query_are_those_of_one_more_product() -> None:
+    q, k, v = normal(B, S, HQ, D), normal(B, S, 1, D), normal(B, S, 1, 2 * D)
+    qv = normal(B, S, HQ, 2 * D)
+    one = flops_of(lambda q: fa3.flash_attn_func(q, k, v), (q,), backward=False)
+    for function in (
+        lambda q: fa3.flash_attn_func(q, k, v, qv=qv),
+        lambda q: fa3.flash_attn_with_kvcache(q, k, v, qv=qv),
+    ):
+        assert 3 * flops_of(function, (q,), backward=False) == 5 * one
+
+
 @pytest.mark.parametrize("is_paged", [False, True], ids=["dense", "paged"])
 def test_flops_of_the_cache_count_its_whole_length(is_paged: bool) -> None:
     q = normal(B, 2, HQ, D)

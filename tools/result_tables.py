@@ -262,6 +262,7 @@ def decode_section(result: dict[str, Any]) -> str:
     parts += [chunks_table(result["chunks"])] if "chunks" in result else []
     parts += [mixed_table(result["mixed"])] if "mixed" in result else []
     parts += [layers_table(result["layers"])] if "layers" in result else []
+    parts += [latent_table(result["latent"])] if result.get("latent") else []
     return "\n".join(parts)
 
 
@@ -316,6 +317,27 @@ def layers_table(rows: list[dict[str, Any]]) -> str:
     ]
     title = f"**{rows[0]['layers']} layers in a graph**, us, and in brackets the CPU's for a call"
     return f"{title}\n\n{table(('Batch', 'Keys', 'Ratio', *methods), lines)}"
+
+
+def latent_table(rows: list[dict[str, Any]]) -> str:
+    """GB/s and TFLOP/s of the first method, microseconds of all."""
+    methods = methods_of(rows)
+    lines = [
+        (
+            row["kind"],
+            str(row["heads"]),
+            str(row["batch"]),
+            str(row["seqlen"]),
+            f"{row['gbps'][methods[0]]:.0f}",
+            f"{row['tflops'][methods[0]]:.0f}",
+            f"{row['ratio']:.2f}",
+            *microseconds(row, methods),
+        )
+        for row in rows
+    ]
+    title = f"**Latent attention**, us; geometric mean {mean_ratio(rows):.2f}"
+    header = ("Call", "Heads", "Batch", "Keys", "GB/s", "TFLOP/s", "Ratio", *methods)
+    return f"{title}\n\n{table(header, lines)}"
 
 
 def training_section(result: dict[str, Any]) -> str:

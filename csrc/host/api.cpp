@@ -1,8 +1,10 @@
 #include "host/api.h"
 
 #include <atomic>
+#include <type_traits>
 
 #include "device/common/config.h"
+#include "device/sm90/config.h"
 #include "host/driver.h"
 #include "host/fp8.h"
 #include "host/launch.h"
@@ -172,9 +174,13 @@ bool run_forward(const Call& call, const Ready& ready, const ForwardParams& para
   const int64_t ctas = num_ctas(params, ready.shape, call.on);
   if (ctas == 0) return true;
   if (ready.shape.box_m == 0) return call.run(ready, ctas, &params);
-  TmaForwardParams with_maps;
+  TmaLatentParams made;  // of which other kernels take the first part
+  TmaForwardParams& with_maps = made.all;
   const bool in_pairs = is_paired(params, ready.shape, call.on);
-  if (!make_tma_params(params, ready.shape, call.dtype, in_pairs, &with_maps)) return false;
+  const bool has_maps =
+      is_latent(params) ? make_tma_params(params, ready.shape, call.dtype, &made)
+                        : make_tma_params(params, ready.shape, call.dtype, in_pairs, &with_maps);
+  if (!has_maps) return false;
   with_maps.call_number = next_call_number();
   with_maps.last_section = last_section(params, ready.shape, call.on);
   with_maps.tile_heads = params.hq / params.heads_of_tile;
@@ -182,7 +188,7 @@ bool run_forward(const Call& call, const Ready& ready, const ForwardParams& para
   with_maps.row_blocks = ceil_div(params.seqs.sq, with_maps.tile_queries);
   with_maps.own_queries = ready.shape.box_m / params.heads_of_tile;
   with_maps.inverse_of_own = inverse_of(with_maps.own_queries);
-  return call.run(ready, ctas, &with_maps, in_pairs ? 2 : 0);
+  return call.run(ready, ctas, &made, in_pairs ? 2 : 0);
 }
 
 bool forward(const Call& call, const ForwardParams& params) {
@@ -267,12 +273,18 @@ constexpr int kRows = 4096;
 template <class Params>
 void make_usual(Params* params, int head_dim, int features, int num_queries) {
   alignas(16) static int64_t memory[2];  // looked at by nobody
-  const int d = (head_dim + 15) / 16 * 16;
+  const int d = static_cast<int>(ceil_div(head_dim, 16) * 16);
   params->q = params->k = params->v = params->o = {memory, int64_t{kRows} * d, d, d};
   params->seqs.b = params->seqs.cache_rows = params->hq = params->hk = 1;
   params->seqs.sq = num_queries;
   params->seqs.sk = kRows;
   params->d = params->dv = d;
+  if constexpr (std::is_same_v<Params, ForwardParams>) {
+    params->has_qv = (features & FLASH_QV) != 0;
+    if (is_latent(*params) && d > sm90::LatentTile::kHeadDim) {
+      params->d = sm90::LatentTile::kHeadDim;
+    }
+  }
   params->scores.softmax_scale = 1.0f;
   params->scores.window_left = -1;
   params->scores.window_right = (features & FLASH_MASK) != 0 ? 0 : -1;
@@ -292,8 +304,14 @@ int flash_open(const char* kernel_folder) { return open_registry(kernel_folder);
 
 int flash_num_kernels() { return num_kernels(); }
 
-int flash_find(int kind, int head_dim, int dtype, int cc) {
-  return find({kind, head_dim, dtype, cc}) != nullptr;
+int flash_find(int kind, int head_dim, int dtype, int cc, int features) {
+  ForwardParams forward = {};
+  Want want = {kind, head_dim, dtype, cc};
+  if (kind == FLASH_FORWARD && (features & FLASH_QV) != 0) {
+    make_usual(&forward, head_dim, features, kRows);
+    want.forward = &forward;
+  }
+  return find(want) != nullptr;
 }
 
 const char* flash_kernel_of(int kind, int head_dim, int dtype, int cc, int features) {

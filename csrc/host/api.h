@@ -51,12 +51,18 @@ FLASH_API int flash_open(const char* kernel_folder);
 FLASH_API int flash_num_kernels();
 
 // Whether a kernel of a kind serves head dim `head_dim` (the wider of Q's and V's) on compute
-// capability `cc` (10 * major + minor). Needs no driver.
-FLASH_API int flash_find(int kind, int head_dim, int dtype, int cc);
+// capability `cc` (10 * major + minor). Of the features only FLASH_QV counts. Needs no driver.
+enum FlashFeature {
+  FLASH_MASK = 1,
+  FLASH_SCORED = 2,
+  FLASH_DROPOUT = 4,
+  FLASH_PAGES = 8,
+  FLASH_QV = 16
+};
+FLASH_API int flash_find(int kind, int head_dim, int dtype, int cc, int features);
 
 // The kernel that serves such a call of usual sizes, forward, backward or with one query, or null.
 // Needs no driver.
-enum FlashFeature { FLASH_MASK = 1, FLASH_SCORED = 2, FLASH_DROPOUT = 4, FLASH_PAGES = 8 };
 FLASH_API const char* flash_kernel_of(int kind, int head_dim, int dtype, int cc, int features);
 
 // 10 * major + minor of a device, 0 on failure.

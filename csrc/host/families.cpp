@@ -33,7 +33,7 @@ bool is_decode(int family) { return family == kDecode || family == kDecodeWide; 
 // Rows of a decode kernel's tile.
 int rows_of(int family) { return family == kDecode ? 16 : 64; }
 
-bool is_hopper(int family) { return family >= kSm90Wide && family <= kSm90Fp8Scored; }
+bool is_hopper(int family) { return family >= kSm90Wide && family <= kSm90Latent; }
 
 int element_bytes(int family) { return family >= kSm90Fp8Wide && family <= kSm90Fp8Scored ? 1 : 2; }
 
@@ -51,6 +51,11 @@ sm90::ForwardTile forward_tile(int family, int head_dim) {
 }
 
 Shape shape_of_hopper(int family, int kind, int head_dim) {
+  if (family == kSm90Latent) {
+    const sm90::LatentTile tile = sm90::latent_tile(head_dim);
+    return waiting(
+        {tile.block_m(), tile.block_n(), tile.threads(), tile.smem_bytes(), sm90::kBoxM});
+  }
   if (kind == FLASH_BACKWARD) {
     const sm90::BackwardTile tile = sm90::backward_tile(head_dim);
     const bool makes_sums = tile.share == sm90::kByKeys;
@@ -138,8 +143,15 @@ Shape shape_of(int family, int kind, int head_dim, int arch) {
   }
 }
 
+bool is_latent(const ForwardParams& params) { return params.has_qv || params.dv > 256; }
+
 bool takes(int family, const ForwardParams& params, int num_sms) {
   const Sequences& seqs = params.seqs;
+  if (is_latent(params) != (family == kSm90Latent)) return false;
+  if (family == kSm90Latent) {
+    return params.d <= sm90::LatentTile::kHeadDim && has_rows(seqs) &&
+           params.scores.rng_state == nullptr && have_tensor_maps(params, 2);
+  }
   if (is_decode(family)) {
     return params.scores.rng_state == nullptr && decode_rows(params) <= rows_of(family);
   }
@@ -177,7 +189,8 @@ int64_t decode_rows(const ForwardParams& params) {
 int most_decode_rows() { return rows_of(kDecodeWide); }
 
 bool fits_decode(const ForwardParams& params) {
-  return params.scores.rng_state == nullptr && decode_rows(params) <= most_decode_rows();
+  return !is_latent(params) && params.scores.rng_state == nullptr &&
+         decode_rows(params) <= most_decode_rows();
 }
 
 }  // namespace flash::host

@@ -16,6 +16,7 @@ enum Family : int {
   kSm90Fp8Wide,
   kSm90Fp8,
   kSm90Fp8Scored,
+  kSm90Latent,
   kDecode,
   kDecodeWide,
   kCommon,
@@ -58,6 +59,9 @@ bool has_lengths(const Sequences& seqs);
 // Queries times heads of a group, and how many of them the largest tile of decode kernels holds.
 int64_t decode_rows(const ForwardParams& params);
 int most_decode_rows();
+
+// Whether a call is one of attention over a latent: V is wide, or has a query of its own.
+bool is_latent(const ForwardParams& params);
 
 // Whether decode kernels can run a call.
 bool fits_decode(const ForwardParams& params);

@@ -126,6 +126,9 @@ struct ForwardParams {
   int32_t sm_margin;                        // multiprocessors that such CTAs leave to other kernels
   int32_t q_dtype;                          // a FlashDtype; k and v of a decode call may be e4m3
   Factors q_descale, k_descale, v_descale;  // of 8-bit operands
+  // A second query, against v: scores are softmax_scale (q k^T + qv v^T). Rows of q, dv columns.
+  Rows qv;
+  int32_t has_qv;  // known when a call is planned, before any pointer is
 };
 
 // A tensor as the tensor memory accelerator sees it: the driver's CUtensorMap. Ours have four
@@ -146,6 +149,12 @@ struct TmaForwardParams {
   int32_t tile_queries;     // queries of a tile, or of those of a pair together
   int32_t own_queries;      // of them a consumer's, whose 64 rows are those of heads_of_tile heads
   uint32_t inverse_of_own;  // a row times this, over 2^16, is which of those heads it is
+};
+
+// The same of V that is wide beside Q and K, with a second query or without.
+struct TmaLatentParams {
+  TmaForwardParams all;
+  TensorMap qv;
 };
 
 constexpr int kCounterBits = 24;

@@ -152,20 +152,22 @@ int64_t num_ctas_of_dq(const BackwardParams& params, const Shape& shape, const D
 }
 
 int choose_heads_of_tile(const ForwardParams& params, const Shape& shape) {
-  const int group = params.hq / params.hk;
-  if (shape.box_m == 0 || shape.element_bytes != 2 || group > sm90::kBoxM) return 1;
+  if (shape.box_m == 0 || shape.element_bytes != 2) return 1;
   if (params.scores.alibi_slopes != nullptr) return 1;
-  // Tiles for each head by itself, and for all of them. Less than a quarter less costs more. Half
-  // of a packed sequence's last tile is empty, or so: how long each is nobody knows here.
-  constexpr int kConsumers = 2;
+  const int group = params.hq / params.hk;
+  int heads = group < sm90::kBoxM ? group : sm90::kBoxM;
+  while (group % heads != 0) --heads;
+  // Tiles for each head by itself, and for so many. Less than a quarter less costs more. Half of a
+  // packed sequence's last tile is empty, or so: how long each is nobody knows here.
+  const int consumers = is_latent(params) ? 1 : 2;
   const Sequences& seqs = params.seqs;
   const auto tiles_of = [&](int queries) -> int64_t {
     if (seqs.cu_seqlens_q == nullptr) return 2 * seqs.b * ceil_div(seqs.sq, queries);
     return 2 * ceil_div(seqs.total_q, queries) + seqs.b;
   };
-  const int64_t apart = group * tiles_of(kConsumers * sm90::kBoxM);
-  const int64_t together = tiles_of(kConsumers * (sm90::kBoxM / group));
-  return 4 * together <= 3 * apart ? group : 1;
+  const int64_t apart = group * tiles_of(consumers * sm90::kBoxM);
+  const int64_t together = group / heads * tiles_of(consumers * (sm90::kBoxM / heads));
+  return 4 * together <= 3 * apart ? heads : 1;
 }
 
 namespace {
@@ -191,10 +193,12 @@ int choose_splits(const ForwardParams& params, const Shape& shape, const Device&
   const int64_t keys = keys_of_tile(params, shape);
   const int64_t blocks = ceil_div(keys, shape.block_n);
   const int64_t columns = wider(params.d, params.dv);
+  const int64_t of_keys = is_latent(params) ? params.d + params.dv : 2 * columns;
+  const int64_t multiplied = of_keys + (params.has_qv ? params.dv : 0);
   const double flops = shape.box_m == 0 ? 1.9e6 : columns <= 64 ? 4.1e6 : 5.6e6;
   const double block_us =
-      4.0 * static_cast<double>(shape.block_m * shape.block_n * columns) / flops;
-  const int64_t read = 2 * shape.element_bytes * columns * keys * params.hk * seqs.b;
+      2.0 * static_cast<double>(shape.block_m * shape.block_n * multiplied) / flops;
+  const int64_t read = shape.element_bytes * of_keys * keys * params.hk * seqs.b;
   // A part is written and read.
   const int64_t moved = 2 * int64_t{sizeof(float)} * params.dv * params.hq * seqs.sq * seqs.b;
   const double part_us = static_cast<double>(moved) / kBytes;

@@ -6,8 +6,9 @@
 
 namespace flash::host {
 
-// Query heads of a group that share tiles: all of them, where queries are so few that tiles of one
-// head would be empty for the most part; else 1. `shape`: of who takes the call otherwise.
+// Query heads of a group that share tiles: all of them, or as many as a tile has room for, where
+// queries are so few that tiles of one head would be empty for the most part; else 1. `shape`: of
+// who takes the call otherwise.
 int choose_heads_of_tile(const ForwardParams& params, const Shape& shape);
 
 // Queries of a tile, of each head that has it.

@@ -16,8 +16,9 @@ const char* const kKindNames[] = {"forward", "combine", "append", "delta", "back
                                   "convert", "s_dmask", "fill",   "dq",    "decode"};
 const char* const kDtypeNames[] = {"fp16", "bf16", "e4m3"};
 const char* const kFamilyNames[] = {
-    "sm80",     "sm90_wide",       "sm90",   "sm90_scored", "sm90_fp8_wide",
-    "sm90_fp8", "sm90_fp8_scored", "decode", "decode_wide", "common"};
+    "sm80",     "sm90_wide",       "sm90",        "sm90_scored", "sm90_fp8_wide",
+    "sm90_fp8", "sm90_fp8_scored", "sm90_latent", "decode",      "decode_wide",
+    "common"};
 
 Kernel* g_kernels;  // the table is opened once and stays
 int g_num_kernels;
@@ -207,6 +208,8 @@ void explain(const Want& want, Text* text) {
     text->add(": this build has %d kernels, none of kind %s", count, kind);
   } else if (!has_dtype) {
     text->add(": none of this build takes %s", dtype_name(want.dtype));
+  } else if (elsewhere == nullptr && want.forward != nullptr && want.forward->has_qv) {
+    text->add(": none of this build takes a second query against V");
   } else if (elsewhere == nullptr) {
     text->add(": the widest of this build is %d", widest);
   } else {

@@ -78,8 +78,9 @@ bool make_map(const Rows& x, const Extent& extent, int box_rows, int dtype, Tens
 
 bool have_tensor_maps(const ForwardParams& params, int element_bytes) {
   const Extents all = extents_of(params, params.seqs.cache_rows);
-  return has_map(params.q, all.q, element_bytes) && has_map(params.k, all.k, element_bytes) &&
-         has_map(params.v, all.v, element_bytes) && has_map(params.o, all.o);
+  return has_map(params.q, all.q, element_bytes) && has_map(params.qv, all.o) &&
+         has_map(params.k, all.k, element_bytes) && has_map(params.v, all.v, element_bytes) &&
+         has_map(params.o, all.o);
 }
 
 bool have_tensor_maps(const BackwardParams& params) {
@@ -102,6 +103,14 @@ bool make_tma_params(const ForwardParams& params, const Shape& shape, int dtype,
          make_map(params.k, all.k, rows, dtype, &made->k, kPromote128, bytes) &&
          make_map(params.v, all.v, rows, dtype, &made->v, kPromote128, bytes) &&
          make_map(params.o, all.o, shape.box_m, dtype, &made->o, kPromote256, kElementBytes, heads);
+}
+
+bool make_tma_params(const ForwardParams& params, const Shape& shape, int dtype,
+                     TmaLatentParams* made) {
+  const Extent qv = extents_of(params, params.seqs.cache_rows).o;
+  return make_tma_params(params, shape, dtype, false, &made->all) &&
+         (params.qv.ptr == nullptr || make_map(params.qv, qv, shape.box_m, dtype, &made->qv,
+                                               kPromote128, kElementBytes, params.heads_of_tile));
 }
 
 bool make_tma_params(const BackwardParams& params, const Shape& shape, int dtype,

@@ -14,6 +14,8 @@ bool have_tensor_maps(const BackwardParams& params);
 // call: 125 ns a map on an H100's host.
 bool make_tma_params(const ForwardParams& params, const Shape& shape, int dtype, bool is_paired,
                      TmaForwardParams* made);
+bool make_tma_params(const ForwardParams& params, const Shape& shape, int dtype,
+                     TmaLatentParams* made);
 bool make_tma_params(const BackwardParams& params, const Shape& shape, int dtype,
                      TmaBackwardParams* made);
 

@@ -53,9 +53,12 @@ struct Descale {
   Tensor q, k, v;
 };
 
+constexpr int64_t kWidest = 256;  // head dim that all other kernels take
+
 struct Forward {
   const char* name;
   Tensor q, k, v;
+  Tensor qv;   // a second query, against v, if given
   Tensor out;  // written in place if given
   Scoring scores;
   Lengths lengths;
@@ -66,6 +69,8 @@ struct Forward {
   int64_t sm_margin = 0;
 
   bool is_fp8() const { return k.dtype() == Dtype::kE4m3; }  // q may have 16 bits
+  // Latent attention's absorbed form, which has kernels of its own.
+  bool is_latent() const { return qv || v.size(-1) > kWidest; }
   bool is_packed_q() const { return static_cast<bool>(lengths.cu_seqlens_q); }
   bool is_packed_k() const { return lengths.cu_seqlens_k && !lengths.block_table; }
   int64_t batch_size() const {
@@ -94,6 +99,7 @@ struct Backward {
 std::string shape_text(const Tensor& x);
 
 void check(const Forward& call);
+void check_latent(const Forward& call);
 void check_fp8(const Forward& call);
 void check(const Backward& call);
 

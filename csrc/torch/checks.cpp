@@ -9,17 +9,6 @@ namespace flash::shim {
 
 namespace {
 
-// Shape (rows of q, last), where rows are (b, sq, hq) or (total_q, hq).
-void check_like_q(const char* name, const char* argument, const Tensor& x, const Tensor& q,
-                  int64_t last) {
-  constexpr const char* kWords = "(like q, dim of v)";
-  if (q.dim() == 3) {
-    check_shape(name, argument, x, {q.size(0), q.size(1), last}, kWords);
-  } else {
-    check_shape(name, argument, x, {q.size(0), q.size(1), q.size(2), last}, kWords);
-  }
-}
-
 // FP8 keys and values go with queries of every dtype in calls that have no gradients.
 void check_dtypes(const char* name, const Tensor& q, const Tensor& k, const Tensor& v,
                   bool takes_fp8_keys) {
@@ -108,7 +97,9 @@ void check_shapes(const char* name, const Tensor& q, const Tensor& k, const Tens
 
 void check_head_dims(const char* name, int64_t d, int64_t dv, const char* direction) {
   constexpr int64_t kMax = 256;
-  if (d > kMax || dv > kMax) {
+  constexpr int64_t kNarrow = 64;
+  constexpr int64_t kMaxOfNarrow = 512;  // of V beside narrow q and k
+  if (d > kMax || dv > (d <= kNarrow ? kMaxOfNarrow : kMax)) {
     fail(name,
          std::string("FlashAttention ") + direction + " only supports head dimension at most " +
              text(kMax),
@@ -336,13 +327,13 @@ std::string shape_text(const Tensor& x) {
 void check(const Forward& call) {
   const char* name = call.name;
   check_dtypes(name, call.q, call.k, call.v, true);
+  check_devices(name, call.q, {{"k", call.k}, {"v", call.v}});
+  check_side_devices(name, call.q, call.lengths, call.scores);
   check_devices(name, call.q,
-                {{"k", call.k},
-                 {"v", call.v},
+                {{"qv", call.qv},
                  {"q_descale", call.descale.q},
                  {"k_descale", call.descale.k},
                  {"v_descale", call.descale.v}});
-  check_side_devices(name, call.q, call.lengths, call.scores);
   check_shapes(name, call.q, call.k, call.v, call.is_packed_q(), call.is_packed_k());
   check_head_dims(name, call.q.size(-1), call.v.size(-1), "forward");
   check_lengths(name, call.q, call.k, call.lengths);
@@ -351,6 +342,7 @@ void check(const Forward& call) {
   if (call.return_softmax && call.scores.dropout_p == 0.0) {
     fail(name, "return_softmax is only supported when p_dropout > 0.0", "p_dropout 0.0");
   }
+  check_latent(call);
   check_fp8(call);
   if (call.out) check_like_q(name, "out", call.out, call.q, call.v.size(-1));
 }

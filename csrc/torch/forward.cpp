@@ -1,4 +1,6 @@
 // A forward call: append to the cache if asked for, plan, allocate, launch.
+#include <algorithm>
+
 #include "torch/operands.h"
 
 namespace flash::shim {
@@ -95,9 +97,25 @@ ForwardParams sizes_of(const Forward& call) {
   params.hk = static_cast<int32_t>(call.k.size(-2));
   params.d = static_cast<int32_t>(round_up(call.q.size(-1), chunk_of(call.q)));
   params.dv = static_cast<int32_t>(round_up(call.v.size(-1), chunk_of(call.q)));
+  params.has_qv = static_cast<bool>(call.qv);
   params.sm_margin = static_cast<int32_t>(call.sm_margin);
   params.q_dtype = dtype_of(call.q);
   return params;
+}
+
+// Its kernels copy operands by tensor maps, which know no dimension that repeats one row.
+void spread_latent(Forward* call) {
+  for (Tensor* x : {&call->q, &call->qv}) {
+    if (*x && repeats_rows(*x)) *x = contiguous(*x);
+  }
+  for (Tensor* x : {&call->k, &call->v}) {
+    if (!call->append.k && repeats_rows(*x)) *x = contiguous(*x);
+  }
+}
+
+bool has_pairs(const Forward& call, const Sequences& seqs) {
+  const bool has_keys = call.is_packed_k() ? seqs.total_k > 0 : call.k.size(0) > 0;
+  return seqs.sq > 0 && seqs.sk > 0 && call.q.size(0) > 0 && has_keys;
 }
 
 }  // namespace
@@ -105,10 +123,17 @@ ForwardParams sizes_of(const Forward& call) {
 ForwardResult run(Forward& call) {
   check(call);
   tidy(&call.lengths, &call.scores);
+  if (call.is_latent()) spread_latent(&call);
   const int device = device_of(call.q);
   const int dtype = dtype_of(call.k);
   void* stream = current_stream(device);
   ForwardParams params = sizes_of(call);
+  // Of a call without pairs of a query and a key, any kernel writes the log-sum-exp.
+  const bool is_empty = call.is_latent() && !has_pairs(call, params.seqs);
+  if (is_empty) {
+    params.has_qv = 0;
+    params.dv = std::min(params.dv, static_cast<int32_t>(kWidest));
+  }
   FlashWorkspace workspace = {};
   run_or_throw(call.name, flash_plan_forward(device, dtype, static_cast<int>(call.num_splits),
                                              &params, &workspace));
@@ -126,12 +151,15 @@ ForwardResult run(Forward& call) {
   }
   const Tensor other_q = rotated ? std::move(rotated) : aligned_copy(call.q);
   const Tensor& q = other_q ? other_q : call.q;
+  const Tensor qv = params.has_qv != 0 ? aligned(call.qv) : Tensor();
   const int64_t dv = call.v.size(-1);
   Written out(call.out, call.q, dv);
+  if (is_empty) zero(out.tensor());
   // Floats behind the log-sum-exp would keep the parts of a decode call alive with it.
   Lse made = make_lse(call, workspace.decodes != 0 ? 0 : workspace.next_tile + workspace.order);
   ForwardResult result = {Tensor(), std::move(made.lse), Tensor()};
   params.q = rows_of(q);
+  params.qv = rows_of(qv);
   params.o = rows_of(out.tensor());
   params.q_descale = factors_of(call.descale.q);
   params.k_descale = factors_of(call.descale.k);

@@ -69,4 +69,15 @@ inline void check_shape(const char* name, const char* argument, const Tensor& x,
   }
 }
 
+// Shape (rows of q, last), where rows are (b, sq, hq) or (total_q, hq).
+inline void check_like_q(const char* name, const char* argument, const Tensor& x, const Tensor& q,
+                         int64_t last) {
+  constexpr const char* kWords = "(like q, dim of v)";
+  if (q.dim() == 3) {
+    check_shape(name, argument, x, {q.size(0), q.size(1), last}, kWords);
+  } else {
+    check_shape(name, argument, x, {q.size(0), q.size(1), q.size(2), last}, kWords);
+  }
+}
+
 }  // namespace flash::shim

@@ -79,6 +79,13 @@ bool is_aligned(const Tensor& x) {
   return reinterpret_cast<uintptr_t>(x.data()) % 16 == 0;
 }
 
+bool repeats_rows(const Tensor& x) {
+  for (int64_t i = 0; i < x.dim() - 1; ++i) {
+    if (x.size(i) > 1 && x.stride(i) == 0) return true;
+  }
+  return false;
+}
+
 Tensor aligned_copy(const Tensor& x) {
   if (is_aligned(x)) return Tensor();
   const int64_t last = round_up(x.size(-1), chunk_of(x));

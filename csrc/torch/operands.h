@@ -20,6 +20,9 @@ Tensor empty_like_rows(const Tensor& x, int64_t last, Dtype dtype);
 // elements stand together, and so many make a row.
 bool is_aligned(const Tensor& x);
 
+// Whether a dimension repeats the same elements: one that was expanded.
+bool repeats_rows(const Tensor& x);
+
 // A copy that is aligned, its head dim padded with zeros; none where `x` is.
 Tensor aligned_copy(const Tensor& x);
 

@@ -104,7 +104,7 @@ void with_kvcache(Arguments& in, Results& out) {
   call.v = in.tensor();
   call.append.k = in.optional_tensor();
   call.append.v = in.optional_tensor();
-  const Tensor qv = in.optional_tensor();
+  call.qv = in.optional_tensor();
   call.append.rotary_cos = in.optional_tensor();
   call.append.rotary_sin = in.optional_tensor();
   call.lengths.seqused_k = in.optional_tensor();
@@ -126,7 +126,6 @@ void with_kvcache(Arguments& in, Results& out) {
   call.scores.alibi_slopes = in.optional_tensor();
   call.num_splits = in.integer();
   if (!call.append.k || !call.append.v) call.append = {};
-  if (qv) fail(call.name, "no CUDA kernel of this build takes qv", "a qv");
   ForwardResult result = run(call);
   out.add(std::move(result.out));
   out.add(std::move(result.softmax_lse));
@@ -208,14 +207,14 @@ void general_backward(Arguments& in, Results& out) {
 
 // Everything a forward call can ask for, for the paths that go through Python.
 constexpr const char* kGeneralSchema =
-    "forward(Tensor q, Tensor(a!) k, Tensor(b!) v, Tensor(c!)? out, Tensor? k_new, Tensor? v_new, "
-    "Tensor? cu_seqlens_k_new, Tensor? rotary_cos, Tensor? rotary_sin, Tensor? rotary_seqlens, "
-    "bool rotary_interleaved, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? seqused_q, "
-    "Tensor? seqused_k, Tensor? leftpad_k, Tensor? block_table, Tensor? kv_batch_idx, "
-    "int? max_seqlen_q, int? max_seqlen_k, float softmax_scale, int window_left, "
-    "int window_right, int attention_chunk, float softcap, Tensor? alibi_slopes, float dropout_p, "
-    "Tensor? rng_state, bool return_softmax, int num_splits, Tensor? q_descale=None, "
-    "Tensor? k_descale=None, Tensor? v_descale=None, int sm_margin=0) "
+    "forward(Tensor q, Tensor(a!) k, Tensor(b!) v, Tensor? qv, Tensor(c!)? out, Tensor? k_new, "
+    "Tensor? v_new, Tensor? cu_seqlens_k_new, Tensor? rotary_cos, Tensor? rotary_sin, "
+    "Tensor? rotary_seqlens, bool rotary_interleaved, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
+    "Tensor? seqused_q, Tensor? seqused_k, Tensor? leftpad_k, Tensor? block_table, "
+    "Tensor? kv_batch_idx, int? max_seqlen_q, int? max_seqlen_k, float softmax_scale, "
+    "int window_left, int window_right, int attention_chunk, float softcap, Tensor? alibi_slopes, "
+    "float dropout_p, Tensor? rng_state, bool return_softmax, int num_splits, "
+    "Tensor? q_descale=None, Tensor? k_descale=None, Tensor? v_descale=None, int sm_margin=0) "
     "-> (Tensor, Tensor, Tensor)";
 
 void general_forward(Arguments& in, Results& out) {
@@ -224,6 +223,7 @@ void general_forward(Arguments& in, Results& out) {
   call.q = in.tensor();
   call.k = in.tensor();
   call.v = in.tensor();
+  call.qv = in.optional_tensor();
   call.out = in.optional_tensor();
   call.append.k = in.optional_tensor();
   call.append.v = in.optional_tensor();

@@ -50,20 +50,22 @@ def choose(problem: Problem, name: str = "flash_attn") -> str:
     )
     raise kind(
         f"{name}: no backend of this installation runs: {problem}\n{told}\n"
-        f"hint: {_hint(problem.device_type)}; `python -m flash_attn` shows what is installed."
+        f"hint: {_hint(problem)}; `python -m flash_attn` shows what is installed."
     )
 
 
-def _hint(device_type: str) -> str:
+def _hint(problem: Problem) -> str:
     """What a user may do about it, the likeliest first."""
     hints = []
+    device_type = problem.device_type
     setting = _setting_in_force(device_type)
     if setting is not None:
         hints.append(f"unset {setting} to let the installation choose")
     wanted = _wanted(device_type)
     if device_type == "cuda" and wanted in (None, "cuda"):
-        hints.append(cuda.REMEDY)
-    if device_type != "cpu" and wanted in (None, "triton") and not triton.is_installed():
+        hints.append(cuda.remedy(problem))
+    may_take = device_type != "cpu" and wanted in (None, "triton") and not problem.is_latent
+    if may_take and not triton.is_installed():
         hints.append(triton.REMEDY)
     if device_type != "cpu":
         hints.append("move the tensors to the CPU (`.cpu()`), which every installation serves")
@@ -103,7 +105,7 @@ def combine(out_partial: Tensor, lse_partial: Tensor, name: str) -> tuple[Tensor
             return result
     raise RuntimeError(
         f"{name}: no backend of this installation serves {out_partial.device}\n"
-        f"hint: {_hint(device_type)}"
+        f"hint: {_hint(problem)}"
     )
 
 
@@ -165,6 +167,10 @@ def _excluded(row: _support.BackendSupport, problem: Problem) -> list[str]:
     missing = sorted(problem.features & row.not_in_fp8) if "fp8" in problem.features else []
     if missing:
         reasons.append(f"lacks {', '.join(missing)} with FP8 inputs")
+    missing = sorted(problem.features & row.not_in_latent) if problem.is_latent else []
+    if missing:
+        widest = _support.MAX_HEAD_DIM
+        reasons.append(f"lacks {', '.join(missing)} with qv or V wider than {widest}")
     return reasons
 
 

@@ -48,6 +48,7 @@ _FEATURE_BITS = (
     (2, {"softcap", "alibi"}),
     (4, {"dropout"}),
     (8, {"paged_kv"}),
+    (16, {"qv"}),
 )
 # Calls with one of these have a cache: few queries over it have kernels of their own, and for FP8
 # keys they are there on devices that have no others.
@@ -150,12 +151,29 @@ _HOST, _WHY_NOT_LOADED, LOADER_SAID = _load()
 IS_DIRECT = _HOST is not None and _serves_directly()
 
 
+def remedy(problem: Problem) -> str:
+    """What a user may do where this backend does not run a problem."""
+    if _is_elsewhere(problem):
+        return "run it on a GPU of compute capability {}.{}".format(*_support.LATENT_CAPABILITY)
+    return REMEDY
+
+
+def _is_elsewhere(problem: Problem) -> bool:
+    """Whether no build has kernels of latent attention for the problem's device."""
+    return problem.is_latent and problem.capability not in (None, _support.LATENT_CAPABILITY)
+
+
 def why_not(problem: Problem) -> list[str]:
     """What keeps this installation from running a problem on a CUDA device."""
+    latent = _why_not_latent(problem) if problem.is_latent else []
     if _HOST is None:
-        return [_WHY_NOT_LOADED]
+        return [_WHY_NOT_LOADED, *latent]
     if problem.dtype not in _DTYPES or problem.capability is None:
         return []  # the truth table tells
+    if latent:
+        return latent
+    if problem.is_latent and problem.features & _support.backend_support("cuda").not_in_latent:
+        return []  # likewise
     kinds = ["delta", "backward", "convert"] if "backward" in problem.features else ["forward"]
     kinds += [kind for feature, kind in _KINDS_OF_FEATURES if feature in problem.features]
     reasons = []
@@ -165,10 +183,27 @@ def why_not(problem: Problem) -> list[str]:
     head_dim = max(problem.head_dim, problem.head_dim_v)
     major, minor = problem.capability
     for kind in dict.fromkeys(kinds):
-        wanted = (_KINDS.index(kind), head_dim, dtype, 10 * major + minor)
+        wanted = (_KINDS.index(kind), head_dim, dtype, 10 * major + minor, _bits(problem))
         if not _HOST.flash_find(*wanted):
             reasons.append(_HOST.flash_last_error().decode())
     return reasons
+
+
+def _why_not_latent(problem: Problem) -> list[str]:
+    """What its device or its sizes have against a second query, or V wider than others."""
+    widest, narrow = _support.MAX_HEAD_DIM, _support.NARROW_QK_HEAD_DIM
+    what = f"qv, and V wider than {widest},"
+    if _is_elsewhere(problem):
+        major, minor = _support.LATENT_CAPABILITY
+        return [f"has kernels for {what} on compute capability {major}.{minor} alone (H100, H200)"]
+    if problem.head_dim > narrow:
+        return [f"takes {what} beside head dims of q and k up to {narrow}, not {problem.head_dim}"]
+    return []
+
+
+def _bits(problem: Problem) -> int:
+    """The problem's features as csrc/host/api.h has them."""
+    return sum(bit for bit, names in _FEATURE_BITS if names & problem.features)
 
 
 def _dtype_of_keys(problem: Problem) -> int:
@@ -188,9 +223,10 @@ def kernels(problem: Problem) -> list[str]:
     if _HOST is None or problem.capability is None:
         return []
     has_cache = problem.features & {"kv_append", "paged_kv"}
-    kinds = ["decode" if has_cache else "forward"]
+    # Latent attention has one kernel for many queries and for few.
+    kinds = ["decode" if has_cache and not problem.is_latent else "forward"]
     kinds += ["backward"] * ("backward" in problem.features)
-    asked = sum(bit for bit, names in _FEATURE_BITS if names & problem.features)
+    asked = _bits(problem)
     head_dim = max(problem.head_dim, problem.head_dim_v)
     major, minor = problem.capability
     dtype = _dtype_of_keys(problem)
@@ -209,6 +245,7 @@ def forward(call: Forward, name: str) -> tuple[Tensor, Tensor, Tensor]:
             call.q,
             call.k,
             call.v,
+            call.qv,
             call.out,
             *_append_arguments(call.append),
             seqs.cu_seqlens_q,

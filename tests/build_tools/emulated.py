@@ -18,6 +18,8 @@ FAMILIES = (
     "sm90_fp8",
     "sm90_fp8_scored",
 )
+# Widths of V of attention over a latent: of four buffers of keys, and of two.
+LATENT_VALUE_DIMS = (256, 512)
 # Four consumers; Q in registers; one buffer of Q. Wide tiles of every head dim besides.
 HEAD_DIMS = (64, 128, 256)
 # Steps of 128 queries; dQ by a third consumer; steps of 64; consumers that share keys, with
@@ -127,7 +129,7 @@ def build_driver(folder: Path, head_dims: tuple[int, ...], dtype: str = "bf16") 
         if (
             unit.family in FAMILIES and unit.head_dim in head_dims and unit.dtype in (dtype, "e4m3")
         )
-        or (unit.family == "sm90_wide" and unit.dtype == dtype)
+        or (unit.family in ("sm90_wide", "sm90_latent") and unit.dtype == dtype)
         or (unit.kind == "decode" and unit.head_dim in DECODE_HEAD_DIMS and unit.dtype == dtype)
         or (
             unit.family == "sm90"

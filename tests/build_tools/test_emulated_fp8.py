@@ -20,8 +20,9 @@ def call(q, k, v, descale, cu=(None, None), used=(None, None), max_seqlens=(None
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     right = 0 if causal else window[1]
     result = torch.ops.flash_attn_cuda.forward.default.redispatch(
-        CUDA, q, k, v, out, *[None] * 6, True, *cu, *used, None, None, None, *max_seqlens, scale,
-        window[0], right, attention_chunk, softcap, slopes, 0.0, None, False, 1, *descale.values())
+        CUDA, q, k, v, None, out, *[None] * 6, True, *cu, *used, None, None, None, *max_seqlens,
+        scale, window[0], right, attention_chunk, softcap, slopes, 0.0, None, False, 1,
+        *descale.values())
     return result[:2]
 
 def judge(got, oracle):

@@ -38,10 +38,10 @@ def test_finds_the_narrowest_kernel_and_explains_what_there_is_not(
 ) -> None:
     text = f"""
 say(host.flash_open({str(stub.kernels)!r}.encode()))
-say(host.flash_find(FORWARD, 72, BF16, 90))
-say(host.flash_find(FORWARD, 257, BF16, 90))
-say(host.flash_find(FORWARD, 64, BF16, 75))
-say(host.flash_find(99, 64, BF16, 90))
+say(host.flash_find(FORWARD, 72, BF16, 90, 0))
+say(host.flash_find(FORWARD, 257, BF16, 90, 0))
+say(host.flash_find(FORWARD, 64, BF16, 75, 0))
+say(host.flash_find(99, 64, BF16, 90, 0))
 """
     child = stub.run(program(stub, text), tmp_path / "log")
     opened, found, too_wide, too_old, unknown = child.stdout.splitlines()
@@ -657,7 +657,7 @@ def test_what_hoppers_kernel_does_not_do_stays_with_the_others(
 def test_the_kernel_of_a_call_is_known_without_a_device(
     stub: Stub, hopper: Path, tmp_path: Path
 ) -> None:
-    # Masks 1, scores that are changed 2, dropout 4, pages 8, as csrc/host/api.h has them.
+    # Masks 1, scores that are changed 2, dropout 4, pages 8, qv 16, as csrc/host/api.h has them.
     text = f"""
 host.flash_open({str(hopper)!r}.encode())
 host.flash_kernel_of.restype = ctypes.c_char_p
@@ -665,7 +665,8 @@ for head_dim, cc, features in (
     (64, 90, 0), (64, 90, 1), (64, 90, 2), (64, 90, 4), (64, 90, 8), (100, 90, 3), (64, 80, 0),
 ):
     print(host.flash_kernel_of(0, head_dim, 1, cc, features).decode())
-print(host.flash_kernel_of(0, 512, 1, 90, 0))
+for head_dim, cc, features in ((512, 90, 0), (128, 90, 16), (512, 80, 0), (520, 90, 0)):
+    print((host.flash_kernel_of(0, head_dim, 1, cc, features) or b"None").decode())
 for head_dim, features in ((192, 1), (96, 4)):
     print(host.flash_kernel_of(4, head_dim, 1, 90, features).decode())
 print(host.flash_kernel_of(9, 128, 1, 90, 9).decode())
@@ -679,6 +680,9 @@ print(host.flash_kernel_of(9, 128, 1, 90, 9).decode())
         "flash_fwd_sm90_wide_d64_bf16",
         "flash_fwd_sm90_scored_d128_bf16",
         "flash_fwd_sm80_d64_bf16",
+        "flash_fwd_sm90_latent_d512_bf16",
+        "flash_fwd_sm90_latent_d256_bf16",
+        "None",
         "None",
         "flash_bwd_sm90_d192_bf16",
         "flash_bwd_sm80_d96_bf16",

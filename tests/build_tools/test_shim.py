@@ -6,6 +6,7 @@ code is what runs on a GPU.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import re
 import shutil
@@ -18,6 +19,8 @@ import pytest
 from native_tools import (
     ROOT,
     ForwardHead,
+    Launch,
+    Rows,
     Stub,
     build_stub,
     launches,
@@ -86,7 +89,9 @@ print(json.dumps([why(), why(features=["backward"]), why(features=cache), why(d=
 """
     *served, too_wide = run(installed, tmp_path / "log", text)
     assert served == [[], [], []]
-    assert "the widest of this build is 256" in too_wide[0]
+    assert too_wide == [
+        "takes qv, and V wider than 256, beside head dims of q and k up to 64, not 320"
+    ]
 
 
 def test_a_package_without_kernels_says_how_to_get_them(installed: Stub, tmp_path: Path) -> None:
@@ -302,6 +307,210 @@ print(json.dumps({{name: [told(lambda: call(run)) for run in (served, ops._flash
         assert here == python, name
 
 
+@pytest.fixture(scope="module")
+def hopper(installed: Stub, tmp_path_factory: pytest.TempPathFactory) -> Stub:
+    """The same with Hopper's own kernels."""
+    folder = tmp_path_factory.mktemp("hopper")
+    shutil.copytree(installed.folder, folder, dirs_exist_ok=True)
+    lay_out_kernels(folder / "flash_attn" / "kernels", ("80", "90", "90a"))
+    return Stub(folder)
+
+
+LATENT = """
+E4M3, lens = torch.float8_e4m3fn, torch.tensor([3, 40]).int()
+def step(run, q, k, v, qv, k_new=None, v_new=None, cos=None, table=None):
+    return run(q, k, v, k_new, v_new, qv, cos, cos, lens, None, None, table, *[None] * 7, 0.5, True,
+               -1, -1, 0, 0.0, True, None, 1)
+def served(*arguments):
+    return direct("_flash_attn_with_kvcache", *arguments)
+def rows(x):
+    return [x.data_ptr(), *(x.stride()[:3] if x.dim() == 4 else (0, *x.stride()[:2]))]
+q, qv, k, v = make(2, 3, 16, 64), make(2, 3, 16, 512), make(2, 70, 1, 64), make(2, 70, 1, 512)
+"""
+
+
+def rows_of(x: Rows) -> list[int]:
+    return [x.ptr, x.batch, x.row, x.head]
+
+
+def at_head(launch: Launch, k: list[int]) -> int:
+    """Where the call stands behind the tensor maps, found by its keys."""
+    return launch.params.index(bytes(Rows(*k))) - ForwardHead.k.offset
+
+
+class SecondQuery(ctypes.Structure):
+    """The last fields of flash::ForwardParams."""
+
+    _fields_ = [("rows", Rows), ("is_given", ctypes.c_int32)]
+
+
+def second_query(launch: Launch, at: int) -> tuple[list[int], int]:
+    found = SecondQuery.from_buffer_copy(launch.params, at)
+    return rows_of(found.rows), found.is_given
+
+
+def test_a_second_query_reaches_the_driver_without_copies(hopper: Stub, tmp_path: Path) -> None:
+    text = (
+        LATENT
+        + """
+out, lse = step(served, q, k, v, qv)
+cuda.forward(Forward(q, k, v, Scores(0.5), qv=qv), "f")
+wide = forward(q, k, v)[0]
+cu = torch.tensor([0, 2, 3]).int()
+packed = q[0], k[0], v[0], Scores(0.5), Sequences(cu, cu, max_seqlen_q=2, max_seqlen_k=2)
+cuda.forward(Forward(*packed, qv=qv[0]), "f")
+print(json.dumps([[rows(x) for x in (q, k, v, qv)], rows(qv[0]),
+                  [list(x.shape) for x in (out, lse, wide)]]))
+"""
+    )
+    given, packed, shapes = run(hopper, tmp_path / "log", text)
+    assert shapes == [[2, 3, 16, 512], [2, 16, 3], [2, 3, 16, 512]]
+    attention = [x for x in launches(tmp_path / "log") if x.kernel != "flash_fill_bf16"]
+    assert {x.kernel for x in attention} == {"flash_fwd_sm90_latent_d512_bf16"}
+    at = at_head(attention[0], given[1])
+    behind = attention[0].params.index(bytes(Rows(*given[3])))
+    for launch in attention[:3]:
+        head = ForwardHead.from_buffer_copy(launch.params, at)
+        assert [rows_of(x) for x in (head.q, head.k, head.v)] == given[:3]
+    found = [second_query(launch, behind) for launch in attention]
+    assert found == [(given[3], 1), (given[3], 1), ([0] * 4, 0), (packed, 1)]
+
+
+def test_a_second_query_is_made_fit_as_v_is(hopper: Stub, tmp_path: Path) -> None:
+    text = (
+        LATENT
+        + """
+step(served, q, k, v, qv)
+kept = rows(k), rows(qv)
+q, k = make(2, 3, 16, 40), make(2, 70, 1, 40)
+outs = [step(served, q, k, v[..., :n], qv[..., 1:n + 1], make(2, 1, 1, 40), make(2, 1, 1, n),
+             make(80, 16))[0] for n in (500, 250)]
+print(json.dumps([[list(x.shape) for x in outs], [q.data_ptr(), qv.data_ptr()], rows(k), kept]))
+"""
+    )
+    shapes, given, keys, (kept_keys, kept_query) = run(hopper, tmp_path / "log", text)
+    assert shapes == [[2, 3, 16, 500], [2, 3, 16, 250]]
+    plain, append, first, _, second = launches(tmp_path / "log")
+    behind = plain.params.index(bytes(Rows(*kept_query))) - at_head(plain, kept_keys)
+    assert append.kernel == "flash_append_bf16"
+    assert [x.kernel for x in (first, second)] == [
+        "flash_fwd_sm90_latent_d512_bf16",
+        "flash_fwd_sm90_latent_d256_bf16",
+    ]
+    for launch, padded in ((first, 504), (second, 256)):
+        # Queries are rotated, the second ones are not; padded rows are in memory of their own.
+        at = at_head(launch, keys)
+        head = ForwardHead.from_buffer_copy(launch.params, at)
+        (pointer, *strides), _ = second_query(launch, at + behind)
+        assert strides == [3 * 16 * padded, 16 * padded, padded]
+        assert (pointer % 16, head.v.row) == (0, padded)
+        assert not {head.q.ptr, pointer} & {*given}
+
+
+def test_latent_attention_runs_over_repeated_rows_and_over_none(
+    hopper: Stub, tmp_path: Path
+) -> None:
+    text = (
+        LATENT
+        + """
+once = [x[:1].expand(2, -1, -1, -1) for x in (q, k, v, qv)]
+step(served, *once)
+outs = [step(served, *x)[0] for x in ((q, k[:, :0], v[:, :0], qv), (q[:, :0], k, v, qv[:, :0]))]
+outs.append(forward(q, k[:, :0], v[:, :0])[0])
+print(json.dumps([[*x.shape, x.abs().sum().item()] for x in outs] + [[x.data_ptr() for x in once]]))
+"""
+    )
+    *outs, pointers = run(hopper, tmp_path / "log", text)
+    assert outs == [[2, 3, 16, 512, 0.0], [2, 0, 16, 512, 0.0], [2, 3, 16, 512, 0.0]]
+    repeated, *others = launches(tmp_path / "log")
+    assert repeated.kernel == "flash_fwd_sm90_latent_d512_bf16"
+    for pointer in pointers:
+        assert pointer.to_bytes(8, "little") not in repeated.params
+    # Which write the log-sum-exp.
+    assert len(others) == 2
+    assert not any("latent" in x.kernel for x in others)
+
+
+BAD_LATENT = {
+    "shape": "q, k, v, qv[..., :64]",
+    "rows": "q, k, v, qv[:, :2]",
+    "rank": "q, k, v, qv[0]",
+    "dtype": "q, k, v, qv.half()",
+    "fp8": "q.to(E4M3), k.to(E4M3), v.to(E4M3), qv.to(E4M3)",
+    "v": "q, k, make(2, 70, 1, 520), None",
+    "wide q": "make(2, 3, 16, 72), make(2, 70, 1, 72), v, None",
+    "new rows": "q, k, v, qv, make(2, 3, 1, 64), make(2, 3, 1, 64)",
+}
+
+
+def test_every_rule_of_a_second_query_is_told_as_python_tells_it(
+    hopper: Stub, tmp_path: Path
+) -> None:
+    text = f"""
+{LATENT}
+calls = {{name: eval(f"lambda run: step(run, {{words}})")
+         for name, words in {BAD_LATENT!r}.items()}}
+print(json.dumps({{name: [told(lambda: call(run)) for run in (served, ops._flash_attn_with_kvcache)]
+                   for name, call in calls.items()}}))
+"""
+    for name, (here, python) in run(hopper, tmp_path / "log", text).items():
+        assert here is not None, name
+        assert here == python, name
+
+
+def test_what_gpus_lack_for_latent_attention_is_told(hopper: Stub, tmp_path: Path) -> None:
+    text = (
+        LATENT
+        + """
+q8, k8, v8 = (x.to(E4M3) for x in (q, k, v))
+wide = make(2, 3, 16, 72), make(2, 70, 1, 72)
+print(json.dumps([told(call) for call in (
+    lambda: step(served, q, k, v, qv),
+    lambda: forward(q, k, v),
+    lambda: forward(q, k, v, p=0.1),
+    lambda: step(served, q, k8, v8, qv),
+    lambda: step(served, q8, k8, v8, None),
+    lambda: step(served, *wide, v[..., :72], qv[..., :72]),
+    lambda: direct("_flash_attn_backward", qv, q, k, v, qv, torch.ones(2, 16, 3), None, None, None,
+                   0.0, 0.5, False, -1, -1, 0.0, None, False, None),
+)]))
+"""
+    )
+    cache, dense = "flash_attn::_flash_attn_with_kvcache", "flash_attn::_flash_attn_forward"
+    there = "has CUDA kernels for compute capability 9.0 alone (H100, H200): run it there, or on"
+    first, second, *_ = run(hopper, tmp_path / "log", text, STUB_CC="80")
+    got = "CPU tensors; got a device of 8.0"
+    assert first == ["RuntimeError", f"{cache}: qv {there} {got}"]
+    assert second == ["RuntimeError", f"{dense}: V wider than 256 {there} {got}"]
+    served, wide, *rest, backward = run(hopper, tmp_path / "log", text)
+    assert served is wide is None
+    no_fp8 = "on a GPU does not go with FP8 inputs; got k of torch.float8_e4m3fn"
+    assert [words for _, words in rest] == [
+        f"{dense}: V wider than 256 on a GPU does not go with dropout; got dropout_p 0.1",
+        f"{cache}: qv {no_fp8}",
+        f"{cache}: V wider than 256 {no_fp8}",
+        f"{cache}: qv on a GPU goes with head dims of q and k up to 64; got 72",
+    ]
+    assert "no backward kernel for head dim 512" in backward[1]
+
+
+def test_the_backend_has_latent_kernels_on_hopper_alone(hopper: Stub, tmp_path: Path) -> None:
+    text = """
+def problem(*dims, features=(), cc=(9, 0), dtype="float16"):
+    return Problem("cuda", dtype, *dims, frozenset(features), cc)
+asked = [problem(64, 512, features=["qv", "paged_kv"]), problem(64, 200, features=["qv", "causal"]),
+         problem(40, 300, features=["kv_append", "varlen", "seqused", "rotary"]), problem(64, 256)]
+elsewhere = problem(64, 512, features=["qv"], cc=(8, 0))
+print(json.dumps([[[cuda.why_not(x), cuda.kernels(x)] for x in asked], cuda.why_not(elsewhere)]))
+"""
+    found, elsewhere = run(hopper, tmp_path / "log", text)
+    kernels = [f"flash_fwd_sm90_latent_d{d}_fp16" for d in (512, 256, 512)]
+    assert found[:3] == [[[], [kernel]] for kernel in kernels]
+    assert "latent" not in found[3][1][0]
+    assert len(elsewhere) == 1
+    assert "on compute capability 9.0 alone" in elsewhere[0]
+
+
 def test_packed_new_rows_are_counted_once(installed: Stub, tmp_path: Path) -> None:
     text = (
         CACHE
@@ -408,7 +617,7 @@ print(json.dumps([[[list(x.shape), str(x.dtype)] for x in results]
     first, second, *_ = launches(tmp_path / "log")
     # Of the same parameters but for the addresses of out and lse.
     assert (first.kernel, first.grid, first.smem) == (second.kernel, second.grid, second.smem)
-    pointers = {*range(96, 104), *range(128, 136)}
+    pointers = {at + i for at in (ForwardHead.o.offset, ForwardHead.lse.offset) for i in range(8)}
     pairs = enumerate(zip(first.params, second.params))
     assert {i for i, (x, y) in pairs if x != y} <= pointers
 
@@ -418,7 +627,7 @@ def test_results_share_no_storage(installed: Stub, tmp_path: Path) -> None:
         PLAIN
         + """
 results = [forward(q, k, k), forward(q, k, k, p=0.1, s_dmask=True),
-           torch.ops.flash_attn_cuda.forward(q, k, k, *[None] * 7, False, *[None] * 9, 0.5, -1, -1,
+           torch.ops.flash_attn_cuda.forward(q, k, k, *[None] * 8, False, *[None] * 9, 0.5, -1, -1,
                                              0, 0.0, None, 0.0, None, False, 1)]
 print(json.dumps([[x.untyped_storage()._cdata for x in made] for made in results]))
 """

@@ -46,4 +46,16 @@ __device__ inline void mbarrier_wait(uint32_t barrier, uint32_t parity) {
       : "memory");
 }
 
+// Whether that phase has ended.
+__device__ inline bool mbarrier_has_ended(uint32_t barrier, uint32_t parity) {
+  uint32_t has_ended;
+  asm volatile(
+      "{.reg .pred done; mbarrier.test_wait.parity.shared::cta.b64 done, [%1], %2;"
+      " selp.u32 %0, 1, 0, done;}"
+      : "=r"(has_ended)
+      : "r"(barrier), "r"(parity)
+      : "memory");
+  return has_ended != 0;
+}
+
 }  // namespace flash::ptx

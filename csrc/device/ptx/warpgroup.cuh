@@ -25,6 +25,18 @@ __device__ inline void named_barrier_arrive(int barrier, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 
+// The same, and whether `x` is true for all of them.
+__device__ inline bool named_barrier_all(int barrier, int threads, bool x) {
+  uint32_t all;
+  asm volatile(
+      "{.reg .pred x, all; setp.ne.s32 x, %3, 0;"
+      " barrier.cta.red.and.pred all, %1, %2, x; selp.u32 %0, 1, 0, all;}"
+      : "=r"(all)
+      : "r"(barrier), "r"(threads), "r"(static_cast<int>(x))
+      : "memory");
+  return all != 0;
+}
+
 // x, which is the same in all lanes, as a value that the compiler knows to be: branches on it do
 // not diverge, and addresses made from it stay in the warp's registers.
 __device__ inline int uniform(int x) { return __shfl_sync(0xffffffffu, x, 0); }

@@ -103,6 +103,36 @@ constexpr ForwardTile forward_tile(Serves serves, int head_dim, int element_byte
   return {};
 }
 
+// Attention over a latent: V is wide beside Q and K, and may be multiplied by a second query too.
+// Two consumers have the same 64 rows and half of O's columns each; they take blocks of keys in
+// turn.
+struct LatentTile {
+  int value_dim;
+  int stages;  // buffers of a block of K and V: a power of two
+
+  static constexpr int kHeadDim = 64;  // of Q and K
+  constexpr int block_m() const { return kBoxM; }
+  constexpr int block_n() const { return 64; }
+  constexpr int threads() const { return 128 * (1 + 2); }
+  constexpr int registers_of_consumer() const { return 232; }
+  constexpr int registers_of_others() const { return 40; }
+  constexpr bool skips_blocks() const { return false; }
+  constexpr int columns() const { return kHeadDim + value_dim; }
+  // Q and blocks in stages, P; barriers, tiles, and what consumers tell each other.
+  constexpr int smem_bytes() const {
+    return (block_m() + stages * block_n()) * columns() * 2 + block_m() * block_n() * 2 + 2560;
+  }
+};
+
+constexpr LatentTile kLatentTiles[] = {{256, 4}, {512, 2}};
+
+constexpr LatentTile latent_tile(int value_dim) {
+  for (const LatentTile& tile : kLatentTiles) {
+    if (tile.value_dim == value_dim) return tile;
+  }
+  return {};
+}
+
 // How the two consumers of the backward kernel share out the work on a block of keys.
 enum Share {
   kByKeys,       // 64 keys each: their dK and dV; shares of dQ are added up in memory

@@ -26,7 +26,7 @@ __device__ inline void forward(const TmaForwardParams& params) {
   extern __shared__ __align__(1024) unsigned char storage[];
   ptx::let_kernel_behind_begin();
   const Pipeline<Cfg> pipe(storage);
-  clear_unused_rows(params.call, pipe);
+  clear_unused_rows<Cfg>(params.call, pipe.q_buffer(0, 0));
   pipe.init();
   if (threadIdx.x < 128) {
     ptx::give_registers<Cfg::kTile.registers_of_others()>();

@@ -99,6 +99,20 @@ __device__ inline int page_of(const Sequences& seqs, const Tile& tile, int key) 
   return min(max(pages[key / seqs.page_size], 0), seqs.num_pages - 1);
 }
 
+// Rows of a page that are one copy: those from `key` on.
+struct PieceOfPage {
+  int row, page;
+
+  __device__ PieceOfPage() {}
+  __device__ PieceOfPage(const Sequences& seqs, const Tile& tile, int key, int rows) {
+    // Pieces behind the last key are any; the table is not read where there is no key.
+    const int last = max(tile.sk - 1, 0) / rows * rows;
+    key = min(key, last);
+    page = tile.sk > 0 ? page_of(seqs, tile, key) : 0;
+    row = key % seqs.page_size;
+  }
+};
+
 // A block in pages. It comes in pieces, each as many rows as divide both page and block, and of one
 // panel; a warp copies it, each lane a piece, whose page it looks up.
 template <class TileK>
@@ -106,7 +120,8 @@ class BlockOfPages {
   static constexpr int kPanels = TileK::kCols / 64;
   static_assert(TileK::kRows / kLeastPageRows * kPanels <= 32, "a piece for each lane");
   int panel_, first_;  // of the piece: where it stands in the block
-  int row_, head_, page_;
+  PieceOfPage piece_;
+  int head_;
 
  public:
   __device__ BlockOfPages() {}
@@ -115,11 +130,7 @@ class BlockOfPages {
     const int pieces = TileK::kRows / rows;
     panel_ = lane / pieces;
     first_ = lane % pieces * rows;
-    // Pieces behind the last key are any; the table is not read where there is no key.
-    const int last = max(tile.sk - 1, 0) / rows * rows;
-    const int key = min(j * TileK::kRows + first_, last);
-    page_ = tile.sk > 0 ? page_of(seqs, tile, key) : 0;
-    row_ = key % seqs.page_size;
+    piece_ = PieceOfPage(seqs, tile, j * TileK::kRows + first_, rows);
     head_ = tile.head_k;
   }
 
@@ -129,8 +140,8 @@ class BlockOfPages {
     }
     join();
     if (panel_ < num_panels) {
-      ptx::tma_load(smem + panel_ * TileK::kPanelBytes + first_ * 128, map, full, panel_ * 64, row_,
-                    head_, page_, kKeepKeys);
+      ptx::tma_load(smem + panel_ * TileK::kPanelBytes + first_ * 128, map, full, panel_ * 64,
+                    piece_.row, head_, piece_.page, kKeepKeys);
     }
   }
   __device__ static int begin(const Tile& tile) { return tile.begin; }

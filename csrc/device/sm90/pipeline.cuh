@@ -110,6 +110,9 @@ struct Ring {
   __device__ void wait_empty(uint32_t i) const {
     ptx::mbarrier_wait(empty(i), (i / kSize & 1) ^ 1);
   }
+  __device__ bool is_full(uint32_t i) const {
+    return ptx::mbarrier_has_ended(full(i), i / kSize & 1);
+  }
   __device__ void arrive_full(uint32_t i) const { ptx::mbarrier_arrive(full(i)); }
   __device__ void arrive_full_if(bool is_due, uint32_t i) const {
     ptx::mbarrier_arrive_if(is_due, full(i));

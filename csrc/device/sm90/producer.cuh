@@ -15,17 +15,17 @@ namespace flash::sm90 {
 
 // Tiles that this CTA works on: the first is its own, each later one the next that no CTA has. The
 // long ones come first (attn/schedule.cuh), so that short ones fill the gaps at the end.
-template <class Cfg>
+template <class Cfg, class Pipe = Pipeline<Cfg>>
 struct Schedule {
   const TmaForwardParams& with_maps;
   const ForwardParams& params;
-  const Pipeline<Cfg>& pipe;
+  const Pipe& pipe;
   using AnyTile = TileOf<Cfg::kServesAll>;
   uint32_t index;
   uint32_t num_sent = 0;
   bool is_first = true;
 
-  __device__ Schedule(const TmaForwardParams& with_maps, const Pipeline<Cfg>& pipe)
+  __device__ Schedule(const TmaForwardParams& with_maps, const Pipe& pipe)
       : with_maps(with_maps), params(with_maps.call), pipe(pipe) {
     ptx::wait_for_kernel_in_front();  // others wait for a tile, so for that too
   }
@@ -114,18 +114,22 @@ struct Schedule {
 
   // The first CTA of a pair counts for both.
   __device__ void send() {
-    pipe.next().wait_empty(num_sent);
-    ptx::send(ptx::of_cta(pipe.next_tile(num_sent), 1), index,
-              ptx::of_cta(pipe.next().full(num_sent), 1));
-    ++num_sent;
+    if constexpr (Cfg::kMayPair) {
+      pipe.next().wait_empty(num_sent);
+      ptx::send(ptx::of_cta(pipe.next_tile(num_sent), 1), index,
+                ptx::of_cta(pipe.next().full(num_sent), 1));
+      ++num_sent;
+    }
   }
 
   __device__ void receive() {
-    ptx::mbarrier_arrive_expect(pipe.next().full(num_sent), sizeof(index));
-    pipe.next().wait_full(num_sent);
-    index = ptx::ld_shared_32(pipe.next_tile(num_sent));
-    ptx::mbarrier_arrive_there_if(true, pipe.next().empty(num_sent), 0);
-    ++num_sent;
+    if constexpr (Cfg::kMayPair) {
+      ptx::mbarrier_arrive_expect(pipe.next().full(num_sent), sizeof(index));
+      pipe.next().wait_full(num_sent);
+      index = ptx::ld_shared_32(pipe.next_tile(num_sent));
+      ptx::mbarrier_arrive_there_if(true, pipe.next().empty(num_sent), 0);
+      ++num_sent;
+    }
   }
 
   // What the tile of rows from `row0` on takes. Rows that see no key, and a pair's rows that are
@@ -204,7 +208,7 @@ __device__ inline Descale descale_of(const ForwardParams& params, const Tile& ti
 
 // Rows of Q that belong to no head are zeros. All threads take part, before anything is copied.
 template <class Cfg>
-__device__ inline void clear_unused_rows(const ForwardParams& params, const Pipeline<Cfg>& pipe) {
+__device__ inline void clear_unused_rows(const ForwardParams& params, uint32_t q_buffer) {
   using TileQ = typename Cfg::TileQ;
   if constexpr (Cfg::kServesAll) {
     const int used = 64 / params.heads_of_tile * params.heads_of_tile;
@@ -212,7 +216,7 @@ __device__ inline void clear_unused_rows(const ForwardParams& params, const Pipe
     if (bytes == 0) return;
     for (int i = threadIdx.x * 4; i < Cfg::kConsumers * TileQ::kBytes; i += Cfg::kThreads * 4) {
       const uint32_t panel = i / TileQ::kPanelBytes * TileQ::kPanelBytes;
-      if (i - panel >= used * 128) ptx::st_shared_32(pipe.q_buffer(0, 0) + i, 0);
+      if (i - panel >= used * 128) ptx::st_shared_32(q_buffer + i, 0);
     }
     ptx::fence_async_proxy();
   }

@@ -62,10 +62,7 @@ struct Softmax {
         const float top_of_row = of_row(top[h]);
         const float spread = top_of_row - top[h];  // infinite where all of the lane's are hidden
         is_spread = is_spread || (spread > kMostSpread && spread < attn::infinity());
-        const float to = fmaxf(shift[h], top_of_row);
-        factor[h] = ptx::ex2(shift[h] - to);
-        shift[h] = to;
-        sum[h] *= factor[h];
+        move_row_to(fmaxf(shift[h], top_of_row), h);
       }
       is_spread = __any_sync(0xffffffffu, is_spread);
     }
@@ -77,6 +74,14 @@ struct Softmax {
 #pragma unroll
     for (int h = 0; h < 2; ++h) sum[h] += part[2 * h] + part[2 * h + 1];
     return is_spread;
+  }
+
+  // To the shift of others, which is no lower.
+  __device__ __forceinline__ void move_to(const float (&to)[2]) {
+    is_moved = __any_sync(0xffffffffu, to[0] != shift[0] || to[1] != shift[1]);
+    if (!is_moved) return;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) move_row_to(to[h], h);
   }
 
   // Scores become p, in kCount accumulators from `first` on, and their sums, by two additions at a
@@ -138,6 +143,12 @@ struct Softmax {
   }
 
  protected:
+  __device__ __forceinline__ void move_row_to(float to, int h) {
+    factor[h] = ptx::ex2(shift[h] - to);
+    shift[h] = to;
+    sum[h] *= factor[h];
+  }
+
   // Of this lane's columns, kCount accumulators from `first` on.
   template <int kCount, int kN>
   __device__ static __forceinline__ float largest(const tile::Accumulators<1, kN>& s, int h,

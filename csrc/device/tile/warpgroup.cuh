@@ -84,9 +84,11 @@ __device__ __forceinline__ void store_a(uint32_t smem, const uint32_t (&a)[kStep
   for (int k = 0; k < kSteps; ++k) ptx::stmatrix_x4(walk<Tile>(at, 0, 2 * k), a[k]);
 }
 
-// c = A B: A 64 rows of a tile, B the first 8 kN columns of a tile whose rows are the depth.
+// c = A B, or c += A B: A 64 rows of a tile, B the first 8 kN columns of a tile whose rows are the
+// depth.
 template <class T, class TileA, class TileB, int kN>
-__device__ __forceinline__ void start_ab(Accumulators<1, kN>& c, uint32_t a_smem, uint32_t b_smem) {
+__device__ __forceinline__ void start_ab(Accumulators<1, kN>& c, uint32_t a_smem, uint32_t b_smem,
+                                         bool adds = false) {
   static_assert(TileA::kCols == TileB::kRows, "shapes must agree");
   const Descriptor a(a_smem, 16);
   const Descriptor b(b_smem, TileB::kPanelBytes);
@@ -95,7 +97,7 @@ __device__ __forceinline__ void start_ab(Accumulators<1, kN>& c, uint32_t a_smem
 #pragma unroll
   for (int k = 0; k < TileB::kRows / 16; ++k) {
     ptx::Wgmma<T, 8 * kN>::with_columns(c.c[0], a.at(step_along_rows<TileA>(k)),
-                                        b.at(k * kStepDownColumns), k > 0);
+                                        b.at(k * kStepDownColumns), adds || k > 0);
   }
   ptx::wgmma_commit();
 }
@@ -138,7 +140,7 @@ __device__ __forceinline__ void pack(uint32_t (&p)[kN / 2][4], const Accumulator
   for (int k = 0; k < kN / 2; ++k) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const float(&from)[4] = s.c[0][2 * k + i / 2];
+      const float (&from)[4] = s.c[0][2 * k + i / 2];
       p[k][i] = ptx::pack<T>(from[i % 2 * 2], from[i % 2 * 2 + 1]);
     }
   }
@@ -152,7 +154,7 @@ __device__ __forceinline__ void pack(uint32_t (&p)[kSteps][4], const Accumulator
   for (int k = 0; k < kSteps; ++k) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const float(&from)[4] = acc.c[0][first + 2 * k + i / 2];
+      const float (&from)[4] = acc.c[0][first + 2 * k + i / 2];
       const float f = factor[i % 2];
       p[k][i] = ptx::pack<T>(from[i % 2 * 2] * f, from[i % 2 * 2 + 1] * f);
     }
@@ -186,7 +188,7 @@ __device__ __forceinline__ void store_rows(uint16_t* to, int64_t row_stride,
       uint32_t r[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const float(&from)[4] = acc.c[0][n + i];
+        const float (&from)[4] = acc.c[0][n + i];
         r[i] = ptx::pack<T>(from[2 * h] * factor[h], from[2 * h + 1] * factor[h]);
       }
       // Between the lanes of a pair, then between pairs.

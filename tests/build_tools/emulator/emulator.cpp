@@ -37,6 +37,8 @@ struct Warp {
 struct NamedBarrier {
   int arrived = 0;
   uint64_t generation = 0;
+  bool all = true;       // of those who have arrived
+  bool all_said = true;  // of the generation before
 };
 
 struct MBarrier {
@@ -332,6 +334,8 @@ void barrier_arrive(int id, int count) {
   if (id == 0) count = static_cast<int>(g_cta->fibers.size());
   if (++barrier.arrived < count) return;
   barrier.arrived = 0;
+  barrier.all_said = barrier.all;
+  barrier.all = true;
   ++barrier.generation;
 }
 
@@ -341,6 +345,13 @@ void barrier_sync(int id, int count) {
   barrier_arrive(id, count);
   wait_until([&barrier, generation] { return barrier.generation != generation; },
              "a named barrier");
+}
+
+bool barrier_all(int id, int count, bool x) {
+  NamedBarrier& barrier = g_cta->named[id];
+  barrier.all = barrier.all && x;
+  barrier_sync(id, count);
+  return barrier.all_said;
 }
 
 void mbarrier_init(uint32_t barrier, int count) {
@@ -358,6 +369,10 @@ void mbarrier_arrive(uint32_t address, int bytes) {
 void mbarrier_wait(uint32_t address, uint32_t parity) {
   const MBarrier& barrier = mbarrier(address);
   wait_until([&barrier, parity] { return (barrier.phase & 1) != parity; }, "a barrier");
+}
+
+bool mbarrier_has_ended(uint32_t address, uint32_t parity) {
+  return (mbarrier(address).phase & 1) != parity;
 }
 
 void cp_async(uint32_t smem, const void* gmem) {
@@ -381,6 +396,15 @@ void cp_async_wait(int pending) {
     for (const Copy& copy : mine.committed.front()) do_copy(copy);
     mine.committed.pop_front();
   }
+}
+
+void cp_async_arrive(uint32_t address) {
+  std::vector<Copy>& open = g_cta->copy_groups[threadIdx.x].open;
+  g_cta->copies.push_back([copies = std::move(open), address] {
+    for (const Copy& copy : copies) do_copy(copy);
+    mbarrier_arrive(address, 0);
+  });
+  open.clear();
 }
 
 void bulk_load(uint32_t smem, const void* gmem, int bytes, uint32_t address) {

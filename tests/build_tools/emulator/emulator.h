@@ -68,15 +68,20 @@ const Slots& exchange(const uint64_t (&mine)[8]);
 // For as many threads as `count`, barrier `id`; 0 is __syncthreads.
 void barrier_arrive(int id, int count);
 void barrier_sync(int id, int count);
+// The same, and whether all of them say so.
+bool barrier_all(int id, int count, bool x);
 
 void mbarrier_init(uint32_t barrier, int count);
 void mbarrier_arrive(uint32_t barrier, int bytes);
 void mbarrier_wait(uint32_t barrier, uint32_t parity);
+bool mbarrier_has_ended(uint32_t barrier, uint32_t parity);
 
 // Copies 16 bytes, or zeros where `gmem` is null, between here and when its group is waited for.
 void cp_async(uint32_t smem, const void* gmem);
 void cp_async_commit();
 void cp_async_wait(int pending);
+// Arrives at a barrier some turns later, when this thread's copies are done.
+void cp_async_arrive(uint32_t barrier);
 
 void bulk_load(uint32_t smem, const void* gmem, int bytes, uint32_t barrier);
 // To this CTA, or to the first `ctas` of its cluster.

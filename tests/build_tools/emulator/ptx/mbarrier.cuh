@@ -15,4 +15,8 @@ inline void mbarrier_arrive_if(bool is_due, uint32_t barrier) {
   if (is_due) mbarrier_arrive(barrier);
 }
 
+inline bool mbarrier_has_ended(uint32_t barrier, uint32_t parity) {
+  return emulator::mbarrier_has_ended(barrier, parity);
+}
+
 }  // namespace flash::ptx

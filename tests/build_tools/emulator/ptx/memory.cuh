@@ -28,6 +28,8 @@ void cp_async_wait() {
   emulator::cp_async_wait(kPending);
 }
 
+inline void cp_async_arrive(uint32_t barrier) { emulator::cp_async_arrive(barrier); }
+
 inline void ldmatrix_x4(uint32_t (&r)[4], uint32_t smem) {
   const emulator::Slots& rows = emulator::exchange({smem});
   const int lane = threadIdx.x % 32;

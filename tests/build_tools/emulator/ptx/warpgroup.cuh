@@ -15,6 +15,9 @@ inline void named_barrier_sync(int barrier, int threads) {
 inline void named_barrier_arrive(int barrier, int threads) {
   emulator::barrier_arrive(barrier, threads);
 }
+inline bool named_barrier_all(int barrier, int threads, bool x) {
+  return emulator::barrier_all(barrier, threads, x);
+}
 
 inline int uniform(int x) { return x; }
 
