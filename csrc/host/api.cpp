@@ -57,7 +57,9 @@ bool combine(const Call& call, const CombineParams& given) {
   const int64_t rows = int64_t{given.seqs.b} * given.hq * given.seqs.sq;
   CombineParams params = given;
   params.shares_rows = shares_rows(rows, given.num_splits, call.on);
-  const int warps = params.shares_rows ? common::kCombineWarps : 1;  // of a row
+  // Of a row.
+  const int64_t warps = ceil_div(params.dv, common::kCombineColumns) *
+                        (params.shares_rows ? common::kCombineWarps : 1);
   return run_rows(call, FLASH_COMBINE, rows * warps, &params);
 }
 
@@ -183,8 +185,11 @@ bool run_forward(const Call& call, const Ready& ready, const ForwardParams& para
   if (!has_maps) return false;
   with_maps.call_number = next_call_number();
   with_maps.last_section = last_section(params, ready.shape, call.on);
-  with_maps.tile_heads = params.hq / params.heads_of_tile;
-  with_maps.tile_queries = queries_of_tile(params, ready.shape) * (in_pairs ? 2 : 1);
+  // A pair has more of one or the other.
+  const bool pairs_heads = in_pairs && is_latent(params);
+  with_maps.tile_heads = params.hq / params.heads_of_tile / (pairs_heads ? 2 : 1);
+  with_maps.tile_queries =
+      queries_of_tile(params, ready.shape) * (in_pairs && !pairs_heads ? 2 : 1);
   with_maps.row_blocks = ceil_div(params.seqs.sq, with_maps.tile_queries);
   with_maps.own_queries = ready.shape.box_m / params.heads_of_tile;
   with_maps.inverse_of_own = inverse_of(with_maps.own_queries);

@@ -22,12 +22,6 @@ bool has_rows(const Sequences& seqs) {
          (seqs.cu_seqlens_k == nullptr || seqs.total_k > 0);
 }
 
-// Pages that can be copied in pieces of rows, from their first key on.
-bool has_whole_pieces(const Sequences& seqs) {
-  return seqs.num_pages > 0 && seqs.page_size % sm90::kLeastPageRows == 0 &&
-         seqs.leftpad_k == nullptr;
-}
-
 bool is_decode(int family) { return family == kDecode || family == kDecodeWide; }
 
 // Rows of a decode kernel's tile.
@@ -53,8 +47,10 @@ sm90::ForwardTile forward_tile(int family, int head_dim) {
 Shape shape_of_hopper(int family, int kind, int head_dim) {
   if (family == kSm90Latent) {
     const sm90::LatentTile tile = sm90::latent_tile(head_dim);
-    return waiting(
-        {tile.block_m(), tile.block_n(), tile.threads(), tile.smem_bytes(), sm90::kBoxM});
+    Shape shape =
+        waiting({tile.block_m(), tile.block_n(), tile.threads(), tile.smem_bytes(), sm90::kBoxM});
+    shape.may_pair = true;
+    return shape;
   }
   if (kind == FLASH_BACKWARD) {
     const sm90::BackwardTile tile = sm90::backward_tile(head_dim);
@@ -105,6 +101,11 @@ bool is_small(const ForwardParams& params, int num_sms) {
 
 bool has_mask(const Scores& scores) {
   return scores.window_left >= 0 || scores.window_right >= 0 || scores.attention_chunk != 0;
+}
+
+bool has_whole_pieces(const Sequences& seqs) {
+  return seqs.num_pages > 0 && seqs.page_size % sm90::kLeastPageRows == 0 &&
+         seqs.leftpad_k == nullptr;
 }
 
 bool has_lengths(const Sequences& seqs) {

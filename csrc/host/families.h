@@ -35,7 +35,7 @@ struct Shape {
   bool has_clusters = false;  // may run in clusters, on devices that have them
   bool waits = false;         // by itself for the kernel in front, and begins beside its end
   int element_bytes = 2;      // of Q, K and V
-  bool may_pair = false;      // two CTAs with neighbouring rows may load K and V together
+  bool may_pair = false;  // two CTAs may load K and V together: with neighbouring rows, or heads
 };
 
 // How many clusters of 16, 8, 4 and 2 CTAs of a kernel a device holds at once.
@@ -52,6 +52,9 @@ bool takes(int family, const BackwardParams& params);
 
 // Whether some scores are hidden, other than behind the ends of sequences.
 bool has_mask(const Scores& scores);
+
+// Whether keys stand in pages that can be copied in pieces of rows, from their first key on.
+bool has_whole_pieces(const Sequences& seqs);
 
 // Whether sequences have lengths of their own.
 bool has_lengths(const Sequences& seqs);

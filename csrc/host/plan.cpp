@@ -58,6 +58,11 @@ int queries_of_tile(const ForwardParams& params, const Shape& shape) {
 
 bool is_paired(const ForwardParams& params, const Shape& shape, const Device& device) {
   const Sequences& seqs = params.seqs;
+  if (is_latent(params)) {
+    return shape.may_pair && num_sms_for(params, device) > 1 &&
+           params.hq / params.hk / params.heads_of_tile % 2 == 0 &&
+           (seqs.block_table == nullptr || has_whole_pieces(seqs));
+  }
   return shape.may_pair && grows(params.scores) && num_sms_for(params, device) > 1 &&
          seqs.cu_seqlens_q == nullptr && seqs.block_table == nullptr && params.num_splits <= 1 &&
          params.heads_of_tile == 1 && ceil_div(seqs.sq, shape.block_m) % 2 == 0;
@@ -185,9 +190,11 @@ int64_t keys_of_tile(const ForwardParams& params, const Shape& shape) {
 int choose_splits(const ForwardParams& params, const Shape& shape, const Device& device) {
   constexpr int64_t kMaxSplits = 128, kMostRounds = 8;
   // A microsecond's bytes of memory, of the device and of a CTA, and FLOPs of a CTA: narrow heads
-  // have fewer beside an exponential, and the sm80 family a third of Hopper's. What a further
-  // kernel costs. Measured on an H100 (docs/kernels/sm90.md).
+  // have fewer beside an exponential, a latent's CTA waits for its two buffers, and the sm80 family
+  // has a third of Hopper's. What a further kernel costs. Measured on an H100
+  // (docs/kernels/sm90.md, latent.md).
   constexpr double kBytes = 2.4e6, kBytesOfCta = 32e3, kMerging = 3.0;
+  constexpr double kPartOfLatent = 0.1;  // us, however short
   const Sequences& seqs = params.seqs;
   const int64_t tiles = num_tiles(params, shape);
   const int64_t keys = keys_of_tile(params, shape);
@@ -195,13 +202,15 @@ int choose_splits(const ForwardParams& params, const Shape& shape, const Device&
   const int64_t columns = wider(params.d, params.dv);
   const int64_t of_keys = is_latent(params) ? params.d + params.dv : 2 * columns;
   const int64_t multiplied = of_keys + (params.has_qv ? params.dv : 0);
-  const double flops = shape.box_m == 0 ? 1.9e6 : columns <= 64 ? 4.1e6 : 5.6e6;
+  const bool has_few = columns <= 64 || is_latent(params);
+  const double flops = shape.box_m == 0 ? 1.9e6 : has_few ? 4.1e6 : 5.6e6;
   const double block_us =
       2.0 * static_cast<double>(shape.block_m * shape.block_n * multiplied) / flops;
   const int64_t read = shape.element_bytes * of_keys * keys * params.hk * seqs.b;
   // A part is written and read.
   const int64_t moved = 2 * int64_t{sizeof(float)} * params.dv * params.hq * seqs.sq * seqs.b;
-  const double part_us = static_cast<double>(moved) / kBytes;
+  const double part_us =
+      static_cast<double>(moved) / kBytes + (is_latent(params) ? kPartOfLatent : 0.0);
   const auto time_of = [&](int64_t splits) {
     // To begin and to end a tile takes as long as a block.
     const int64_t steps = ceil_div(tiles * splits, device.num_sms) * (ceil_div(blocks, splits) + 1);

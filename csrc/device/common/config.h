@@ -8,7 +8,8 @@ constexpr int kDeltaThreads = 256;
 
 constexpr int kCombineWarps = 4;
 constexpr int kCombineThreads = 32 * kCombineWarps;
-constexpr int kPartsAtOnce = 4;  // on their way to a warp
+constexpr int kCombineColumns = 128;  // of a row, that a warp takes
+constexpr int kPartsAtOnce = 4;       // on their way to a warp
 
 // A warp takes a row.
 constexpr int kAppendRows = 4;

@@ -39,6 +39,9 @@ __device__ inline void latent(const TmaLatentParams& params) {
     const int lane = threadIdx.x % 32;
     if (warp < kLoaders) load_latent_blocks(params.all, pipe, warp, lane);
     if (warp == kLoaders && lane == 0) plan_latent_tiles(params, pipe);
+    __syncwarp();
+    // The other CTA may still have to say that it is done with a block, or to send a tile.
+    pipe.meet();
   } else {
     ptx::take_registers<Cfg::kTile.registers_of_consumer()>();
     LatentConsumer<Cfg>(params.all, pipe).run();

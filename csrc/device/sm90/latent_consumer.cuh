@@ -56,8 +56,10 @@ class LatentConsumer {
     AccS s;
     clear_tail(key_block);
     start_scores(s, block_);
+    const Sight sight = look(key_block);
     wait_for_scores<0>(s, left <= 2);
-    absorb(s, key_block);
+    if (left > 1) ptx::named_barrier_arrive(kTurn, 2 * kThreads);
+    absorb(s, sight, key_block);
     tile::pack<T>(p_, s);
     tell(kFromEven);
     scale_output();
@@ -77,18 +79,21 @@ class LatentConsumer {
     AccS s;
     // Where products are waited for, scores are multiplied beside the other's softmax. Where memory
     // is, the block in front had better be done with: its buffer is the next one's.
-    if (is_there(block_ + 1)) {
+    ptx::named_barrier_sync(kTurn, 2 * kThreads);
+    if (is_coming(block_ + 1)) {
       start_scores(s, block_ + 1);
+      const Sight sight = look(key_block);
       start_other(kFromEven, block_);
       wait_for_scores<1>(s, left == 2);
-      absorb(s, key_block);
+      absorb(s, sight, key_block);
       tile::pack<T>(p_, s);
       wait_for_output(block_);
     } else {
       add_other(kFromEven, block_);
       start_scores(s, block_ + 1);
+      const Sight sight = look(key_block);
       wait_for_scores<0>(s, left == 2);
-      absorb(s, key_block);
+      absorb(s, sight, key_block);
       tile::pack<T>(p_, s);
     }
     tell(kFromOdd);
@@ -101,13 +106,17 @@ class LatentConsumer {
   __device__ __forceinline__ void wait_for(uint32_t block, int begin, int end) const {
 #pragma unroll
     for (int i = begin; i < end; ++i) pipe_.panel(i).wait_full(block);
+  }
+  // The same, as products see them: what has been gathered needs a fence, which takes long.
+  __device__ __forceinline__ void see(uint32_t block, int begin, int end) const {
+    wait_for(block, begin, end);
     if (gathers_) ptx::fence_async_proxy();
   }
 
-  // Whether a whole block has come: the same for all threads of the consumer.
-  __device__ __forceinline__ bool is_there(uint32_t block) const {
-    const bool is_there = pipe_.panel(Cfg::kPanels - 1).is_full(block);
-    return ptx::named_barrier_all(kOwn + consumer_, kThreads, is_there);
+  // Whether a block is on its way: the same for all threads of the consumer.
+  __device__ __forceinline__ bool is_coming(uint32_t block) const {
+    const bool has_begun = pipe_.panel(0).is_full(block);
+    return ptx::named_barrier_all(kOwn + consumer_, kThreads, has_begun);
   }
 
   // Rows of V behind the sequence become zeros: p is zero there, but they may hold infinities.
@@ -120,19 +129,21 @@ class LatentConsumer {
     ptx::named_barrier_sync(kOwn + consumer_, kThreads);
   }
 
-  // Panel by panel, as they come.
   __device__ __forceinline__ void start_scores(AccS& s, uint32_t block) const {
-    const uint32_t k = pipe_.k_buffer(block);
-    wait_for(block, 0, 1);
-    tile::start_abt<T, 64, TileQ, TileKV>(s, pipe_.q_buffer(), k);
-    if (!params_.has_qv) return;
-#pragma unroll
-    for (int i = 1; i < Cfg::kPanels; ++i) {
-      wait_for(block, i, i + 1);
-      tile::start_abt<T, 64, TileQ, TileKV>(s, pipe_.q_buffer() + i * TileQ::kPanelBytes,
-                                            k + i * TileKV::kPanelBytes, true);
+    const uint32_t q = operand(pipe_.q_buffer());
+    const uint32_t k = operand(pipe_.k_buffer(block));
+    // Panel by panel, as they come.
+    if (gathers_) see(block, 0, Cfg::kPanels);
+    const auto wait = [&](int panel) { wait_for(block, panel, panel + 1); };
+    if (params_.has_qv) {
+      tile::start_abt<T, TileQ::kCols, TileQ, TileKV>(s, q, k, false, wait);
+    } else {
+      tile::start_abt<T, Cfg::kHeadDim, TileQ, TileKV>(s, q, k, false, wait);
     }
   }
+
+  // What descriptors take: an address without the CTA's place in its cluster.
+  __device__ static uint32_t operand(uint32_t smem) { return smem & 0xFFFFFF; }
 
   // `is_last`: Q has been multiplied for the last time.
   template <int kPending>
@@ -146,11 +157,16 @@ class LatentConsumer {
     pipe_.q().arrive_empty_if(is_last && Own::thread() == 0, tile_);
   }
 
-  // Scores become p, and the shift what both take.
-  __device__ __forceinline__ void absorb(AccS& s, int key_block) {
-    const auto& t = pipe_.tile(tile_);
+  // What is to be known of a block, beside its scores.
+  __device__ __forceinline__ Sight look(int key_block) const {
     Sight sight;
-    sight.look(params_.scores, t, 0, key_block);
+    sight.look(params_.scores, pipe_.tile(tile_), 0, key_block);
+    return sight;
+  }
+
+  // Scores become p, and the shift what both take.
+  __device__ __forceinline__ void absorb(AccS& s, const Sight& sight, int key_block) {
+    const auto& t = pipe_.tile(tile_);
     float scale = scale_log2_;
     if (!attn::is_plain(params_.scores)) {
       // Of a tile that heads do not share: neither do those of ALiBi.
@@ -158,9 +174,11 @@ class LatentConsumer {
       transform(s, attn::ScoreRule(params_.scores, t.sequence, t.head), distance);
       scale = attn::kLog2e;
     }
-    bool seen[Sight::kPieces];
-    sight.find_seen(seen);
-    sight.hide(s, seen);
+    bool seen[Sight::kPieces] = {true};
+    if (!sees_all<Cfg::kBlockN>(t, 0, key_block)) {
+      sight.find_seen(seen);
+      sight.hide(s, seen);
+    }
     softmax_.absorb(s, scale, seen);
   }
 
@@ -203,7 +221,7 @@ class LatentConsumer {
     __syncwarp();
     softmax_.move_to(to);
     scale_output();
-    tile::start_ab<T, TileP, TileKV>(o_, pipe_.p_buffer(), half_of_v(block), !is_fresh_);
+    tile::start_ab<T, TileP, TileKV>(o_, operand(pipe_.p_buffer()), half_of_v(block), !is_fresh_);
     is_fresh_ = false;
   }
 
@@ -211,20 +229,22 @@ class LatentConsumer {
   __device__ __forceinline__ void wait_for_output(uint32_t block) {
     ptx::wgmma_wait<0>();
     ptx::pin(o_.c[0]);
-    pipe_.panel(0).arrive_empty_if(Own::thread() == 0, block);
+    // In each CTA of the pair.
+    const int thread = Own::thread();
+    ptx::mbarrier_arrive_there_if(thread < pipe_.ctas(), pipe_.panel(0).empty(block), thread % 2);
   }
 
   // This consumer's half of V's panels.
   __device__ __forceinline__ void wait_for_values(uint32_t block) const {
     if (consumer_ == 0) {
-      wait_for(block, 1, 1 + kHalf);
+      see(block, 1, 1 + kHalf);
     } else {
-      wait_for(block, 1 + kHalf, Cfg::kPanels);
+      see(block, 1 + kHalf, Cfg::kPanels);
     }
   }
 
   __device__ uint32_t half_of_v(uint32_t block) const {
-    return pipe_.v_buffer(block) + consumer_ * kHalf * TileKV::kPanelBytes;
+    return operand(pipe_.v_buffer(block)) + consumer_ * kHalf * TileKV::kPanelBytes;
   }
 
   // Adds the sums of both, and stores what is this consumer's. A row without keys gets O 0.

@@ -18,7 +18,9 @@ struct LatentConfig {
   static constexpr int kValueDim = kValueDim_;
   // As tiles are planned (producer.cuh): all rows are those of one consumer, whoever computes them.
   static constexpr bool kServesAll = true;
-  static constexpr bool kMayPair = false;
+  // Two CTAs with other heads of the same queries load keys together.
+  static constexpr bool kMayPair = true;
+  static constexpr bool kPairsHeads = true;
   static constexpr int kConsumers = 1;
   // Of Q and of the second query, and of K and V: one beside the other.
   using TileQ = tile::SmemTile<kBlockM, kTile.columns()>;
@@ -35,12 +37,16 @@ enum LatentBarrier {
   kFromEven = 3,  // P of a block in an even place is there, from the first consumer
   kFromOdd = 4,   // P of the one behind it, from the second
   kEnd = 5,       // sums of a tile are there
+  kTurn = 6,      // the first consumer's scores are there, the second's products may begin
 };
 
 //   q:      full: TMA has brought the queries   empty: both consumers have multiplied them last
 //   panels: full: this panel of a block of K    empty: of the first one: both are done with the
 //           and V is there                             block
 //   tiles:  full: the planner has written       empty: all has left, and it has been loaded
+//   next:   as in pipeline.cuh
+//
+// Of a pair, blocks are the same in both CTAs. Each copies half of the panels, to both.
 template <class Cfg>
 struct LatentPipeline {
   static constexpr int kTiles = 2;
@@ -58,7 +64,9 @@ struct LatentPipeline {
       kBarriers + QRing::kBytes + Cfg::kPanels * PanelRing::kBytes + TileRing::kBytes;
   static constexpr int kRecordBytes = 128;
   static_assert(sizeof(TileOf<true>) <= kRecordBytes, "a record has room");
-  static_assert(kRecords + kTiles * kRecordBytes <= Cfg::kTile.smem_bytes(), "room at the end");
+  static constexpr int kNextTiles = kRecords + kTiles * kRecordBytes;
+  static_assert(kNextTiles + TileRing::kBytes + kTiles * 4 <= Cfg::kTile.smem_bytes(),
+                "room at the end");
 
   unsigned char* storage;
   uint32_t smem;
@@ -89,18 +97,31 @@ struct LatentPipeline {
   __device__ TileOf<true>& tile(uint32_t i) const {
     return *reinterpret_cast<TileOf<true>*>(storage + kRecords + i % kTiles * kRecordBytes);
   }
-  __device__ static constexpr int ctas() { return 1; }
-  __device__ static constexpr int rank() { return 0; }
+  __device__ TileRing next() const { return {smem + kNextTiles}; }
+  __device__ uint32_t next_tile(uint32_t i) const {
+    return next().barriers + TileRing::kBytes + i % kTiles * 4;
+  }
+  // CTAs that load keys together, and which of them this is.
+  __device__ int ctas() const { return ptx::cluster_size(); }
+  __device__ int rank() const { return ptx::cluster_rank(); }
 
   // By all threads. `loaders`: threads that say that a panel is there.
   __device__ void init(int loaders) const {
     if (threadIdx.x == 0) {
       q().init(1, 2);
-      for (int i = 0; i < Cfg::kPanels; ++i) panel(i).init(loaders, 2);
+      for (int i = 0; i < Cfg::kPanels; ++i) panel(i).init(loaders, 2 * ctas());
       tiles().init(1, kWarps + kLoaders);
+      next().init(1, 1);
       ptx::mbarrier_init_fence();
     }
     __syncthreads();
+    meet();
+  }
+
+  // By all threads of a warp, and of those of the pair that have not ended.
+  __device__ void meet() const {
+    ptx::cluster_arrive();
+    ptx::cluster_wait();
   }
 };
 

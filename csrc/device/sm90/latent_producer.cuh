@@ -43,99 +43,141 @@ __device__ inline void plan_latent_tiles(const TmaLatentParams& params,
   }
 }
 
-// One warp's work: a block in boxes of one panel, of as many rows as stand one behind the other.
+// A block whose keys stand in boxes of rows, one behind the other: one warp's work. Each lane
+// copies some panels of a piece.
 template <class Cfg>
-__device__ inline void copy_block(const TmaForwardParams& params, const LatentPipeline<Cfg>& pipe,
-                                  const Tile& tile, int j, uint32_t block, int lane) {
+class LatentBoxes {
   using TileKV = typename Cfg::TileKV;
-  const Sequences& seqs = params.call.seqs;
-  int rows = Cfg::kBlockN;
-  int row = tile.first_k + j * Cfg::kBlockN;
-  int batch = tile.batch_k;
-  if (seqs.block_table) rows = rows_of_piece(seqs.page_size, Cfg::kBlockN);
-  const int pieces = Cfg::kBlockN / rows;
-  const int first = lane % pieces * rows;
-  if (seqs.block_table) {
-    const PieceOfPage piece(seqs, tile, j * Cfg::kBlockN + first, rows);
-    row = piece.row;
-    batch = piece.page;
-  }
-  if (lane < Cfg::kPanels) {
-    ptx::mbarrier_arrive_expect(pipe.panel(lane).full(block), TileKV::kPanelBytes);
-  }
-  __syncwarp();
-#pragma unroll 1
-  for (int panel = lane / pieces; panel < Cfg::kPanels; panel += 32 / pieces) {
-    ptx::tma_load(pipe.k_buffer(block) + panel * TileKV::kPanelBytes + first * 128,
-                  panel == 0 ? params.k : params.v, pipe.panel(panel).full(block),
-                  panel == 0 ? 0 : (panel - 1) * 64, row, tile.head_k, batch, kKeepKeys);
-  }
-}
+  using Pipe = LatentPipeline<Cfg>;
+  int pieces_, first_;  // of the block; where this lane's begins in it
+  PieceOfPage piece_;
 
-// Every loading warp's work: its keys of a block, wherever they stand. Each lane looks up one, and
-// tells the others.
-template <class Cfg>
-__device__ inline void gather_block(const ForwardParams& params, const LatentPipeline<Cfg>& pipe,
-                                    const Tile& tile, int j, uint32_t block, int warp, int lane) {
-  using TileKV = typename Cfg::TileKV;
-  static_assert(Cfg::kBlockN == 32 * LatentPipeline<Cfg>::kLoaders, "a key for each lane");
-  const Sequences& seqs = params.seqs;
-  const bool has_keys = tile.sk > 0;
-  // Behind the last key anything may stand, but not outside the cache.
-  const int slot = tile.first_k + min(j * Cfg::kBlockN + 32 * warp + lane, max(tile.sk - 1, 0));
-  const int64_t page = has_keys ? page_of(seqs, tile, slot) : 0;
-  const auto row_of = [&](const Rows& x) {
-    return page * x.batch + slot % seqs.page_size * x.row + tile.head_k * x.head;
-  };
-  const int64_t own_k = row_of(params.k);
-  const int64_t own_v = row_of(params.v);
-  // 16 bytes of the key that another lane has found; columns that are not there become zeros.
-  const auto copy = [&](const Rows& x, int64_t own, int key, int chunk, int columns, uint32_t to) {
-    const int64_t row = __shfl_sync(0xffffffffu, own, key);
-    ptx::cp_async_16(to + TileKV::offset(32 * warp + key, chunk),
-                     static_cast<const uint16_t*>(x.ptr) + row + 8 * chunk,
-                     has_keys && 8 * chunk < columns);
-  };
-#pragma unroll 1
-  for (int key = lane / 8; key < 32; key += 4) {
-    copy(params.k, own_k, key, lane % 8, params.d, pipe.k_buffer(block));
+ public:
+  static constexpr int kWarps = 1;
+
+  __device__ LatentBoxes(const ForwardParams& params, const Tile& tile, int j, int, int lane) {
+    const Sequences& seqs = params.seqs;
+    pieces_ = 1;
+    if (seqs.block_table) {
+      const int rows = rows_of_piece(seqs.page_size, Cfg::kBlockN);
+      pieces_ = Cfg::kBlockN / rows;
+      first_ = lane % pieces_ * rows;
+      piece_ = PieceOfPage(seqs, tile, j * Cfg::kBlockN + first_, rows);
+    } else {
+      first_ = 0;
+      piece_.row = tile.first_k + j * Cfg::kBlockN;
+      piece_.page = tile.batch_k;
+    }
   }
-  ptx::cp_async_arrive(pipe.panel(0).full(block));
-  constexpr int kPanelsAtOnce = 4;  // 32 chunks
+
+  // Each CTA of a pair copies every second panel, to both.
+  __device__ void load(const TmaForwardParams& params, const Pipe& pipe, const Tile& tile,
+                       uint32_t block, int, int lane) const {
+    const int ctas = pipe.ctas();
+    if (lane < Cfg::kPanels) {
+      ptx::mbarrier_arrive_expect(pipe.panel(lane).full(block), TileKV::kPanelBytes);
+    }
+    __syncwarp();
 #pragma unroll 1
-  for (int panel = 0; panel < Cfg::kPanels - 1; panel += kPanelsAtOnce) {
+    for (int i = lane / pieces_; i < Cfg::kPanels; i += 32 / pieces_) {
+      if (ctas > 1 && i % 2 != pipe.rank()) continue;
+      const uint32_t to = pipe.k_buffer(block) + i * TileKV::kPanelBytes + first_ * 128;
+      const TensorMap& map = i == 0 ? params.k : params.v;
+      const int col = i == 0 ? 0 : (i - 1) * 64;
+      const uint32_t full = pipe.panel(i).full(block);
+      if (ctas > 1) {
+        ptx::tma_load_to_both(to, map, full, col, piece_.row, tile.head_k, piece_.page, kKeepKeys);
+      } else {
+        ptx::tma_load(to, map, full, col, piece_.row, tile.head_k, piece_.page, kKeepKeys);
+      }
+    }
+  }
+};
+
+// A block whose keys stand anywhere: the work of several warps. Each lane looks up a key, and tells
+// the others.
+template <class Cfg>
+class LatentKeys {
+  using TileKV = typename Cfg::TileKV;
+  using Pipe = LatentPipeline<Cfg>;
+  int64_t key_, value_;  // where this lane's key, and its value, begin
+
+ public:
+  static constexpr int kWarps = Pipe::kLoaders;
+  static_assert(Cfg::kBlockN == 32 * kWarps, "a key for each lane");
+
+  __device__ LatentKeys(const ForwardParams& params, const Tile& tile, int j, int warp, int lane) {
+    const Sequences& seqs = params.seqs;
+    // Behind the last key anything may stand, but not outside the cache.
+    const int key = min(j * Cfg::kBlockN + 32 * warp + lane, max(tile.sk - 1, 0));
+    const int slot = tile.first_k + key;
+    const int64_t page = tile.sk > 0 ? page_of(seqs, tile, slot) : 0;
+    const auto row_of = [&](const Rows& x) {
+      return page * x.batch + slot % seqs.page_size * x.row + tile.head_k * x.head;
+    };
+    key_ = row_of(params.k);
+    value_ = row_of(params.v);
+  }
+
+  __device__ void load(const TmaForwardParams& params, const Pipe& pipe, const Tile& tile,
+                       uint32_t block, int warp, int lane) const {
+    const ForwardParams& call = params.call;
+    // Another lane's row.
+    const auto row_of = [](const Rows& x, int64_t own, int key) {
+      return static_cast<const uint16_t*>(x.ptr) + __shfl_sync(0xffffffffu, own, key);
+    };
+    // Columns that are not there become zeros.
+    const auto is_there = [&](int chunk, int columns) {
+      return tile.sk > 0 && 8 * chunk < columns;
+    };
+#pragma unroll 1
+    for (int key = lane / 8; key < 32; key += 4) {
+      const int chunk = lane % 8;
+      ptx::cp_async_16(pipe.k_buffer(block) + TileKV::offset(32 * warp + key, chunk),
+                       row_of(call.k, key_, key) + 8 * chunk, is_there(chunk, call.d));
+    }
+    ptx::cp_async_arrive(pipe.panel(0).full(block));
 #pragma unroll 4
     for (int key = 0; key < 32; ++key) {
-      copy(params.v, own_v, key, panel * 8 + lane, params.dv, pipe.v_buffer(block));
-    }
+      const uint16_t* row = row_of(call.v, value_, key);
 #pragma unroll
-    for (int i = 1; i <= kPanelsAtOnce; ++i) {
-      ptx::cp_async_arrive(pipe.panel(panel + i).full(block));
+      for (int chunk = lane; chunk < Cfg::kValueDim / 8; chunk += 32) {
+        ptx::cp_async_16(pipe.v_buffer(block) + TileKV::offset(32 * warp + key, chunk),
+                         row + 8 * chunk, is_there(chunk, call.dv));
+      }
     }
+#pragma unroll 1
+    for (int i = 1; i < Cfg::kPanels; ++i) ptx::cp_async_arrive(pipe.panel(i).full(block));
   }
-}
+};
 
-// Every loading warp's work: all blocks, in the order in which the consumers take them.
-template <class Cfg>
+// A loading warp's work: all blocks, in the order in which the consumers take them. Where their
+// keys stand is looked up before there is room.
+template <class Cfg, class Block>
 __device__ inline void load_latent_blocks(const TmaForwardParams& params,
                                           const LatentPipeline<Cfg>& pipe, int warp, int lane) {
-  const bool gathers = is_gathered(params.call.seqs);
   uint32_t block = 0;
   for (uint32_t i = 0;; ++i) {
     pipe.tiles().wait_full(i);
     const Tile& tile = pipe.tile(i);
     if (tile.end == 0) break;
-    for (int j = tile.end - 1; j >= tile.begin; --j, ++block) {
-      if (!gathers && warp > 0) continue;
+    for (int j = tile.end - 1; j >= tile.begin && warp < Block::kWarps; --j, ++block) {
+      const Block now(params.call, tile, j, warp, lane);
       pipe.panel(0).wait_empty(block);
-      if (gathers) {
-        gather_block(params.call, pipe, tile, j, block, warp, lane);
-      } else {
-        copy_block(params, pipe, tile, j, block, lane);
-      }
+      now.load(params, pipe, tile, block, warp, lane);
     }
     __syncwarp();
     if (lane == 0) pipe.tiles().arrive_empty(i);
+  }
+}
+
+template <class Cfg>
+__device__ inline void load_latent_blocks(const TmaForwardParams& params,
+                                          const LatentPipeline<Cfg>& pipe, int warp, int lane) {
+  if (is_gathered(params.call.seqs)) {
+    load_latent_blocks<Cfg, LatentKeys<Cfg>>(params, pipe, warp, lane);
+  } else {
+    load_latent_blocks<Cfg, LatentBoxes<Cfg>>(params, pipe, warp, lane);
   }
 }
 

@@ -29,6 +29,7 @@ struct ForwardConfig {
   static constexpr bool kIsFp8 = kElementBytes == 1;
   static constexpr ForwardTile kTile = forward_tile(kServes, kHeadDim_, kElementBytes);
   static constexpr bool kMayPair = kTile.may_pair();
+  static constexpr bool kPairsHeads = false;  // but rows
   static constexpr bool kIsPlain = kServes != kAll;
   // Keys may be cut into parts, and rows of a group's heads may share a tile.
   static constexpr bool kServesAll = !kIsPlain && !kIsFp8;

@@ -44,6 +44,7 @@ struct Schedule {
         find(tile, at, seq);
       }
       if constexpr (Cfg::kServesAll) {
+        if (Cfg::kPairsHeads) at.head = at.head * pipe.ctas() + pipe.rank();
         at.head *= params.heads_of_tile;
         tile.queries = with_maps.own_queries;
         tile.inverse = with_maps.inverse_of_own;
@@ -77,9 +78,10 @@ struct Schedule {
 
   __device__ void find_in_line(AnyTile& tile, attn::TileIndex& at, attn::Sequence& seq) const {
     const uint32_t heads = with_maps.tile_heads;
-    const uint32_t part = num_splits() > 1 ? index / tiles_of_part() : 0;
-    if constexpr (Cfg::kServesAll) tile.split = part;
-    const uint32_t place = attn::place_of(*params.line, heads, index - part * tiles_of_part());
+    // Parts of a tile come one behind the other, so that those of many keys are first.
+    const uint32_t of_parts = num_splits() > 1 ? index / num_splits() : index;
+    if constexpr (Cfg::kServesAll) tile.split = index - of_parts * num_splits();
+    const uint32_t place = attn::place_of(*params.line, heads, of_parts);
     const LineBlock block = attn::blocks_of(params.line)[place / heads];
     seq = attn::Sequence(params.seqs, block.sequence);
     at.block_m = 0;
@@ -145,7 +147,8 @@ struct Schedule {
   __device__ void describe(const attn::TileIndex& at, const attn::Sequence& seq,
                            AnyTile& tile) const {
     const Sequences& seqs = params.seqs;
-    const int row0 = at.block_m * with_maps.tile_queries + pipe.rank() * Cfg::kBlockM;
+    int row0 = at.block_m * with_maps.tile_queries;
+    if (!Cfg::kPairsHeads) row0 += pipe.rank() * Cfg::kBlockM;
     tile.sequence = at.sequence;
     tile.head = at.head;
     tile.row0 = row0;
@@ -171,7 +174,7 @@ struct Schedule {
     }
     tile.begin = own.begin;
     tile.end = own.end;
-    if (pipe.ctas() > 1) {
+    if (!Cfg::kPairsHeads && pipe.ctas() > 1) {
       const int there = row0 + (pipe.rank() == 0 ? 1 : -1) * Cfg::kBlockM;
       const attn::Keys other = blocks_of(mask, there, rows, seq.sq);
       tile.of_pair = {min(own.begin, other.begin), max(own.end, other.end)};

@@ -36,9 +36,10 @@ constexpr uint32_t step_along_rows(int k) {
 constexpr uint32_t kStepDownColumns = 16 * 128 / 16;
 
 // s = A B^T, or s += A B^T, over kDepth columns: A 64 rows of a tile, B 8 kN rows of a tile.
-template <class T, int kDepth, class TileA, class TileB, int kN>
+// `wait`: is called in front of each panel.
+template <class T, int kDepth, class TileA, class TileB, int kN, class Wait>
 __device__ __forceinline__ void start_abt(Accumulators<1, kN>& s, uint32_t a_smem, uint32_t b_smem,
-                                          bool adds = false) {
+                                          bool adds, const Wait& wait) {
   // Of operands by rows a step reads one panel: the panel stride is unused.
   const Descriptor a(a_smem, 16);
   const Descriptor b(b_smem, 16);
@@ -46,10 +47,16 @@ __device__ __forceinline__ void start_abt(Accumulators<1, kN>& s, uint32_t a_sme
   ptx::wgmma_fence();
 #pragma unroll
   for (int k = 0; k < kDepth / 16; ++k) {
+    if (k % 4 == 0) wait(k / 4);
     ptx::Wgmma<T, 8 * kN>::with_rows(s.c[0], a.at(step_along_rows<TileA>(k)),
                                      b.at(step_along_rows<TileB>(k)), adds || k > 0);
   }
   ptx::wgmma_commit();
+}
+template <class T, int kDepth, class TileA, class TileB, int kN>
+__device__ __forceinline__ void start_abt(Accumulators<1, kN>& s, uint32_t a_smem, uint32_t b_smem,
+                                          bool adds = false) {
+  start_abt<T, kDepth, TileA, TileB>(s, a_smem, b_smem, adds, [](int) {});
 }
 
 // The same with A in registers, loaded by load_a().
