@@ -214,7 +214,8 @@ class LatentConsumer {
 
   __device__ __forceinline__ void start_other(LatentBarrier barrier, uint32_t block) {
     ptx::named_barrier_sync(barrier, 2 * kThreads);
-    wait_for_values(block);
+    // With a second query, who tells has seen all of the block.
+    if (!params_.has_qv || gathers_) wait_for_values(block);
     const float to[2] = {ptx::ld_shared_f32(pipe_.shift_of(own_row())),
                          ptx::ld_shared_f32(pipe_.shift_of(own_row() + 8))};
     // Of a row's four lanes, one may write its next shift.

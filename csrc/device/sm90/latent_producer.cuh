@@ -122,28 +122,31 @@ class LatentKeys {
   __device__ void load(const TmaForwardParams& params, const Pipe& pipe, const Tile& tile,
                        uint32_t block, int warp, int lane) const {
     const ForwardParams& call = params.call;
+    const bool has_keys = tile.sk > 0;
     // Another lane's row.
     const auto row_of = [](const Rows& x, int64_t own, int key) {
       return static_cast<const uint16_t*>(x.ptr) + __shfl_sync(0xffffffffu, own, key);
     };
     // Columns that are not there become zeros.
-    const auto is_there = [&](int chunk, int columns) {
-      return tile.sk > 0 && 8 * chunk < columns;
-    };
+    constexpr int kChunks = Cfg::kValueDim / 8 / 32;  // of a lane
+    bool has_value[kChunks];
+#pragma unroll
+    for (int i = 0; i < kChunks; ++i) has_value[i] = has_keys && 8 * (lane + 32 * i) < call.dv;
+    const bool has_key = has_keys && 8 * (lane % 8) < call.d;
 #pragma unroll 1
     for (int key = lane / 8; key < 32; key += 4) {
-      const int chunk = lane % 8;
-      ptx::cp_async_16(pipe.k_buffer(block) + TileKV::offset(32 * warp + key, chunk),
-                       row_of(call.k, key_, key) + 8 * chunk, is_there(chunk, call.d));
+      ptx::cp_async_16(pipe.k_buffer(block) + TileKV::offset(32 * warp + key, lane % 8),
+                       row_of(call.k, key_, key) + 8 * (lane % 8), has_key);
     }
     ptx::cp_async_arrive(pipe.panel(0).full(block));
 #pragma unroll 4
     for (int key = 0; key < 32; ++key) {
       const uint16_t* row = row_of(call.v, value_, key);
 #pragma unroll
-      for (int chunk = lane; chunk < Cfg::kValueDim / 8; chunk += 32) {
+      for (int i = 0; i < kChunks; ++i) {
+        const int chunk = lane + 32 * i;
         ptx::cp_async_16(pipe.v_buffer(block) + TileKV::offset(32 * warp + key, chunk),
-                         row + 8 * chunk, is_there(chunk, call.dv));
+                         row + 8 * chunk, has_value[i]);
       }
     }
 #pragma unroll 1
