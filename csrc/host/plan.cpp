@@ -230,7 +230,12 @@ int choose_splits(const ForwardParams& params, const Shape& shape, const Device&
       chosen = splits;
     }
   }
-  return chosen;
+  // Sequences may be of unlike lengths: where each CTA would have one part, and that long, twice as
+  // many let those with short ones take others. Of other kernels nobody has measured it.
+  constexpr int64_t kManyBlocks = 32;
+  const bool may_wait = is_latent(params) && has_lengths(seqs) && seqs.b > 1;
+  const bool is_one_round = tiles * chosen <= device.num_sms;
+  return may_wait && is_one_round && blocks >= 2 * chosen * kManyBlocks ? 2 * chosen : chosen;
 }
 
 }  // namespace

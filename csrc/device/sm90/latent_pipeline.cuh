@@ -44,6 +44,7 @@ enum LatentBarrier {
 //   panels: full: this panel of a block of K    empty: of the first one: both are done with the
 //           and V is there                             block
 //   tiles:  full: the planner has written       empty: all has left, and it has been loaded
+//   ended:  full: all its loads have begun      (nobody waits until it is empty)
 //   next:   as in pipeline.cuh
 //
 // Of a pair, blocks are the same in both CTAs. Each copies half of the panels, to both.
@@ -61,7 +62,7 @@ struct LatentPipeline {
   using PanelRing = Ring<Cfg::kStages>;
   using TileRing = Ring<kTiles>;
   static constexpr int kRecords =
-      kBarriers + QRing::kBytes + Cfg::kPanels * PanelRing::kBytes + TileRing::kBytes;
+      kBarriers + QRing::kBytes + Cfg::kPanels * PanelRing::kBytes + 2 * TileRing::kBytes;
   static constexpr int kRecordBytes = 128;
   static_assert(sizeof(TileOf<true>) <= kRecordBytes, "a record has room");
   static constexpr int kNextTiles = kRecords + kTiles * kRecordBytes;
@@ -94,6 +95,7 @@ struct LatentPipeline {
     return {q().barriers + QRing::kBytes + i * PanelRing::kBytes};
   }
   __device__ TileRing tiles() const { return {panel(Cfg::kPanels).barriers}; }
+  __device__ TileRing ended() const { return {tiles().barriers + TileRing::kBytes}; }
   __device__ TileOf<true>& tile(uint32_t i) const {
     return *reinterpret_cast<TileOf<true>*>(storage + kRecords + i % kTiles * kRecordBytes);
   }
@@ -111,6 +113,7 @@ struct LatentPipeline {
       q().init(1, 2);
       for (int i = 0; i < Cfg::kPanels; ++i) panel(i).init(loaders, 2 * ctas());
       tiles().init(1, kWarps + kLoaders);
+      ended().init(1, 1);
       next().init(1, 1);
       ptx::mbarrier_init_fence();
     }

@@ -19,9 +19,9 @@ __device__ inline void plan_latent_tiles(const TmaLatentParams& params,
                                          const LatentPipeline<Cfg>& pipe) {
   using TileQ = typename Cfg::TileQ;
   ptx::tma_prefetch(params.all.q);
-  ptx::tma_prefetch(params.qv);
   const bool has_qv = params.all.call.has_qv;
   const int panels = has_qv ? Cfg::kPanels : 1;
+  if (has_qv) ptx::tma_prefetch(params.qv);
   Schedule<Cfg, LatentPipeline<Cfg>> schedule(params.all, pipe);
   for (uint32_t i = 0;; ++i) {
     pipe.tiles().wait_empty(i);
@@ -40,6 +40,8 @@ __device__ inline void plan_latent_tiles(const TmaLatentParams& params,
                     panel == 0 ? 0 : (panel - 1) * 64, tile.first_q + tile.row0, tile.head,
                     tile.batch_q, ptx::Keep::kShort);
     }
+    // No tile is taken before that: another CTA may be free sooner.
+    pipe.ended().wait_full(i);
   }
 }
 
@@ -171,6 +173,7 @@ __device__ inline void load_latent_blocks(const TmaForwardParams& params,
     }
     __syncwarp();
     if (lane == 0) pipe.tiles().arrive_empty(i);
+    if (lane == 0 && warp == 0) pipe.ended().arrive_full(i);
   }
 }
 
