@@ -37,6 +37,14 @@ O_BUFFER = ((r"UTMASTG\.4D", ""), (r"STSM\.16\.M\w*88\.4", ""))
 HOPPERS_FORWARD = (*HOPPER, PRODUCT, FRAGMENT, STORE)
 # Of calls in parts, these leave unrounded, from registers.
 HOPPERS_PARTS = (*HOPPER, PRODUCT, FRAGMENT, (r"STG\.E(\.\w+)*\.64", ""))
+# Keys come to two CTAs at once, or one by one; P goes by way of shared memory.
+LATENT_FORWARD = (
+    *HOPPER,
+    COPY,
+    (r"UTMALDG\.4D\.MULTICAST", ""),
+    (r"STSM\.16\.M\w*88\.4", ""),
+    (r"STG\.E(\.\w+)*\.64", ""),
+)
 # Products of 8-bit elements; V is transposed on its way.
 FP8_FORWARD = (
     (r"QGMMA\.64x\d+x32\.F32\.E4M3\.E4M3", ""),
@@ -57,6 +65,7 @@ SUMS = (
 MUST_HAVE = {
     **{f"{family} forward": HOPPERS_FORWARD for family in ("sm90", "sm90_wide")},
     "sm90_scored forward": HOPPERS_PARTS,
+    "sm90_latent forward": LATENT_FORWARD,
     **{
         f"{family} forward": FP8_FORWARD
         for family in ("sm90_fp8", "sm90_fp8_wide", "sm90_fp8_scored")

@@ -57,7 +57,7 @@ class LatentConsumer {
     clear_tail(key_block);
     start_scores(s, block_);
     const Sight sight = look(key_block);
-    wait_for_scores<0>(s, left <= 2);
+    wait_for_scores(s, left <= 2);
     if (left > 1) ptx::named_barrier_arrive(kTurn, 2 * kThreads);
     absorb(s, sight, key_block);
     tile::pack<T>(p_, s);
@@ -83,8 +83,8 @@ class LatentConsumer {
     if (is_coming(block_ + 1)) {
       start_scores(s, block_ + 1);
       const Sight sight = look(key_block);
+      wait_for_scores(s, left == 2);
       start_other(kFromEven, block_);
-      wait_for_scores<1>(s, left == 2);
       absorb(s, sight, key_block);
       tile::pack<T>(p_, s);
       wait_for_output(block_);
@@ -92,7 +92,7 @@ class LatentConsumer {
       add_other(kFromEven, block_);
       start_scores(s, block_ + 1);
       const Sight sight = look(key_block);
-      wait_for_scores<0>(s, left == 2);
+      wait_for_scores(s, left == 2);
       absorb(s, sight, key_block);
       tile::pack<T>(p_, s);
     }
@@ -136,9 +136,9 @@ class LatentConsumer {
     if (gathers_) see(block, 0, Cfg::kPanels);
     const auto wait = [&](int panel) { wait_for(block, panel, panel + 1); };
     if (params_.has_qv) {
-      tile::start_abt<T, TileQ::kCols, TileQ, TileKV>(s, q, k, false, wait);
+      tile::start_abt_by_panels<T, TileQ::kCols, TileQ, TileKV>(s, q, k, wait);
     } else {
-      tile::start_abt<T, Cfg::kHeadDim, TileQ, TileKV>(s, q, k, false, wait);
+      tile::start_abt_by_panels<T, Cfg::kHeadDim, TileQ, TileKV>(s, q, k, wait);
     }
   }
 
@@ -146,9 +146,8 @@ class LatentConsumer {
   __device__ static uint32_t operand(uint32_t smem) { return smem & 0xFFFFFF; }
 
   // `is_last`: Q has been multiplied for the last time.
-  template <int kPending>
   __device__ __forceinline__ void wait_for_scores(AccS& s, bool is_last) const {
-    ptx::wgmma_wait<kPending>();
+    ptx::wgmma_wait<0>();
     ptx::pin(s.c[0]);
     release_q(is_last);
   }

@@ -36,10 +36,9 @@ constexpr uint32_t step_along_rows(int k) {
 constexpr uint32_t kStepDownColumns = 16 * 128 / 16;
 
 // s = A B^T, or s += A B^T, over kDepth columns: A 64 rows of a tile, B 8 kN rows of a tile.
-// `wait`: is called in front of each panel.
-template <class T, int kDepth, class TileA, class TileB, int kN, class Wait>
+template <class T, int kDepth, class TileA, class TileB, int kN>
 __device__ __forceinline__ void start_abt(Accumulators<1, kN>& s, uint32_t a_smem, uint32_t b_smem,
-                                          bool adds, const Wait& wait) {
+                                          bool adds = false) {
   // Of operands by rows a step reads one panel: the panel stride is unused.
   const Descriptor a(a_smem, 16);
   const Descriptor b(b_smem, 16);
@@ -47,16 +46,22 @@ __device__ __forceinline__ void start_abt(Accumulators<1, kN>& s, uint32_t a_sme
   ptx::wgmma_fence();
 #pragma unroll
   for (int k = 0; k < kDepth / 16; ++k) {
-    if (k % 4 == 0) wait(k / 4);
     ptx::Wgmma<T, 8 * kN>::with_rows(s.c[0], a.at(step_along_rows<TileA>(k)),
                                      b.at(step_along_rows<TileB>(k)), adds || k > 0);
   }
   ptx::wgmma_commit();
 }
-template <class T, int kDepth, class TileA, class TileB, int kN>
-__device__ __forceinline__ void start_abt(Accumulators<1, kN>& s, uint32_t a_smem, uint32_t b_smem,
-                                          bool adds = false) {
-  start_abt<T, kDepth, TileA, TileB>(s, a_smem, b_smem, adds, [](int) {});
+
+// The same panel by panel, each a group of products, as they come: `wait(i)` waits for panel i.
+template <class T, int kDepth, class TileA, class TileB, int kN, class Wait>
+__device__ __forceinline__ void start_abt_by_panels(Accumulators<1, kN>& s, uint32_t a_smem,
+                                                    uint32_t b_smem, const Wait& wait) {
+#pragma unroll
+  for (int i = 0; i < kDepth / 64; ++i) {
+    wait(i);
+    start_abt<T, 64, TileA, TileB>(s, a_smem + i * TileA::kPanelBytes,
+                                   b_smem + i * TileB::kPanelBytes, i > 0);
+  }
 }
 
 // The same with A in registers, loaded by load_a().
