@@ -278,7 +278,7 @@ constexpr int kRows = 4096;
 template <class Params>
 void make_usual(Params* params, int head_dim, int features, int num_queries) {
   alignas(16) static int64_t memory[2];  // looked at by nobody
-  const int d = static_cast<int>(ceil_div(head_dim, 16) * 16);
+  const int d = (head_dim + 15) / 16 * 16;
   params->q = params->k = params->v = params->o = {memory, int64_t{kRows} * d, d, d};
   params->seqs.b = params->seqs.cache_rows = params->hq = params->hk = 1;
   params->seqs.sq = num_queries;

@@ -132,6 +132,7 @@ CASES = {
     "heads_share_tiles_in_parts": "dense({d}, 20, 700, hq=8, hk=2, causal=True, splits=3)",
     "heads_share_tiles_in_a_window": "dense({d}, 35, 400, hq=8, hk=2, window=(100, 5))",
     "heads_share_tiles_with_softcap": "dense({d}, 3, 300, hq=64, hk=1, softcap=10.0, causal=True)",
+    "more_heads_than_rows_share_tiles": "dense({d}, 3, 300, hq=128, hk=1, b=1, causal=True)",
     "heads_share_tiles_of_jumping_scores": "dense({d}, 20, 900, hq=8, hk=1, jump=200.0)",
     "heads_share_packed_tiles": "packed({d}, (20, 0, 33), (100, 50, 333), hq=8, hk=2, causal=True)",
     "heads_share_packed_tiles_in_parts": "packed({d}, (20, 33), (100, 333), hq=8, hk=2, splits=2)",
