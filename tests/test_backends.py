@@ -113,7 +113,9 @@ LATENT = [
 
 
 @pytest.mark.parametrize(
-    ("dims", "features", "capability", "told"), LATENT, ids=[f"{x[0]}-{sorted(x[1])}" for x in LATENT]
+    ("dims", "features", "capability", "told"),
+    LATENT,
+    ids=[f"{x[0]}-{sorted(x[1])}" for x in LATENT],
 )
 def test_what_keeps_latent_attention_from_a_gpu_is_told(
     dims: tuple[int, int],
