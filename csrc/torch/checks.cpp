@@ -96,13 +96,11 @@ void check_shapes(const char* name, const Tensor& q, const Tensor& k, const Tens
 }
 
 void check_head_dims(const char* name, int64_t d, int64_t dv, const char* direction) {
-  constexpr int64_t kMax = 256;
-  constexpr int64_t kNarrow = 64;
   constexpr int64_t kMaxOfNarrow = 512;  // of V beside narrow q and k
-  if (d > kMax || dv > (d <= kNarrow ? kMaxOfNarrow : kMax)) {
+  if (d > kWidest || dv > (d <= kNarrow ? kMaxOfNarrow : kWidest)) {
     fail(name,
          std::string("FlashAttention ") + direction + " only supports head dimension at most " +
-             text(kMax),
+             text(kWidest),
          "head dimension " + text(d) + " of q and k, " + text(dv) + " of v");
   }
   if (d == 0 || dv == 0) {

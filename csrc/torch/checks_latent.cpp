@@ -7,8 +7,7 @@ namespace flash::shim {
 
 namespace {
 
-constexpr int64_t kNarrow = 64;  // head dim of q and k that its kernels take
-constexpr int kCapability = 90;  // that they are for
+constexpr int kCapability = 90;  // that its kernels are for
 
 void check_second_query(const Forward& call) {
   check_like_q(call.name, "qv", call.qv, call.q, call.v.size(-1));
