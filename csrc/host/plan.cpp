@@ -95,6 +95,7 @@ void choose_clusters(ForwardParams* params, const Shape& shape, const Device& de
                      const Clusters& clusters) {
   if (params->num_splits != 0 || params->seqs.b == 0) return;
   const bool is_one = params->seqs.b == 1;
+  if (!is_one && !decode::many_have_clusters(shape.block_m)) return;
   const int64_t pairs = int64_t{params->hk} * params->seqs.b;
   const int64_t blocks = ceil_div(params->seqs.sk, shape.block_n);
   const int64_t all = int64_t{device.num_sms} * shape.ctas;
@@ -103,13 +104,13 @@ void choose_clusters(ForwardParams* params, const Shape& shape, const Device& de
     size /= 2;
     const int64_t of_pair = count / pairs;
     // Larger clusters leave less to merge in memory, and mostly some multiprocessors idle.
-    const bool are_few = is_one && blocks <= decode::kFewBlocks * size;
+    const int few = is_one ? decode::few_blocks(params->hk * size) : decode::kFewBlocks;
+    const bool are_few = blocks <= few * size;
     const bool fill_device = of_pair * pairs * size * 8 >= all * 7;
     if (of_pair == 0 || !(are_few || fill_device)) continue;
     if (is_one) {
       params->num_splits = size * (are_few ? 1 : clamp(ceil_div(blocks, size), 1, of_pair));
-    } else if (of_pair > 1 || size > decode::kFewInCluster || count < all / size ||
-               !decode::many_have_clusters(shape.block_m)) {
+    } else if (!are_few && (of_pair > 1 || size > decode::kFewInCluster)) {
       continue;
     }
     params->cluster = size;

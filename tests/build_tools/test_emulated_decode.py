@@ -1,7 +1,7 @@
 """The decode kernels on a CPU: shim, host library and device code, as in `test_emulated.py`.
 
 Cases are cache rows: the whole list of them runs on a GPU (`test_kvcache.py`). Two multiprocessors
-have four shares, so that sequences are cut, and what is left of a share is several of them.
+have two shares, so that all sequences stand in a line, and a share has the end of one, then others.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ CASES = {
     "whole": "step(d={d}, seqlens=None, capacity=1100)",
     "ragged": "step(d={d}, b=5, capacity=700, seqlens=(700, 1, 0, 130, 64))",
     "without_keys": "step(d={d}, seqlens=(0, 0))",
-    "many_sequences": "step(d={d}, b=40, capacity=90, seqlens=tuple(range(3, 83, 2)))",
+    "many_sequences": "step(d={d}, b=43, capacity=90, seqlens=tuple(range(3, 89, 2)))",
     "long_line": "step(d={d}, b=5, capacity=1500, seqlens=(1500, 900, 0, 1499, 1100))",
     "one_head": "step(d={d}, hq=16, hk=1, seqlens=(300, 31), capacity=300)",
     "causal_rows": "step(d={d}, sq=5, causal=True, seqlens=(200, 3), capacity=256)",
@@ -62,10 +62,11 @@ CASES = {
     "odd_head_dim": "step(d={d} - 8, s_new=2, sq=2, causal=True)",
     "unaligned_head_dim": "step(d={d} - 5, s_new=2, sq=2, causal=True)",
 }
-# One sequence, on a device of six multiprocessors: clusters of two to eight CTAs, three of them for
-# a long head. Lengths leave clusters without work, and CTAs of a cluster. Several sequences use
-# clusters if they are about as long as one another.
-CLUSTERED = {
+# On a device of twelve multiprocessors. One sequence: clusters of two to eight CTAs, three of them
+# for a long head. Lengths leave clusters without work, and CTAs of a cluster. Several sequences use
+# clusters if they are short, or about as long as one another; else each is cut by itself, or, if
+# too many CTAs would be idle, the line is.
+PARTS = {
     "long": "step(d={d}, b=1, hq=2, hk=1, seqlens=(2300,), capacity=2300)",
     "uneven": "step(d={d}, b=1, hq=6, hk=2, seqlens=(931,), capacity=2300, sq=2, causal=True)",
     "one_cluster": "step(d={d}, b=1, hq=16, hk=1, seqlens=(200,), capacity=2300)",
@@ -84,6 +85,13 @@ CLUSTERED = {
     "several_short": "step(d={d}, b=3, hq=16, hk=1, seqlens=(70, 65, 128), capacity=1200)",
     "several_pages": "step(d={d}, b=2, hq=6, hk=3, page=16, s_new=2, sq=2, causal=True,"
     " seqlens=(400, 412), capacity=1200)",
+    "apart": "step(d={d}, b=4, hq=4, hk=1, seqlens=(1900, 130, 0, 1000), capacity=2600)",
+    "apart_heads": "step(d={d}, b=4, hq=4, hk=2, sq=3, causal=True, seqlens=(700, 1500, 400, 90),"
+    " capacity=1600)",
+    "apart_append": "step(d={d}, b=5, hk=1, page=16, s_new=2, seqlens=(900, 30, 1200, 7, 600),"
+    " capacity=2600)",
+    "apart_many": "step(d={d}, b=11, hq=2, hk=1, seqlens=tuple(range(50, 600, 50)), capacity=1600)",
+    "line": "step(d={d}, b=7, hq=2, hk=1, seqlens=(2500,) * 7, capacity=2600)",
 }
 
 
@@ -107,19 +115,17 @@ def test_decode_kernels_compute_attention(
 
 
 @pytest.fixture(scope="module")
-def told_of_clusters(
+def told_of_parts(
     machine: Stub, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[tuple[int, str], str]:
-    """What each case of clusters came to."""
+    """What each case of parts came to."""
     log = tmp_path_factory.mktemp("log") / "log"
-    results, _ = answers(machine, log, PROGRAM, CLUSTERED, DECODE_HEAD_DIMS, num_sms=6)
+    results, _ = answers(machine, log, PROGRAM, PARTS, DECODE_HEAD_DIMS, num_sms=12)
     assert {line.split()[2] for line in lines_of(log, "cluster")} == {"2", "4", "8"}
     return results
 
 
-@pytest.mark.parametrize("name", CLUSTERED)
+@pytest.mark.parametrize("name", PARTS)
 @pytest.mark.parametrize("d", DECODE_HEAD_DIMS)
-def test_clusters_merge_what_their_ctas_have(
-    told_of_clusters: dict[tuple[int, str], str], d: int, name: str
-) -> None:
-    assert told_of_clusters[d, name] == ""
+def test_parts_are_merged(told_of_parts: dict[tuple[int, str], str], d: int, name: str) -> None:
+    assert told_of_parts[d, name] == ""

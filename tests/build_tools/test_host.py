@@ -209,18 +209,18 @@ say(plan_and_run(0, splits=0, b=2, sq=1, sk=8192))
 say(plan_and_run(0, splits=0, b=300, sq=8, sk=100, given=["seqused_k"]))
 say(plan_and_run(0, splits=0, b=2, sq=9, d=256, sk=8192))
 say(plan_and_run(0, splits=3, b=5, sq=1, sk=8192))
-say(plan_and_run(0, splits=3, b=5, sq=1, sk=65, given=["seqused_k"]))
+say(plan_and_run(0, splits=3, b=5, sq=1, sk=129, given=["seqused_k"]))
 say(plan_and_run(0, splits=1, b=5, sq=33, sk=8192))
 say(plan_and_run(0, splits=1, b=5, sq=1, sk=64))
 """
     told = run_calls(stub, tmp_path / "log", offsets, text)
     assert {line.strip() for line in told.splitlines()} == {"1"}
     one, many, wide, parts, few, *others = launches(tmp_path / "log")
-    # Two heads of keys, so two queries are four rows; two CTAs a multiprocessor, or one.
-    assert (one.kernel, one.grid, one.block) == ("flash_fwd_decode_d64_bf16", 2 * 132, 128)
-    assert (many.kernel, many.grid) == ("flash_fwd_decode_d64_bf16", 2 * 132)
+    # Two heads of keys, so two queries are four rows; a CTA a multiprocessor, or clusters.
+    assert (one.kernel, one.grid, one.block) == ("flash_fwd_decode_d64_bf16", 8 * 16, 256)
+    assert (many.kernel, many.grid) == ("flash_fwd_decode_d64_bf16", 132)
     assert (wide.kernel, wide.grid) == ("flash_fwd_decode_wide_d256_bf16", 132)
-    # 65 keys are two blocks.
+    # 129 keys are two blocks.
     assert (parts.grid, few.grid) == (3 * 2 * 5, 2 * 2 * 5)
     # More rows than a tile has, or few keys and no cache.
     assert {x.kernel for x in others} == {"flash_fwd_sm80_d64_bf16"}
@@ -236,26 +236,25 @@ say(plan_and_run(0, splits=5, b=1, sq=1, sk=8192))
 """
     told = run_calls(stub, tmp_path / "log", offsets, text)
     assert {line.strip() for line in told.splitlines()} == {"1"}
-    # For both heads of keys eight clusters of those that the device holds; or one, if it has
+    # For both heads of keys four clusters of those that the device holds; or one, if it has
     # enough with few blocks a CTA.
-    assert [x.grid for x in launches(tmp_path / "log")] == [2 * 8 * 16, 2 * 16, 2 * 5]
+    assert [x.grid for x in launches(tmp_path / "log")] == [2 * 4 * 16, 2 * 16, 2 * 5]
     assert lines_of(tmp_path / "log", "cluster") == ["cluster flash_fwd_decode_d64_bf16 16"] * 2
-    # Larger ones would leave some of ten multiprocessors idle: five of two CTAs for each head.
-    run_calls(stub, tmp_path / "few", offsets, text, STUB_SMS="10")
+    # Larger ones would leave some of twenty multiprocessors idle: five of two CTAs for each head.
+    run_calls(stub, tmp_path / "few", offsets, text, STUB_SMS="20")
     assert launches(tmp_path / "few")[0].grid == 2 * 5 * 2
 
 
-def test_several_sequences_get_a_small_cluster_for_each_head_if_that_fills_the_device(
+def test_several_sequences_get_a_cluster_for_each_head(
     stub: Stub, tmp_path: Path, offsets: dict[str, int]
 ) -> None:
-    text = "".join(
-        f"say(plan_and_run(0, splits=0, b={b}, sq=1, sk=2048))\n" for b in (64, 32, 16, 48)
-    )
+    sizes = ((32, 1024), (16, 4096), (24, 4096), (4, 8192), (4, 16640), (3, 1024), (40, 1024))
+    text = "".join(f"say(plan_and_run(0, splits=0, b={b}, sq=1, sk={sk}))\n" for b, sk in sizes)
     run_calls(stub, tmp_path / "log", offsets, text)
-    # Whether they are about equal is found out on the device: else CTAs have equal shares.
-    assert {x.grid for x in launches(tmp_path / "log")} == {2 * 132}
-    names = [f"cluster flash_fwd_decode_d64_bf16 {size}" for size in (2, 4)]
+    # Whether they suit is found out on the device: else CTAs have other shares.
+    names = [f"cluster flash_fwd_decode_d64_bf16 {size}" for size in (2, 4, 16, 16)]
     assert lines_of(tmp_path / "log", "cluster") == names
+    assert [x.grid for x in launches(tmp_path / "log")] == [132, 132, 132, 128, 132, 128, 132]
 
 
 @pytest.mark.parametrize(("archs", "overlaps"), [(("90",), True), (("80+ptx",), False)])

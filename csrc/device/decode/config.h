@@ -7,9 +7,11 @@
 namespace flash::decode {
 
 constexpr int kMostInCluster = 16;  // CTAs
-constexpr int kFewInCluster = 4;    // where there are several sequences
-// So many blocks of a CTA take no longer than fewer of them and merging in memory do.
-constexpr int kFewBlocks = 4;
+constexpr int kFewInCluster = 4;    // of several sequences, of more than few blocks
+// So many blocks of a CTA take no longer than fewer of them and merging in memory do. Of one
+// sequence less, if the CTAs of one cluster a head are so few that reading waits for each of them.
+constexpr int kFewBlocks = 8;
+constexpr int few_blocks(int ctas) { return ctas < 64 ? 2 : kFewBlocks; }
 
 // Whether several sequences may have clusters, of tiles of so many rows.
 constexpr bool many_have_clusters(int rows) { return rows == 16; }
@@ -41,36 +43,39 @@ struct Tile {
 
 // For each number of rows and head dim the preferred tile first: the first that fits is used.
 constexpr Tile kTiles[] = {
-    {16, 64, 4, 64, 6, 2},   //
-    {16, 64, 4, 64, 4, 2},   //
-    {16, 64, 4, 64, 2, 2},   //
-    {16, 96, 4, 64, 4, 2},   //
-    {16, 96, 4, 64, 2, 2},   //
-    {16, 96, 4, 64, 2, 1},   //
-    {16, 128, 4, 64, 3, 2},  //
-    {16, 128, 4, 64, 2, 2},  //
-    {16, 128, 4, 64, 2, 1},  //
-    {16, 192, 4, 64, 4, 1},  //
-    {16, 192, 4, 64, 2, 1},  //
-    {16, 192, 2, 32, 2, 1},  //
-    {16, 256, 4, 64, 3, 1},  //
-    {16, 256, 4, 64, 2, 1},  //
-    {16, 256, 2, 32, 2, 1},  //
-    {64, 64, 4, 64, 6, 2},   //
-    {64, 64, 4, 64, 4, 2},   //
-    {64, 64, 4, 64, 2, 2},   //
-    {64, 96, 4, 64, 4, 2},   //
-    {64, 96, 4, 64, 2, 2},   //
-    {64, 96, 4, 64, 2, 1},   //
-    {64, 128, 4, 64, 3, 2},  //
-    {64, 128, 4, 64, 2, 2},  //
-    {64, 128, 4, 64, 2, 1},  //
-    {64, 192, 4, 32, 8, 1},  //
-    {64, 192, 4, 32, 5, 1},  //
-    {64, 192, 4, 32, 2, 1},  //
-    {64, 256, 4, 32, 6, 1},  //
-    {64, 256, 4, 32, 4, 1},  //
-    {64, 256, 4, 32, 2, 1},  //
+    {16, 64, 8, 128, 6, 1},   //
+    {16, 64, 4, 64, 6, 2},    //
+    {16, 64, 4, 64, 4, 2},    //
+    {16, 64, 4, 64, 2, 2},    //
+    {16, 96, 8, 128, 4, 1},   //
+    {16, 96, 4, 64, 4, 2},    //
+    {16, 96, 4, 64, 2, 2},    //
+    {16, 96, 4, 64, 2, 1},    //
+    {16, 128, 8, 128, 3, 1},  //
+    {16, 128, 4, 64, 3, 2},   //
+    {16, 128, 4, 64, 2, 2},   //
+    {16, 128, 4, 64, 2, 1},   //
+    {16, 192, 4, 64, 4, 1},   //
+    {16, 192, 4, 64, 2, 1},   //
+    {16, 192, 2, 32, 2, 1},   //
+    {16, 256, 4, 64, 3, 1},   //
+    {16, 256, 4, 64, 2, 1},   //
+    {16, 256, 2, 32, 2, 1},   //
+    {64, 64, 4, 64, 6, 2},    //
+    {64, 64, 4, 64, 4, 2},    //
+    {64, 64, 4, 64, 2, 2},    //
+    {64, 96, 4, 64, 4, 2},    //
+    {64, 96, 4, 64, 2, 2},    //
+    {64, 96, 4, 64, 2, 1},    //
+    {64, 128, 4, 64, 3, 2},   //
+    {64, 128, 4, 64, 2, 2},   //
+    {64, 128, 4, 64, 2, 1},   //
+    {64, 192, 4, 32, 8, 1},   //
+    {64, 192, 4, 32, 5, 1},   //
+    {64, 192, 4, 32, 2, 1},   //
+    {64, 256, 4, 32, 6, 1},   //
+    {64, 256, 4, 32, 4, 1},   //
+    {64, 256, 4, 32, 2, 1},   //
 };
 
 // Of elements of 8 bits a ring holds a third more blocks, in fewer bytes: more do not pay.

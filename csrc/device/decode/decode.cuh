@@ -42,8 +42,10 @@ struct Config {
   // Steps of Q that stay in registers, where there are some.
   static constexpr int kHeld = kRows == 16 && kHeadDim <= 128 ? kHeadDim / 16 : 0;
   static constexpr bool kHasClusters = ptx::kHasClusters && kTile.merges_in_clusters();
-  static constexpr bool kMayBeEqual = kHasClusters && many_have_clusters(kRows);
+  static constexpr bool kMayBeClustered = kHasClusters && many_have_clusters(kRows);
   static constexpr bool kLoadsEarly = kHeld > 0;  // Q of the next pair
+  // Parts of a pair, while its keys are read: more rows leave no registers for them.
+  static constexpr bool kHoldsParts = kRows == 16;
   static_assert(kRowWarps == 1 || kKeyGroups == 1, "warps share either rows or keys");
   using TileQ = tile::SmemTile<kRows, kHeadDim>;
   using TileK = tile::SmemTile<kGroupKeys, kHeadDim * kTile.element_bytes / 2>;
@@ -176,12 +178,14 @@ __device__ inline void decode(const DecodeParams& params) {
   const float scale_log2 = is_plain ? call.scores.softmax_scale * attn::kLog2e : attn::kLog2e;
   for (;;) {
     const bool is_whole = walk.is_whole();
-    const Parts parts = is_whole ? Parts{0, 1, 0} : walk.parts();
+    const auto find_parts = [&] { return is_whole ? Parts{0, 1, 0} : walk.parts(); };
+    const Parts held_parts = Cfg::kHoldsParts ? find_parts() : Parts{0, 1, 0};
     const RowRules rules(params, walk.seq, walk.head, warp_row + lane / 4);
     queries.store(params, walk.seq, walk.head, q, of_rows, thread);
     __syncthreads();
     // Its answer comes while keys and values are on their way.
     if (!is_whole && thread == Cfg::kThreads - 1) {
+      const Parts parts = Cfg::kHoldsParts ? held_parts : find_parts();
       const int cluster = walk.cluster();
       const Parts in_memory = cluster > 0 ? parts.of_clusters(cluster) : parts;
       if (in_memory.count > 1) {
@@ -216,6 +220,7 @@ __device__ inline void decode(const DecodeParams& params) {
     __syncthreads();  // everyone is done with Q
     const attn::Sequence seq = walk.seq;
     const int head = walk.head;
+    const Parts parts = Cfg::kHoldsParts ? held_parts : find_parts();
     walk.advance(count);
     const bool is_last = walk.left == 0;
     if (Cfg::kLoadsEarly && !is_last) queries.load(params, walk.seq, walk.head, thread);

@@ -25,6 +25,7 @@
 #define __grid_constant__
 #define __launch_bounds__(...)
 #define __align__(n) __attribute__((aligned(n)))
+#define __CUDA_ARCH__ 900  // the tiles of
 
 struct Dim {
   unsigned x;
@@ -195,6 +196,12 @@ inline uint32_t __ballot_sync(uint32_t, bool x) {
   uint32_t votes = 0;
   for (int lane = 0; lane < 32; ++lane) votes |= static_cast<uint32_t>(slots.of[lane][0]) << lane;
   return votes;
+}
+inline uint32_t __reduce_add_sync(uint32_t, uint32_t x) {
+  const emulator::Slots& slots = emulator::exchange({x});
+  uint32_t sum = 0;
+  for (int lane = 0; lane < 32; ++lane) sum += static_cast<uint32_t>(slots.of[lane][0]);
+  return sum;
 }
 inline bool __any_sync(uint32_t mask, bool x) { return __ballot_sync(mask, x) != 0; }
 inline bool __all_sync(uint32_t mask, bool x) { return __ballot_sync(mask, x) == mask; }
