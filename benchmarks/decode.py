@@ -50,6 +50,10 @@ def cases(quick: bool) -> Iterator[Case]:
     ):
         for batch in (1, 16):
             yield Case(kind, batch, 8192, heads, kv_heads, head_dim)
+    # What one of eight GPUs has of a model with 64 heads, 8 of keys.
+    for batch in (1, 4, 16, 64):
+        yield Case("heads 8 of 1", batch, 8192, 8, 1)
+    yield Case("heads 8 of 1, ragged", 16, 8192, 8, 1, ragged=True)
     yield Case("ragged", 64, 8192, ragged=True)
     for page in (1, 16, 64, 256):
         yield Case(f"pages of {page}", 16, 8192, page=page)

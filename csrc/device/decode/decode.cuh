@@ -1,9 +1,9 @@
 // Attention of few queries over a long cache, at the speed of memory.
 //
 // The rows of a tile are queries times the heads of a group, so that a key is read once for all of
-// them; 16 rows or 64. A CTA has four warps and a ring of blocks of K and V. With 16 rows each warp
-// has keys of its own, a softmax of its own and waits for its own copies alone; at the end of a
-// sequence the warps merge. With 64 rows they share the keys and have 16 rows each.
+// them; 16 rows or 64. A CTA has a ring of blocks of K and V. With 16 rows each of its warps, four
+// or eight, has keys of its own, a softmax of its own and waits for its own copies alone; at the
+// end of a sequence they merge. With 64 rows four warps share the keys and have 16 rows each.
 //
 //   find this CTA's share of all blocks (work.cuh)
 //   start copies of the first blocks
