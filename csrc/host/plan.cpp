@@ -110,7 +110,8 @@ void choose_clusters(ForwardParams* params, const Shape& shape, const Device& de
     if (of_pair == 0 || !(are_few || fill_device)) continue;
     if (is_one) {
       params->num_splits = size * (are_few ? 1 : clamp(ceil_div(blocks, size), 1, of_pair));
-    } else if (!are_few && (of_pair > 1 || size > decode::kFewInCluster)) {
+    } else if (!are_few && (of_pair > 1 || size > decode::kFewInCluster || count < all / size)) {
+      // It might go without, and then all CTAs must run at once.
       continue;
     }
     params->cluster = size;

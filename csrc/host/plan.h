@@ -53,7 +53,7 @@ int64_t num_shares(const ForwardParams& params, const Shape& shape, const Device
 
 // Cuts the keys of a decode call into as many parts as fill the device, in clusters that merge
 // them: if there is one sequence, whose heads are all as long. Of several with a cluster for each
-// head, the device alone knows whether they are: then it takes the cluster as the parts, else it
+// head, the device alone knows whether they suit: then it takes the cluster as the parts, else it
 // goes without. Other calls stay as they are.
 void choose_clusters(ForwardParams* params, const Shape& shape, const Device& device,
                      const Clusters& clusters);

@@ -242,10 +242,7 @@ class Consumer {
     }
   }
 
-  // What descriptors take: an address without the CTA's place in its cluster.
-  __device__ static uint32_t operand(uint32_t smem) {
-    return Cfg::kMayPair ? smem & 0xFFFFFF : smem;
-  }
+  __device__ static uint32_t operand(uint32_t smem) { return tile::operand<Cfg::kMayPair>(smem); }
 
   __device__ __forceinline__ void pack(AccS& s) {
     if constexpr (Cfg::kIsFp8) {

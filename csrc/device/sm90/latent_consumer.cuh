@@ -142,8 +142,7 @@ class LatentConsumer {
     }
   }
 
-  // What descriptors take: an address without the CTA's place in its cluster.
-  __device__ static uint32_t operand(uint32_t smem) { return smem & 0xFFFFFF; }
+  __device__ static uint32_t operand(uint32_t smem) { return tile::operand<true>(smem); }
 
   // `is_last`: Q has been multiplied for the last time.
   __device__ __forceinline__ void wait_for_scores(AccS& s, bool is_last) const {

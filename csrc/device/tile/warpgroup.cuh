@@ -27,6 +27,12 @@ struct Descriptor {
   }
 };
 
+// What a descriptor takes of an address: it has no place for the CTA's number in its cluster.
+template <bool may_have_cluster>
+__device__ __forceinline__ uint32_t operand(uint32_t smem) {
+  return may_have_cluster ? smem & 0xFFFFFF : smem;
+}
+
 // How far the descriptor moves in a step of 16 along the depth.
 template <class Tile>
 constexpr uint32_t step_along_rows(int k) {
