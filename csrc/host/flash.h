@@ -257,10 +257,11 @@ struct AppendParams {
 // A forward call of few queries, which appends to its cache on the way.
 //
 // A CTA has a part of the keys of one sequence and head, or an equal share of all blocks of keys,
-// whose first and last sequence may be cut: then what it has of them goes to o_partial [2 shares, rows, dv] and lse_partial [2 shares, rows, 2]
-// (largest score in base 2, and sum), float, where rows is hq / hk * sq, and whoever comes last
-// merges. With num_splits > 0 each sequence is cut into so many, and a share is one of them; in
-// clusters, which are then of CTAs with parts of one sequence, they are merged there first.
+// whose first and last sequence may be cut. What it has of those that are cut goes to o_partial
+// [2 shares, rows, dv] and lse_partial [2 shares, rows, 2] (largest score in base 2, and sum),
+// float, where rows is hq / hk * sq, and whoever comes last merges. With num_splits > 0 each
+// sequence is cut into so many, and a share is one of them. What CTAs of a cluster have of one
+// sequence and head is merged there first.
 //
 // Operands of 8 bits are rows of pairs: their strides count 16 bits, head dims elements as always.
 struct DecodeParams {
