@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Optional
 
 from native_tools import ROOT, Stub, codegen, lay_out_kernels, lines_of, native, needs
 
@@ -126,9 +127,9 @@ void run_kernel(const char* name, unsigned grid, unsigned cluster, unsigned thre
 """
 
 
-def build_driver(folder: Path, head_dims: tuple[int, ...], dtype: str = "bf16") -> Path:
-    """The stub driver with sm90's and the decode kernels and what they need, in `folder`."""
-    units = [
+def units_for_hopper(head_dims: tuple[int, ...], dtype: str = "bf16") -> list[codegen.Unit]:
+    """sm90's and the decode kernels, and what they need."""
+    return [
         unit
         for unit in codegen.units()
         if (
@@ -145,11 +146,16 @@ def build_driver(folder: Path, head_dims: tuple[int, ...], dtype: str = "bf16") 
         or (unit.kind == "decode" and unit.dtype == "e4m3")
         or (unit.kind in ("combine", "delta", "fill") and unit.dtype == dtype)
     ]
+
+
+def build_driver(folder: Path, units: list[codegen.Unit], arch: int = 90) -> Path:
+    """The stub driver with kernels that have the tiles of an architecture, in `folder`."""
     source = folder / "kernels.cpp"
     source.write_text(kernel_source(units), "utf-8")
     csrc = ROOT / "csrc"
     includes = [f"-I{HERE / 'emulator'}", f"-I{csrc}", f"-I{csrc / 'device'}"]
     options = [
+        f"-D__CUDA_ARCH__={arch}0",
         "-std=c++17",
         "-O2",
         "-fPIC",
@@ -173,7 +179,7 @@ def build_machine(folder: Path) -> Stub:
     shutil.copytree(ROOT / "flash_attn", package, ignore=ignored)
     for module in ROOT.glob("flash_attn_*.py"):
         shutil.copy(module, folder)
-    build_driver(folder, HEAD_DIMS)
+    build_driver(folder, units_for_hopper(HEAD_DIMS))
     lay_out_kernels(package / "kernels", ("80", "90", "90a", "80+ptx"))
     host = native.host(package / native.HOST_LIBRARY, needs("g++"))
     found = native.find_torch()
@@ -202,19 +208,23 @@ def answers(
     cases: dict[str, str],
     head_dims: tuple[int, ...] = HEAD_DIMS,
     num_sms: int = 2,
+    driver: Optional[Stub] = None,
+    arch: int = 90,
 ) -> tuple[dict[tuple[int, str], str], set[str]]:
     """What each case came to, "" or its error, and the kernels that ran.
 
     All cases of a head dim share a process. The device has few multiprocessors, so that a CTA has
-    several rounds, and little L2 cache, so that heads come in sections.
+    several rounds, and little L2 cache, so that heads come in sections. `driver`: one with kernels
+    of another architecture.
     """
+    device = {"STUB_CC": str(arch), "STUB_SMS": str(num_sms), "STUB_L2": "100000"}
     results = {}
     for d in head_dims:
         rows = "".join(
             f"    {name!r}: lambda: {text.format(d=d)},\n" for name, text in cases.items()
         )
         text = f"{program}\nCASES = {{\n{rows}}}\n{TAIL}"
-        told = run(machine, machine, log, text, STUB_SMS=str(num_sms), STUB_L2="100000")
+        told = run(machine, driver or machine, log, text, **device)
         for name, error in json.loads(told.splitlines()[-1]).items():
             results[d, name] = error
     return results, {line.split()[1] for line in lines_of(log, "launch")}

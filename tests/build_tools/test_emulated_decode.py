@@ -7,8 +7,8 @@ have two shares, so that all sequences stand in a line, and a share has the end 
 from __future__ import annotations
 
 import pytest
-from emulated import DECODE_HEAD_DIMS, answers
-from native_tools import Stub, lines_of
+from emulated import DECODE_HEAD_DIMS, answers, build_driver
+from native_tools import Stub, codegen, lines_of
 
 PROGRAM = """
 import flash_attn, flash_attn_interface
@@ -62,6 +62,7 @@ CASES = {
     "odd_head_dim": "step(d={d} - 8, s_new=2, sq=2, causal=True)",
     "unaligned_head_dim": "step(d={d} - 5, s_new=2, sq=2, causal=True)",
 }
+EARLIER_HEAD_DIMS = (96, 128)  # whose tiles are others on Hopper
 # On a device of twelve multiprocessors. One sequence: clusters of two to eight CTAs, three of them
 # for a long head. Lengths leave clusters without work, and CTAs of a cluster. Several sequences use
 # clusters if they are short, or about as long as one another; else each is cut by itself, or, if
@@ -112,6 +113,32 @@ def test_decode_kernels_compute_attention(
     told: dict[tuple[int, str], str], d: int, name: str
 ) -> None:
     assert told[d, name] == ""
+
+
+@pytest.fixture(scope="module")
+def told_of_earlier(
+    machine: Stub, tmp_path_factory: pytest.TempPathFactory
+) -> dict[tuple[int, str], str]:
+    """What each case came to in tiles of GPUs before Hopper: four warps, two CTAs an SM."""
+    folder = tmp_path_factory.mktemp("earlier")
+    kinds = ("decode", "fill")
+    units = [x for x in codegen.units() if x.kind in kinds and x.dtype == "bf16"]
+    build_driver(folder, [x for x in units if x.head_dim in (0, *EARLIER_HEAD_DIMS)], arch=80)
+    log = folder / "log"
+    driver = Stub(folder)
+    results, launched = answers(
+        machine, log, PROGRAM, CASES, EARLIER_HEAD_DIMS, driver=driver, arch=80
+    )
+    assert {f"flash_fwd_decode_d{d}_bf16" for d in EARLIER_HEAD_DIMS} <= launched
+    return results
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("d", EARLIER_HEAD_DIMS)
+def test_decode_kernels_of_earlier_gpus_compute_attention(
+    told_of_earlier: dict[tuple[int, str], str], d: int, name: str
+) -> None:
+    assert told_of_earlier[d, name] == ""
 
 
 @pytest.fixture(scope="module")

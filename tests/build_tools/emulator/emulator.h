@@ -25,7 +25,6 @@
 #define __grid_constant__
 #define __launch_bounds__(...)
 #define __align__(n) __attribute__((aligned(n)))
-#define __CUDA_ARCH__ 900  // the tiles of
 
 struct Dim {
   unsigned x;
