@@ -193,9 +193,10 @@ int choose_splits(const ForwardParams& params, const Shape& shape, const Device&
   constexpr int64_t kMaxSplits = 128, kMostRounds = 8;
   // A microsecond's bytes of memory, of the device and of a CTA, and FLOPs of a CTA: narrow heads
   // have fewer beside an exponential, a latent's CTA waits for its two buffers, and the sm80 family
-  // has a third of Hopper's. What a further kernel costs. Measured on an H100
-  // (docs/kernels/sm90.md, latent.md).
-  constexpr double kBytes = 2.4e6, kBytesOfCta = 32e3, kMerging = 3.0;
+  // has a third of Hopper's. What a further kernel costs, and more parts than its warps have on
+  // their way at once. Measured on an H100 (docs/kernels/sm90.md, latent.md).
+  constexpr double kBytes = 2.4e6, kBytesOfCta = 32e3, kMerging = 3.0, kMergingMore = 0.7;
+  constexpr int kFewParts = common::kPartsAtOnce * common::kCombineWarps;
   constexpr double kPartOfLatent = 0.1;  // us, however short
   const Sequences& seqs = params.seqs;
   const int64_t tiles = num_tiles(params, shape);
@@ -220,7 +221,8 @@ int choose_splits(const ForwardParams& params, const Shape& shape, const Device&
     const double bytes = kBytesOfCta * static_cast<double>(ctas);
     const double reading_us = static_cast<double>(read) / (bytes < kBytes ? bytes : kBytes);
     const double computing_us = static_cast<double>(steps) * block_us;
-    const double merging_us = splits == 1 ? 0.0 : kMerging + static_cast<double>(splits) * part_us;
+    const double merging_us = (splits > 1 ? kMerging + static_cast<double>(splits) * part_us : 0.0) +
+                              (splits > kFewParts ? kMergingMore : 0.0);
     return (computing_us > reading_us ? computing_us : reading_us) + merging_us;
   };
   const int64_t most = tiles == 0 ? 1 : clamp(kMostRounds * device.num_sms / tiles, 1, kMaxSplits);

@@ -72,7 +72,7 @@ struct Deal {
     const uint32_t of_pair = max(all / num_pairs, 1u);
     const uint32_t longest = each + (extra > 0);
     const uint32_t even = ceil_div(longest, of_pair) * of_pair;
-    if (even > longest + min(longest / 32, 1u)) return;
+    if (even > longest + longest / 32) return;
     each = even;
     extra = 0;
     num = ceil_div(all, each);

@@ -23,6 +23,11 @@ class Consumer {
   static constexpr bool kStartsFresh = Cfg::kIsFp8 || Cfg::kHasOBuffer;
   static constexpr bool kRoundsEarly = Cfg::kTile.rounds_early();
   static constexpr int kEarly = kRoundsEarly ? kBlockN / 16 : 0;  // accumulators
+  // Blocks that all rows see to the full are known as such in the ordinary way too, else only in
+  // the lazy way. The tile of most scores has no registers for that, and at head dim 256 it would
+  // take usual scores 1 % more time.
+  static constexpr bool kKnowsWhole =
+      Cfg::kTile.block_m() * kBlockN < 192 * 128 && !(Cfg::kIsPlain && Cfg::kHeadDim == 256);
 
  public:
   __device__ __forceinline__ Consumer(const TmaForwardParams& params, const Pipeline<Cfg>& pipe)
@@ -98,7 +103,7 @@ class Consumer {
     tile_ = tile;
     left_ = t.end - t.begin;
     if (Cfg::kTile.skips_blocks()) left_ -= t.skipped[consumer_];
-    lazy_left_ = 0;
+    whole_left_ = 0;
     is_careful_ = !is_plain();
     pipe_.q(consumer_).wait_full(tile);
     if constexpr (Cfg::kIsFp8) scale_log2_ = all_scale_log2_ * pipe_.descale(tile).qk;
@@ -138,11 +143,11 @@ class Consumer {
   // The block whose scores are due, or have come last.
   __device__ int key_block() const { return pipe_.tile(tile_).begin + left_ - 1; }
 
-  // How many blocks, from the one in front of this down, may have a lazy maximum; below 1 there is
-  // none. All rows see them to the full, and have seen a key behind them.
-  __device__ int lazy_run(const Tile& t, int key_block) const {
+  // How many blocks, from the one in front of this down, all rows see to the full, and have seen a
+  // key behind them; below 1 there is none.
+  __device__ int whole_run(const Tile& t, int key_block) const {
     const attn::Keys seen = t.seen_by_all[consumer_];
-    if (is_careful_ || seen.end <= key_block * kBlockN) return 0;
+    if ((!kKnowsWhole && is_careful_) || seen.end <= key_block * kBlockN) return 0;
     return key_block - (seen.begin + kBlockN - 1) / kBlockN;
   }
 
@@ -181,16 +186,18 @@ class Consumer {
       softmax_.clear();
     }
     Sight sight;
-    if (lazy_left_ <= 0) sight = look();
+    const bool is_whole = whole_left_ > 0;
+    const bool is_lazy = !Cfg::kIsFp8 && is_whole && !(kKnowsWhole && is_careful_);
+    if (!is_whole) sight = look();
     ptx::wgmma_wait<1>();
     ptx::pin(s.c[0]);
     release(pipe_.k(), next);
     float sums[4] = {0.0f, 0.0f, 0.0f, 0.0f};
     if (kRoundsEarly) {
-      if (lazy_left_ > 0) softmax_.template exponentiate<kEarly>(s, sums, scale_log2_, 0);
+      if (is_lazy) softmax_.template exponentiate<kEarly>(s, sums, scale_log2_, 0);
       wait_for_output();
     }
-    if (Cfg::kIsFp8 || lazy_left_ <= 0 || !absorb_lazily(s, sums, sight)) {
+    if (!is_lazy || !absorb_lazily(s, sums, sight)) {
       absorb(s, sight);
       if (kRoundsEarly) pack(s);
     }
@@ -228,7 +235,7 @@ class Consumer {
 
   __device__ __forceinline__ void count_block() {
     --left_;
-    --lazy_left_;
+    --whole_left_;
     if (!Cfg::kTile.holds_q) release_q(left_ == 0);
   }
 
@@ -304,22 +311,25 @@ class Consumer {
       scale = attn::kLog2e;
     }
     if constexpr (Cfg::kIsFp8) {
-      if (lazy_left_ <= 0) {
+      if (whole_left_ <= 0) {
         if (!sees_all<kBlockN>(t, consumer_, block)) {
           attn::hide(s, attn::Mask(params_.scores, t.sq, t.sk), row, key);
         }
-        lazy_left_ = lazy_run(t, block) + 1;
+        whole_left_ = whole_run(t, block) + 1;
       }
       // Scores become p where there is room for it, behind the product that reads the last one.
       block_scale_ = scale;
       softmax_.move(s, scale);
+    } else if (kKnowsWhole && whole_left_ > 0) {
+      const bool is_seen[1] = {true};
+      softmax_.absorb(s, scale, is_seen);
     } else {
       bool seen[Sight::kPieces];
       sight.find_seen(seen);
       sight.hide(s, seen);
       if (softmax_.absorb(s, scale, seen)) is_careful_ = true;
       // One more: this block will be counted too.
-      lazy_left_ = lazy_run(t, block) + 1;
+      whole_left_ = whole_run(t, block) + 1;
       is_cut_ = block == t.end - 1 && t.tail < kBlockN;
     }
   }
@@ -387,7 +397,7 @@ class Consumer {
   uint32_t tile_ = 0;      // of the scores, counted from the start
   uint32_t block_ = 0;     // of P, counted likewise: its product with V is due
   int left_;               // blocks of the tile whose scores are due, descending
-  int lazy_left_;          // of these, how many may have a lazy maximum from now on
+  int whole_left_;         // of these, how many all rows see to the full from now on
   bool is_fresh_ = false;  // O has no sums yet, whatever its registers hold
   bool is_careful_;        // no lazy maximum in this tile any more
   bool is_cut_;            // in the block of P, V has rows behind the sequence
