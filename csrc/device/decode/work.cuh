@@ -67,12 +67,14 @@ struct Deal {
   }
 
   // The same for blocks of pairs of about one length: shares of a length that cuts no pair in vain,
-  // if that is longer by little.
+  // if that is longer by little: by a 32nd where each is one pair, which neither goes on to another
+  // nor is merged, else by a block.
   __device__ Deal(uint32_t num_ctas, uint32_t all, uint32_t num_pairs) : Deal(num_ctas, all) {
     const uint32_t of_pair = max(all / num_pairs, 1u);
     const uint32_t longest = each + (extra > 0);
     const uint32_t even = ceil_div(longest, of_pair) * of_pair;
-    if (even > longest + longest / 32) return;
+    const uint32_t spare = longest / 32;
+    if (even > longest + (even == of_pair ? spare : min(spare, 1u))) return;
     each = even;
     extra = 0;
     num = ceil_div(all, each);
