@@ -143,13 +143,7 @@ class Consumer {
   // The block whose scores are due, or have come last.
   __device__ int key_block() const { return pipe_.tile(tile_).begin + left_ - 1; }
 
-  // How many blocks, from the one in front of this down, all rows see to the full, and have seen a
-  // key behind them; below 1 there is none.
-  __device__ int whole_run(const Tile& t, int key_block) const {
-    const attn::Keys seen = t.seen_by_all[consumer_];
-    if ((!kKnowsWhole && is_careful_) || seen.end <= key_block * kBlockN) return 0;
-    return key_block - (seen.begin + kBlockN - 1) / kBlockN;
-  }
+  __device__ bool looks_at_all() const { return !kKnowsWhole && is_careful_; }
 
   // Scores go to softmax as they are.
   __device__ bool is_plain() const { return Cfg::kIsPlain || attn::is_plain(params_.scores); }
@@ -315,7 +309,7 @@ class Consumer {
         if (!sees_all<kBlockN>(t, consumer_, block)) {
           attn::hide(s, attn::Mask(params_.scores, t.sq, t.sk), row, key);
         }
-        whole_left_ = whole_run(t, block) + 1;
+        whole_left_ = whole_run<kBlockN>(t, consumer_, block, looks_at_all()) + 1;
       }
       // Scores become p where there is room for it, behind the product that reads the last one.
       block_scale_ = scale;
@@ -329,7 +323,7 @@ class Consumer {
       sight.hide(s, seen);
       if (softmax_.absorb(s, scale, seen)) is_careful_ = true;
       // One more: this block will be counted too.
-      whole_left_ = whole_run(t, block) + 1;
+      whole_left_ = whole_run<kBlockN>(t, consumer_, block, looks_at_all()) + 1;
       is_cut_ = block == t.end - 1 && t.tail < kBlockN;
     }
   }

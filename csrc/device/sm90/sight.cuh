@@ -21,6 +21,15 @@ __device__ inline bool sees_all(const Tile& t, int consumer, int key_block) {
   return seen.begin <= key_block * kBlockN && seen.end >= (key_block + 1) * kBlockN;
 }
 
+// How many blocks, from the one in front of this down, all rows see to the full, and have seen a key
+// behind them; below 1 there is none, as where the caller `looks` at each.
+template <int kBlockN>
+__device__ inline int whole_run(const Tile& t, int consumer, int key_block, bool looks) {
+  const attn::Keys seen = t.seen_by_all[consumer];
+  if (looks || seen.end <= key_block * kBlockN) return 0;
+  return key_block - (seen.begin + kBlockN - 1) / kBlockN;
+}
+
 // In pieces of at most 64 keys, because a consumer has 64 rows: of a block of 128 that the diagonal
 // crosses, one piece is hidden from all rows of a consumer, or seen by all of them. What is hidden
 // needs no exponentials, what is seen no mask.
