@@ -197,7 +197,7 @@ struct BackwardParams {
   int32_t* turns;
   int32_t turn_rows, turn_keys;
   // CTAs of the main kernel take block after block of keys by this counter, and those of the kernel
-  // behind it tiles of dQ by the next; null: each block has its CTA.
+  // behind it tiles or blocks of dQ by the next; null: each block has its CTA.
   uint64_t* next_block;
   // [b, hk] blocks of turn_keys keys whose shares of dQ are in the sums, counted by each who adds.
   // The delta kernel clears these and the counters above.

@@ -30,11 +30,6 @@ int num_sms_for(const ForwardParams& params, const Device& device) {
   return clamp(int64_t{device.num_sms} - params.sm_margin, 1, device.num_sms);
 }
 
-// Blocks of queries or keys take equally long: no masks, and no lengths of sequences.
-bool are_equal(const BackwardParams& params) {
-  return !has_mask(params.scores) && !has_lengths(params.seqs);
-}
-
 int64_t num_key_blocks(const BackwardParams& params, const Shape& shape) {
   return ceil_div(params.seqs.sk, shape.block_n) * params.hk * params.seqs.b;
 }
@@ -153,9 +148,8 @@ int64_t num_ctas(const BackwardParams& params, const Shape& shape, const Device&
 int64_t num_ctas_of_dq(const BackwardParams& params, const Shape& shape, const Device& device) {
   const int64_t blocks = ceil_div(params.seqs.sq, shape.block_m) * params.hq * params.seqs.b;
   if (shape.ctas > 0) return clamp(blocks, 0, device.num_sms * shape.ctas);
-  // Blocks of one length are dealt out beforehand.
-  const bool are_dealt = shape.box_m > 0 && are_equal(params);
-  return are_dealt && blocks > device.num_sms ? device.num_sms : blocks;
+  const bool are_shared = shape.box_m > 0 && params.next_block != nullptr;
+  return are_shared && blocks > device.num_sms ? device.num_sms : blocks;
 }
 
 int choose_heads_of_tile(const ForwardParams& params, const Shape& shape) {

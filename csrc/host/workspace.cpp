@@ -121,10 +121,11 @@ bool plan_backward(const Device& on, int dtype, BackwardParams* params, FlashWor
     workspace->statistics = 2 * heads * params->statistics_head;
     params->turn_rows = shape.block_m;
     params->turn_keys = shape.block_n;
+    // Where there may be blocks of no queries, each block of dQ has its CTA.
+    workspace->next_tile = shape.makes_sums || !has_lengths(params->seqs) ? 4 : 0;
     if (shape.makes_sums) {
       const int64_t turns = 2 * (heads * params->delta_head / shape.box_m + 1);
       workspace->turns = params->deterministic ? turns : 0;
-      workspace->next_tile = 4;
       workspace->finished = int64_t{params->seqs.b} * params->hk;
       if (has_lengths(params->seqs)) workspace->order = 2 * (params->seqs.b + 1);
     }

@@ -65,10 +65,12 @@ Tensor run(Backward& call) {
   if (workspace.next_tile > 0) {  // behind even numbers of floats
     params.next_block =
         reinterpret_cast<uint64_t*>(params.statistics + workspace.statistics + workspace.turns);
+  }
+  if (workspace.finished > 0) {
     params.finished = reinterpret_cast<int32_t*>(params.next_block) + workspace.next_tile;
-    if (workspace.order > 0) {
-      params.order = reinterpret_cast<uint32_t*>(params.finished + workspace.finished);
-    }
+  }
+  if (workspace.order > 0) {
+    params.order = reinterpret_cast<uint32_t*>(params.finished + workspace.finished);
   }
   run_or_throw(call.name, flash_backward(device, current_stream(device), dtype, &params));
   dq.finish();

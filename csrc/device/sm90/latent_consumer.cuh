@@ -38,6 +38,7 @@ class LatentConsumer {
       const auto& t = pipe_.tile(tile_);
       if (t.end == 0) break;
       pipe_.q().wait_full(tile_);
+      hold_q();
       softmax_.clear();
       is_fresh_ = true;
       if (consumer_ == 0) {
@@ -50,6 +51,15 @@ class LatentConsumer {
   }
 
  private:
+  // Some of Q goes to registers: so shared memory is read less for scores.
+  __device__ __forceinline__ void hold_q() {
+#pragma unroll
+    for (int i = 0; i < Cfg::kHeldPanels; ++i) {
+      tile::load_a<TileQ>(q_[i], pipe_.q_buffer() + i * TileQ::kPanelBytes, Own::warp_row(),
+                          Own::lane());
+    }
+  }
+
   // The first consumer's part of two blocks, or of the last one: its scores are those of the first
   // block, `key_block`.
   __device__ __forceinline__ void even_step(int key_block, int left) {
@@ -129,16 +139,16 @@ class LatentConsumer {
     ptx::named_barrier_sync(kOwn + consumer_, kThreads);
   }
 
-  __device__ __forceinline__ void start_scores(AccS& s, uint32_t block) const {
+  __device__ __forceinline__ void start_scores(AccS& s, uint32_t block) {
     const uint32_t q = operand(pipe_.q_buffer());
     const uint32_t k = operand(pipe_.k_buffer(block));
     // Panel by panel, as they come.
     if (gathers_) see(block, 0, Cfg::kPanels);
     const auto wait = [&](int panel) { wait_for(block, panel, panel + 1); };
     if (params_.has_qv) {
-      tile::start_abt_by_panels<T, TileQ::kCols, TileQ, TileKV>(s, q, k, wait);
+      tile::start_abt_by_panels<T, TileQ::kCols, TileQ, TileKV>(s, q_, q, k, wait);
     } else {
-      tile::start_abt_by_panels<T, Cfg::kHeadDim, TileQ, TileKV>(s, q, k, wait);
+      tile::start_abt_by_panels<T, Cfg::kHeadDim, TileQ, TileKV>(s, q_, q, k, wait);
     }
   }
 
@@ -299,6 +309,7 @@ class LatentConsumer {
   const bool gathers_;
   typename Cfg::AccO o_;
   uint32_t p_[Cfg::kBlockN / 16][4];
+  uint32_t q_[Cfg::kHeldPanels][4][4];
   Softmax softmax_;
   uint32_t tile_ = 0;   // counted from the start
   uint32_t block_ = 0;  // likewise: the first of the two that are due

@@ -27,6 +27,7 @@ struct LatentConfig {
   using TileKV = tile::SmemTile<kBlockN, kTile.columns()>;
   using TileP = tile::SmemTile<kBlockM, kBlockN>;
   static constexpr int kPanels = kTile.columns() / 64;  // the first is K's
+  static constexpr int kHeldPanels = 2;                 // of Q, for which registers are left
   using AccS = tile::Accumulators<1, kBlockN / 8>;
   using AccO = tile::Accumulators<1, kValueDim / 2 / 8>;  // of half the columns
 };

@@ -7,7 +7,9 @@
 //     dS = P (dP - delta)           once dP is there; it stays in registers
 //     dQ += dS K
 //
-// One warpgroup loads; two compute, 64 queries each. They have nothing to tell each other.
+// One warpgroup plans and loads; two compute, 64 queries each. They have nothing to tell each other.
+// It needs nothing of the kernel of dK and dV but that this one runs: by then delta is there. So it
+// begins on multiprocessors that have no more blocks of keys.
 #pragma once
 
 #include "sm90/backward_scores.cuh"
@@ -91,14 +93,8 @@ class QueriesConsumer {
   }
 
  private:
-  // Waits for the next block of queries; false where there is none. One thread plans, a block
-  // ahead.
+  // Waits for the next block of queries; false where there is none.
   __device__ __forceinline__ bool has_block() const {
-    if (Own::thread() == 0 && consumer_ == 0) {
-      for (uint32_t i = block_ == 0 ? 0 : block_ + 1; i <= block_ + 1; ++i) {
-        plan_query_block<Cfg>(params_, pipe_, i);
-      }
-    }
     __syncwarp();
     pipe_.blocks().wait_full(block_);
     return ptx::uniform(block().is_last) == 0;
@@ -309,10 +305,14 @@ __device__ inline void query_gradients(const TmaBackwardParams& params) {
   extern __shared__ __align__(1024) unsigned char storage[];
   const QueriesPipeline<Cfg> pipe(storage);
   pipe.init();
-  ptx::wait_for_kernel_in_front();
   if (ptx::uniform(threadIdx.x / 128) == 0) {
     ptx::give_registers<Cfg::kTile.registers_of_others()>();
     if (threadIdx.x == 0) load_key_steps<Cfg>(params, pipe);
+    if (threadIdx.x == 32) {
+      plan_query_blocks<Cfg>(params.call, pipe);
+      // All of that kernel's CTAs run by now; this one ends behind it.
+      if (blockIdx.x == gridDim.x - 1) ptx::wait_for_kernel_in_front();
+    }
   } else {
     ptx::take_registers<Cfg::kTile.registers_of_consumer()>();
     QueriesConsumer<Cfg>(params, pipe).run();

@@ -19,11 +19,10 @@ struct QueriesConfig {
   using AccQ = tile::Accumulators<1, kHeadDim / 8>;
 };
 
-// What one round of the CTA computes: dQ of kBlockM queries of one head. A consumer plans it,
-// everyone else reads it. Its steps are the blocks of keys [begin, end).
+// What one round of the CTA computes: dQ of kBlockM queries of one head. A warp plans it, everyone
+// else reads it. Its steps are the blocks of keys [begin, end).
 struct QueryBlock {
-  int is_last;     // there are no more
-  uint32_t index;  // of the next one
+  int is_last;  // there are no more
   int sequence, head, head_k;
   int first;  // query
   int sq, sk;
@@ -39,6 +38,8 @@ struct QueryBlock {
 //   q, dout:  full: TMA has brought a consumer's rows   empty: it needs them no more
 //   k, v:     full: TMA has brought the block           empty: both consumers are done with it
 //   blocks:   full: it has been planned                 empty: everyone is done with it
+//   loads:    full: but for the last step's all of a    (nobody waits until it is empty)
+//             block have begun
 template <class Cfg>
 struct QueriesPipeline {
   static constexpr int kBlocks = 2;
@@ -50,8 +51,9 @@ struct QueriesPipeline {
   using KRing = Ring<Cfg::kTile.k_stages>;
   using VRing = Ring<Cfg::kTile.v_stages>;
   using BlockRing = Ring<kBlocks>;
+  using LoadRing = Ring<1>;
   static constexpr int kRecords = kBarriers + 2 * Cfg::kConsumers * QRing::kBytes + KRing::kBytes +
-                                  VRing::kBytes + BlockRing::kBytes;
+                                  VRing::kBytes + BlockRing::kBytes + LoadRing::kBytes;
   static_assert(kRecords % alignof(QueryBlock) == 0 &&
                     kRecords + kBlocks * sizeof(QueryBlock) <= Cfg::kTile.smem_bytes(),
                 "room behind the buffers");
@@ -76,6 +78,7 @@ struct QueriesPipeline {
   __device__ KRing k() const { return {q(2 * Cfg::kConsumers).barriers}; }
   __device__ VRing v() const { return {k().barriers + KRing::kBytes}; }
   __device__ BlockRing blocks() const { return {v().barriers + VRing::kBytes}; }
+  __device__ LoadRing loads() const { return {blocks().barriers + BlockRing::kBytes}; }
   __device__ QueryBlock& block(uint32_t i) const {
     return reinterpret_cast<QueryBlock*>(storage + kRecords)[i % kBlocks];
   }
@@ -90,6 +93,7 @@ struct QueriesPipeline {
       k().init(1, Cfg::kConsumers);
       v().init(1, Cfg::kConsumers);
       blocks().init(1, Cfg::kConsumers + 1);
+      loads().init(1, 1);
       ptx::mbarrier_init_fence();
     }
     __syncthreads();
@@ -129,30 +133,42 @@ __device__ inline void describe(QueryBlock& block, const BackwardParams& params,
   block.tail_k = seq.sk < room ? seq.sk % block_n : 0;
 }
 
-// One thread's work: what the CTA does in round i. Blocks of queries come in sections of heads,
-// long ones first, as tiles of the forward kernel do.
+// Block `index`, or that there are no more. Blocks come in sections of heads, long ones first, as
+// tiles of the forward kernel do. False: it has no queries.
 template <class Cfg>
-__device__ inline void plan_query_block(const BackwardParams& params,
-                                        const QueriesPipeline<Cfg>& pipe, uint32_t i) {
-  pipe.blocks().wait_empty(i);
-  QueryBlock& block = pipe.block(i);
+__device__ inline bool find_query_block(QueryBlock& block, const BackwardParams& params,
+                                        uint32_t index) {
   const uint32_t num_blocks = (params.seqs.sq + Cfg::kBlockM - 1) / Cfg::kBlockM;
   const int group = params.hq / params.hk;
-  uint32_t index = i == 0 ? blockIdx.x : pipe.block(i - 1).index;
-  for (;; index += gridDim.x) {
-    block.is_last = index >= num_blocks * params.hq * params.seqs.b;
-    if (block.is_last) break;
-    const attn::TileIndex at(index, num_blocks, params.hq, params.seqs.b,
-                             params.heads_per_section * group);
-    const attn::Sequence seq(params.seqs, at.sequence);
-    if (at.block_m * Cfg::kBlockM < seq.sq) {
-      describe(block, params, seq, at.head, at.head / group, at.block_m * Cfg::kBlockM,
-               Cfg::kBlockN);
-      break;
-    }
+  block.is_last = index >= num_blocks * params.hq * params.seqs.b;
+  if (block.is_last) return true;
+  const attn::TileIndex at(index, num_blocks, params.hq, params.seqs.b,
+                           params.heads_per_section * group);
+  const attn::Sequence seq(params.seqs, at.sequence);
+  if (at.block_m * Cfg::kBlockM >= seq.sq) return false;
+  describe(block, params, seq, at.head, at.head / group, at.block_m * Cfg::kBlockM, Cfg::kBlockN);
+  return true;
+}
+
+// One lane's work: what the CTA does in each round. No block is taken before the one in front is
+// about to end: another CTA may be free sooner.
+template <class Cfg>
+__device__ inline void plan_query_blocks(const BackwardParams& params,
+                                         const QueriesPipeline<Cfg>& pipe) {
+  const auto next = [&] {
+    if (params.next_block == nullptr) return ~0u;
+    return gridDim.x + static_cast<uint32_t>(ptx::atomic_add(params.next_block + 1, 1));
+  };
+  uint32_t index = blockIdx.x;
+  for (uint32_t i = 0;; ++i) {
+    pipe.blocks().wait_empty(i);
+    QueryBlock& block = pipe.block(i);
+    while (!find_query_block<Cfg>(block, params, index)) index = next();
+    pipe.blocks().arrive_full(i);
+    if (block.is_last) return;
+    pipe.loads().wait_full(i);
+    index = next();
   }
-  block.index = index + gridDim.x;
-  pipe.blocks().arrive_full(i);
 }
 
 // One lane's work: for each block of queries Q and dO, and K and V of its steps.
@@ -171,6 +187,7 @@ __device__ inline void load_key_steps(const TmaBackwardParams& params,
     for (int j = block.begin; j < block.end; ++j, ++step) {
       const int key = block.first_k + j * Cfg::kBlockN;
       const bool is_first = j == block.begin;
+      pipe.loads().arrive_full_if(j + 1 == block.end, i);
       const auto load_rows = [&](const TensorMap& map, int consumer, uint32_t to, uint32_t full) {
         load_tile<TileQ>(to, map, full, kPanels, block.first_q + block.first + kBoxM * consumer,
                          block.head, block.batch_q);
@@ -193,6 +210,7 @@ __device__ inline void load_key_steps(const TmaBackwardParams& params,
                        block.head_k, block.batch_k);
     }
     if (block.begin < block.end) ++round;
+    pipe.loads().arrive_full_if(block.begin >= block.end, i);
     pipe.blocks().arrive_empty(i);
   }
 }

@@ -58,18 +58,6 @@ __device__ __forceinline__ void start_abt(Accumulators<1, kN>& s, uint32_t a_sme
   ptx::wgmma_commit();
 }
 
-// The same panel by panel, each a group of products, as they come: `wait(i)` waits for panel i.
-template <class T, int kDepth, class TileA, class TileB, int kN, class Wait>
-__device__ __forceinline__ void start_abt_by_panels(Accumulators<1, kN>& s, uint32_t a_smem,
-                                                    uint32_t b_smem, const Wait& wait) {
-#pragma unroll
-  for (int i = 0; i < kDepth / 64; ++i) {
-    wait(i);
-    start_abt<T, 64, TileA, TileB>(s, a_smem + i * TileA::kPanelBytes,
-                                   b_smem + i * TileB::kPanelBytes, i > 0);
-  }
-}
-
 // The same with A in registers, loaded by load_a().
 template <class T, class TileB, int kN, int kSteps>
 __device__ __forceinline__ void start_abt(Accumulators<1, kN>& s, uint32_t (&a)[kSteps][4],
@@ -83,6 +71,24 @@ __device__ __forceinline__ void start_abt(Accumulators<1, kN>& s, uint32_t (&a)[
     ptx::Wgmma<T, 8 * kN>::with_rows(s.c[0], a[k], b.at(step_along_rows<TileB>(k)), adds || k > 0);
   }
   ptx::wgmma_commit();
+}
+
+// The same panel by panel, each a group of products, as they come: `wait(i)` waits for panel i. The
+// first kHeld panels of A are in registers, the others in shared memory.
+template <class T, int kDepth, class TileA, class TileB, int kN, int kHeld, class Wait>
+__device__ __forceinline__ void start_abt_by_panels(Accumulators<1, kN>& s,
+                                                    uint32_t (&held)[kHeld][4][4], uint32_t a_smem,
+                                                    uint32_t b_smem, const Wait& wait) {
+#pragma unroll
+  for (int i = 0; i < kDepth / 64; ++i) {
+    wait(i);
+    const uint32_t b = b_smem + i * TileB::kPanelBytes;
+    if (i < kHeld) {
+      start_abt<T, TileB>(s, held[i], b, i > 0);
+    } else {
+      start_abt<T, 64, TileA, TileB>(s, a_smem + i * TileA::kPanelBytes, b, i > 0);
+    }
+  }
 }
 
 // 16 rows of a tile from `row` on as A operands of kSteps steps.
