@@ -202,8 +202,8 @@ struct QueriesTile {
   constexpr int consumers() const { return 2; }
   constexpr int block_m() const { return kBoxM * consumers(); }
   constexpr int threads() const { return 128 * (1 + consumers()); }
-  constexpr int registers_of_consumer() const { return 232; }
-  constexpr int registers_of_others() const { return 40; }
+  constexpr int registers_of_consumer() const { return 240; }
+  constexpr int registers_of_others() const { return 24; }
   constexpr int columns() const { return (head_dim + 63) / 64 * 64; }
   // Q and dO; K and V in stages; barriers and records.
   constexpr int smem_bytes() const {

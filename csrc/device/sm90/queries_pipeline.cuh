@@ -100,28 +100,23 @@ struct QueriesPipeline {
   }
 };
 
-__device__ inline void describe(QueryBlock& block, const BackwardParams& params,
-                                const attn::Sequence& seq, int head, int head_k, int first,
-                                int block_n) {
-  const Sequences& seqs = params.seqs;
-  block.sequence = seq.index;
-  block.head = head;
-  block.head_k = head_k;
-  block.first = first;
+__device__ inline void place(QueryBlock& block, const Sequences& seqs, const attn::Sequence& seq) {
   block.sq = seq.sq;
   block.sk = seq.sk;
   block.first_q = static_cast<int>(seq.first_q);
   block.batch_q = seqs.cu_seqlens_q ? 0 : seq.index;
   block.first_k = static_cast<int>(seq.first_k);
   block.batch_k = seqs.cu_seqlens_k ? 0 : seq.index;
+}
 
-  const attn::Mask mask(params.scores, seq.sq, seq.sk);
-  block.begin = mask.lowest(first) / block_n;
+__device__ inline void find_steps(QueryBlock& block, const BackwardParams& params, int block_n) {
+  const attn::Mask mask(params.scores, block.sq, block.sk);
+  block.begin = mask.lowest(block.first) / block_n;
   block.end = block.begin;
-#pragma unroll
+#pragma unroll 1
   for (int consumer = 0; consumer < 2; ++consumer) {
-    const int own = first + kBoxM * consumer;
-    const int last = min(own + kBoxM, seq.sq) - 1;
+    const int own = block.first + kBoxM * consumer;
+    const int last = min(own + kBoxM, block.sq) - 1;
     const int end = last < own ? 0 : (max(mask.highest(last), 0) + block_n - 1) / block_n;
     block.end_of[consumer] = max(end, block.begin);
     block.end = max(block.end, end);
@@ -129,8 +124,9 @@ __device__ inline void describe(QueryBlock& block, const BackwardParams& params,
     block.full_end[consumer] = max(mask.highest(own), 0) / block_n;
   }
   // Behind the last row of K and V there are zeros; behind a sequence there is anything.
+  const Sequences& seqs = params.seqs;
   const int room = seqs.cu_seqlens_k ? seqs.total_k - block.first_k : seqs.sk;
-  block.tail_k = seq.sk < room ? seq.sk % block_n : 0;
+  block.tail_k = block.sk < room ? block.sk % block_n : 0;
 }
 
 // Block `index`, or that there are no more. Blocks come in sections of heads, long ones first, as
@@ -139,14 +135,20 @@ template <class Cfg>
 __device__ inline bool find_query_block(QueryBlock& block, const BackwardParams& params,
                                         uint32_t index) {
   const uint32_t num_blocks = (params.seqs.sq + Cfg::kBlockM - 1) / Cfg::kBlockM;
-  const int group = params.hq / params.hk;
   block.is_last = index >= num_blocks * params.hq * params.seqs.b;
   if (block.is_last) return true;
+  const uint32_t group = static_cast<uint32_t>(params.hq) / static_cast<uint32_t>(params.hk);
   const attn::TileIndex at(index, num_blocks, params.hq, params.seqs.b,
                            params.heads_per_section * group);
-  const attn::Sequence seq(params.seqs, at.sequence);
-  if (at.block_m * Cfg::kBlockM >= seq.sq) return false;
-  describe(block, params, seq, at.head, at.head / group, at.block_m * Cfg::kBlockM, Cfg::kBlockN);
+  block.sequence = at.sequence;
+  block.head = at.head;
+  block.first = at.block_m * Cfg::kBlockM;
+  ptx::forget();  // what is in the block by now: registers are few
+  block.head_k = attn::key_head(block.head, params.hq, params.hk);
+  place(block, params.seqs, attn::Sequence(params.seqs, block.sequence));
+  if (block.first >= block.sq) return false;
+  ptx::forget();
+  find_steps(block, params, Cfg::kBlockN);
   return true;
 }
 
@@ -160,13 +162,14 @@ __device__ inline void plan_query_blocks(const BackwardParams& params,
     return gridDim.x + static_cast<uint32_t>(ptx::atomic_add(params.next_block + 1, 1));
   };
   uint32_t index = blockIdx.x;
-  for (uint32_t i = 0;; ++i) {
-    pipe.blocks().wait_empty(i);
+  for (int i = 0;; ++i) {
+    const auto again = [&] { return ptx::opaque(i); };  // so that nothing made of it is kept
     QueryBlock& block = pipe.block(i);
+    pipe.blocks().wait_empty(i);
     while (!find_query_block<Cfg>(block, params, index)) index = next();
-    pipe.blocks().arrive_full(i);
+    pipe.blocks().arrive_full(again());
     if (block.is_last) return;
-    pipe.loads().wait_full(i);
+    pipe.loads().wait_full(again());
     index = next();
   }
 }
