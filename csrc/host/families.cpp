@@ -54,9 +54,10 @@ Shape shape_of_hopper(int family, int kind, int head_dim) {
   }
   if (kind == FLASH_BACKWARD) {
     const sm90::BackwardTile tile = sm90::backward_tile(head_dim);
-    const bool makes_sums = tile.share == sm90::kByKeys;
-    return waiting(
-        {tile.block_m, tile.block_n, tile.threads(), tile.smem_bytes(), sm90::kBoxM, makes_sums});
+    Shape shape = waiting({tile.block_m, tile.block_n, tile.threads(), tile.smem_bytes(),
+                           sm90::kBoxM, tile.share == sm90::kByKeys});
+    shape.takes_blocks = tile.takes_blocks();
+    return shape;
   }
   if (kind == FLASH_CONVERT) {
     Shape shape = waiting({sm90::kSumRows, 0, sm90::kConvertThreads, 0, 0, true});

@@ -35,6 +35,7 @@ struct Shape {
   bool has_clusters = false;  // may run in clusters, on devices that have them
   bool waits = false;         // by itself for the kernel in front, and begins beside its end
   int element_bytes = 2;      // of Q, K and V
+  bool takes_blocks = false;  // backward: a CTA may take one block after another
   bool may_pair = false;  // two CTAs may load K and V together: with neighbouring rows, or heads
 };
 

@@ -131,16 +131,12 @@ int num_converting(const BackwardParams& params, const Device& device) {
   return clamp((of_one + keys / 2) / (keys < 1 ? 1 : keys), 0, device.num_sms / 8);
 }
 
-bool shares_blocks(const BackwardParams& params, const Shape& shape, const Device& device) {
-  // Where the next block's loads begin before the gradients of this one have left.
-  return shape.box_m > 0 && shape.makes_sums && num_key_blocks(params, shape) > device.num_sms;
-}
-
 int64_t num_ctas(const BackwardParams& params, const Shape& shape, const Device& device) {
   const int64_t blocks = num_key_blocks(params, shape);
   if (shape.box_m > 0) {
-    return shares_blocks(params, shape, device) ? device.num_sms - num_converting(params, device)
-                                                : blocks;
+    const bool takes_blocks = shape.takes_blocks && params.next_block != nullptr;
+    if (!takes_blocks || blocks <= device.num_sms) return blocks;
+    return device.num_sms - (shape.makes_sums ? num_converting(params, device) : 0);
   }
   return params.deterministic ? int64_t{params.dq_copies} * params.hk * params.seqs.b : blocks;
 }
@@ -148,8 +144,8 @@ int64_t num_ctas(const BackwardParams& params, const Shape& shape, const Device&
 int64_t num_ctas_of_dq(const BackwardParams& params, const Shape& shape, const Device& device) {
   const int64_t blocks = ceil_div(params.seqs.sq, shape.block_m) * params.hq * params.seqs.b;
   if (shape.ctas > 0) return clamp(blocks, 0, device.num_sms * shape.ctas);
-  const bool are_shared = shape.box_m > 0 && params.next_block != nullptr;
-  return are_shared && blocks > device.num_sms ? device.num_sms : blocks;
+  const bool takes_blocks = shape.box_m > 0 && params.next_block != nullptr;
+  return takes_blocks && blocks > device.num_sms ? device.num_sms : blocks;
 }
 
 int choose_heads_of_tile(const ForwardParams& params, const Shape& shape) {

@@ -58,9 +58,6 @@ int64_t num_shares(const ForwardParams& params, const Shape& shape, const Device
 void choose_clusters(ForwardParams* params, const Shape& shape, const Device& device,
                      const Clusters& clusters);
 
-// Whether CTAs take block after block of keys from a counter.
-bool shares_blocks(const BackwardParams& params, const Shape& shape, const Device& device);
-
 int64_t num_ctas(const BackwardParams& params, const Shape& shape, const Device& device);
 int64_t num_ctas_of_dq(const BackwardParams& params, const Shape& shape, const Device& device);
 

@@ -99,13 +99,14 @@ def test_so_is_that_of_the_kernel_of_dq(launched: Launched, d: int, buffers: int
 def test_blocks_of_keys_are_shared_where_loads_overlap(launched: Launched) -> None:
     calls = [
         f"backward({d}, sq=5000, sk=5000, {options})"
-        for d in (128, 256)
+        for d in (128, 192, 256)
         for options in ("", "window=(-1, 0)", "deterministic=True")
     ]
     found = launched(*calls)
     # Of 132 multiprocessors, one or two are left to the conversion of dQ.
-    assert [launch.grid for launch in found[1::3]] == [131, 130, 131] + [4 * 79] * 3
-    assert [launch.grid for launch in found[2::3]] == [8 * 79] * 3 + [132] * 3
+    blocks = [launch.grid for launch in found[1::3]]
+    assert blocks == [131, 130, 131] + [132] * 3 + [4 * 79] * 3
+    assert [launch.grid for launch in found[2::3]] == [8 * 79] * 3 + [132] * 6
 
 
 def test_dq_is_converted_by_as_many_as_keep_up_with_the_others(launched: Launched) -> None:
@@ -126,7 +127,8 @@ def test_dq_is_converted_by_as_many_as_keep_up_with_the_others(launched: Launche
 
 
 def test_blocks_of_queries_that_differ_in_length_go_to_who_is_free(launched: Launched) -> None:
-    assert launched("backward(256, sq=5000, sk=5000, used=[5000, 70])")[2].grid == 8 * 40
+    found = launched("backward(192, sq=5000, sk=5000, used=[5000, 70])")
+    assert [launch.grid for launch in found[1:3]] == [4 * 79, 8 * 40]
 
 
 @pytest.mark.parametrize(

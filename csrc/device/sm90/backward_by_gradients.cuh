@@ -2,7 +2,7 @@
 // computes P and dV, the second dS and dK. dQ has a kernel of its own (queries.cuh).
 //
 // Where there are buffers of three steps, dV and dK of a step are multiplied beside S and dP of the
-// next one, and K and V stay in registers.
+// next one, and K and V stay in registers: those of the next block come into their buffers at once.
 #pragma once
 
 #include "sm90/backward_consumer.cuh"
@@ -28,7 +28,7 @@ class SharingConsumer : public GradientConsumer<Cfg> {
   using AccS = typename Cfg::AccS;
   using Packed = uint32_t[4][4];  // 64 keys by 64 queries
   static_assert(Cfg::kBlockM == 64, "one product a step");
-  static constexpr bool kIsLate = Cfg::kStages == 3;
+  static constexpr bool kIsLate = Cfg::kTile.is_late();
   static_assert(kIsLate || Cfg::kStages == 2, "buffers of a step late, or of none");
   static constexpr bool kPacksP = packs_p<T>;
   static constexpr float kRaise = kPacksP ? 12.0f : 0.0f;
@@ -43,14 +43,22 @@ class SharingConsumer : public GradientConsumer<Cfg> {
     this->clean_queries();
   }
 
-  // By V, dV leaves, and dK by K.
+  // By V, dV leaves, and dK by K, when nobody needs these any more; or both from registers.
   __device__ __forceinline__ void store(const typename Cfg::AccKV& acc, float factor,
                                         const TensorMap& map, const Rows& to, int num_cols) const {
-    this->put_out(acc, factor, to, 0, num_cols);
-    this->barrier();
-    if (this->thread() == 0 && leave_by_tma(this->params_, this->block(), this->block().first)) {
-      send_rows<typename Cfg::TileOut>(map, this->out(), this->block(), this->block().first,
-                                       num_cols);
+    const int first = this->block().first;
+    if constexpr (kIsLate) {
+      const float factors[2] = {factor, factor};
+      const int row = first + this->warp_row();
+      tile::store_rows<T>(this->rows_of(to, row), to.row, acc, factors, this->block().sk - row,
+                          num_cols, this->lane());
+    } else {
+      this->barrier_of_both();
+      this->put_out(acc, factor, to, 0, num_cols);
+      this->barrier();
+      if (this->thread() == 0 && leave_by_tma(this->params_, this->block(), first)) {
+        send_rows<typename Cfg::TileOut>(map, this->out(), this->block(), first, num_cols);
+      }
     }
   }
 
@@ -61,14 +69,15 @@ class SharingConsumer : public GradientConsumer<Cfg> {
     return has_steps;
   }
 
-  // The buffers of K and V are free when dK and dV have left them.
+  // The buffers of K and V are free when dK and dV have left them, if these do.
   __device__ __forceinline__ void close_keys(bool had_steps) {
-    if (this->thread() == 0) ptx::tma_store_wait_read();
-    if (had_steps) {
-      this->release_keys(this->keys_);
-      this->release_values();
-      ++this->keys_;
+    if constexpr (kIsLate) {
+      this->barrier();  // nobody needs the bounds of keys any more
+    } else {
+      if (this->thread() == 0) ptx::tma_store_wait_read();
+      if (had_steps) release_both();
     }
+    this->keys_ += had_steps;
     this->close_block();
   }
 
@@ -114,9 +123,11 @@ class SharingConsumer : public GradientConsumer<Cfg> {
   __device__ int p_is_there() const { return 4 + this->step_ % 2; }
   __device__ static int p_is_free(uint32_t step) { return 6 + step % 2; }
 
-  // K or V of all products to come.
+  // K or V of all products to come. Who gives back a buffer must have seen it full.
   __device__ __forceinline__ void hold(uint32_t keys) {
+    this->pipe_.douts().wait_full(this->step_);  // with the first, V comes
     tile::load_a<TileK>(held_, keys, this->warp_row(), this->lane());
+    release_both();
   }
   // s += K Q^T, or V dO^T.
   __device__ __forceinline__ void start_scores(AccS& s, uint32_t keys, uint32_t queries,
@@ -137,6 +148,10 @@ class SharingConsumer : public GradientConsumer<Cfg> {
   }
 
  private:
+  __device__ __forceinline__ void release_both() const {
+    this->release_keys(this->keys_);
+    this->release_values();
+  }
   __device__ uint32_t p_of_thread(int i) const {
     return this->pipe_.p_buffer(this->step_) + i * 2048 + this->thread() * 16;
   }
@@ -172,7 +187,6 @@ class ValuesConsumer : SharingConsumer<Cfg> {
           run_steps<false>();
         }
       }
-      this->barrier_of_both();  // nobody needs V any more: dV leaves through it
       this->store(dv_, Base::kUnit, this->maps_.dv, this->params_.dv_grad, this->params_.dv);
       this->close_keys(has_steps);
     }
@@ -272,7 +286,6 @@ class KeyGradientsConsumer : SharingConsumer<Cfg> {
         this->clean_keys(0, Cfg::kBlockN);
         run_steps();
       }
-      this->barrier_of_both();  // nobody needs K any more: dK leaves through it
       this->store(dk_, this->params_.scores.softmax_scale * Base::kUnit, this->maps_.dk,
                   this->params_.dk, this->params_.d);
       this->close_keys(has_steps);
@@ -284,7 +297,6 @@ class KeyGradientsConsumer : SharingConsumer<Cfg> {
 
   __device__ __forceinline__ void run_steps() {
     if constexpr (kIsLate) {
-      this->pipe_.douts().wait_full(this->step_);  // with the first, V comes
       this->hold(this->pipe_.v_buffer());
       this->open_step();
       step<false>();

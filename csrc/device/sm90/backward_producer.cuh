@@ -45,12 +45,12 @@ struct KeySchedule {
   }
   __device__ uint32_t first() const {
     if (is_shared() && params.order) ptx::wait_for_kernel_in_front();
-    return is_shared() && params.deterministic ? next() : blockIdx.x;
+    return is_shared() && is_in_turn() ? next() : blockIdx.x;
   }
   __device__ uint32_t next() const {
     if (!is_shared()) return ~0u;
     ptx::wait_for_kernel_in_front();  // which clears the counter
-    const uint32_t own = params.deterministic ? 0 : ptx::opaque(static_cast<int>(gridDim.x));
+    const uint32_t own = is_in_turn() ? 0 : ptx::opaque(static_cast<int>(gridDim.x));
     return own + static_cast<uint32_t>(ptx::atomic_add(params.next_block, 1));
   }
 
@@ -63,7 +63,7 @@ struct KeySchedule {
     const attn::TileIndex at(index, num_blocks, params.hk, b, section);
     block.sequence = at.sequence;
     block.head = at.head;
-    block.first = Cfg::kBlockN * (params.deterministic ? at.block_m : num_blocks - 1 - at.block_m);
+    block.first = Cfg::kBlockN * (is_in_turn() ? at.block_m : num_blocks - 1 - at.block_m);
   }
 
   // Among those of sequences in their order.
@@ -83,7 +83,11 @@ struct KeySchedule {
     block.sequence = static_cast<int>(params.order[2 * low]);
   }
 
-  __device__ bool is_shared() const { return Cfg::kByKeys && params.next_block != nullptr; }
+  __device__ bool is_shared() const {
+    return Cfg::kTile.takes_blocks() && params.next_block != nullptr;
+  }
+  // Sums of dQ have one order.
+  __device__ bool is_in_turn() const { return Cfg::kByKeys && params.deterministic; }
 
   __device__ void place(KeyBlock& block, const attn::Sequence& seq) const {
     const Sequences& seqs = params.seqs;
