@@ -33,6 +33,11 @@ class Case:
     window: int = -1  # keys to the left of a query's own, and none to its right
     dtype: str = "bfloat16"
     lengths: Optional[tuple[int, ...]] = None
+    head_dim_v: Optional[int] = None  # where v has another head dim
+
+    @property
+    def value_dim(self) -> int:
+        return self.head_dim_v or self.head_dim
 
     @property
     def mask(self) -> str:
@@ -51,7 +56,8 @@ class Case:
                 pairs += seqlen * width - width * (width - 1) / 2
             else:
                 pairs += seqlen**2 * (0.5 if self.causal else 1.0)
-        return gpu.FLOPS_OF_PASS[passes] * 4 * self.heads * pairs * self.head_dim
+        columns = self.head_dim + self.value_dim
+        return gpu.FLOPS_OF_PASS[passes] * 2 * self.heads * pairs * columns
 
 
 class Inputs:
@@ -64,15 +70,16 @@ class Inputs:
         like: dict[str, Any] = {"dtype": getattr(torch, case.dtype), "device": device}
         rows = (sum(case.lengths),) if case.lengths else (case.batch, case.seqlen)
 
-        def rand(heads: int) -> Any:
-            return torch.randn((*rows, heads, case.head_dim), generator=generator, **like)
+        def rand(heads: int, head_dim: int) -> Any:
+            return torch.randn((*rows, heads, head_dim), generator=generator, **like)
 
         self.case, self.kind = case, kind
-        qkv = (rand(heads) for heads in (case.heads, case.kv_heads, case.kv_heads))
-        self.qkv = KINDS[kind](*qkv, generator)
+        q, k = (rand(heads, case.head_dim) for heads in (case.heads, case.kv_heads))
+        v = rand(case.kv_heads, case.value_dim)
+        self.qkv = KINDS[kind](q, k, v, generator)
         for x in self.qkv:
             x.requires_grad_()
-        self.dout = rand(case.heads)
+        self.dout = rand(case.heads, case.value_dim)
         self.cu_seqlens = None
         if case.lengths:
             ends = torch.tensor((0, *case.lengths), dtype=torch.int32).cumsum(0)
@@ -198,6 +205,10 @@ class FlashAttn(Autograd):
 
 class FlashAttention4(FlashAttn):
     """The functions of the same names of `flash_attn.cute`, which give the log-sum-exp too."""
+
+    @staticmethod
+    def takes(case: Case) -> bool:
+        return case.head_dim_v is None  # of others nothing is known
 
     def attend(self) -> Any:
         return self.attend_by(importlib.import_module("flash_attn.cute"))[0]

@@ -50,6 +50,8 @@ def cases() -> Iterator[Case]:
         yield dense(head_dim, causal, seqlen)
     for head_dim, heads in ((96, 16), (192, 8)):
         yield Case("dense", 4, 4096, heads, heads, head_dim, causal=False)
+    for causal in (False, True):
+        yield Case("V of 128 columns", 4, 4096, 8, 8, 192, causal, head_dim_v=128)
     yield Case("fp16", 4, 4096, 16, 16, 128, causal=False, dtype="float16")
     yield Case("32 heads, 8 of K and V", 2, 8192, 32, 8, 128, causal=True)
     for head_dim in (64, 128):

@@ -164,6 +164,7 @@ _LATENT = "flash::sm90::LatentConfig<flash::ptx::{dtype}, {head_dim}>"
 
 KINDS_OF_FAMILIES = {
     ("sm90_wide", "forward"): _hopper_forward("kLong"),
+    ("sm90_narrow", "forward"): _hopper_forward("kNarrow"),
     ("sm90", "forward"): _hopper_forward("kPlain"),
     ("sm90_scored", "forward"): _hopper_forward("kAll"),
     ("sm90_fp8_wide", "forward"): _hopper_forward("kLong"),

@@ -154,9 +154,11 @@ _SINCE_SM80 = ("80", "86", "89", "90", "100", "120", "80+ptx")
 # Best first. sm80's code runs on every later architecture too, compiled for it: what sm90 does not
 # do (dropout, some pages) stays with it on cc 9.0. sm90_wide and sm90_scored are sm90's code: with
 # wider tiles, for long calls; and with softcap, ALiBi, keys in parts and heads that share tiles,
-# which sm90's forward leaves out. Above head dim 128, sm90's dQ has a kernel of its own.
+# which sm90's forward leaves out. sm90_narrow is for V of up to 128 columns beside wider Q and K.
+# Above head dim 128, sm90's dQ has a kernel of its own.
 KERNEL_FAMILIES: tuple[KernelFamily, ...] = (
     KernelFamily("sm90_wide", ("forward",), (64, 96, 128), HALF_DTYPES, ("90a",)),
+    KernelFamily("sm90_narrow", ("forward",), (192,), HALF_DTYPES, ("90a",)),
     KernelFamily("sm90", ("forward",), (64, 96, 128, 192, 256), HALF_DTYPES, ("90a",)),
     KernelFamily("sm90_scored", ("forward",), (64, 96, 128, 192, 256), HALF_DTYPES, ("90a",)),
     KernelFamily("sm90_fp8_wide", ("forward",), (128,), (FP8_DTYPE,), ("90a",)),

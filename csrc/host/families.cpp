@@ -40,7 +40,10 @@ Shape waiting(Shape shape) {
 sm90::ForwardTile forward_tile(int family, int head_dim) {
   const bool is_wide = family == kSm90Wide || family == kSm90Fp8Wide;
   const bool is_plain = family == kSm90 || family == kSm90Fp8;
-  const sm90::Serves serves = is_wide ? sm90::kLong : is_plain ? sm90::kPlain : sm90::kAll;
+  const sm90::Serves serves = is_wide                 ? sm90::kLong
+                              : family == kSm90Narrow ? sm90::kNarrow
+                              : is_plain              ? sm90::kPlain
+                                                      : sm90::kAll;
   return sm90::forward_tile(serves, head_dim, element_bytes(family));
 }
 
@@ -75,6 +78,8 @@ Shape shape_of_hopper(int family, int kind, int head_dim) {
   shape.may_pair = tile.may_pair();
   return shape;
 }
+
+constexpr int kNarrowV = sm90::forward_tile(sm90::kNarrow, 192).value_dim();
 
 // A wide tile takes longer to begin and to end, has more rows that are empty, and more keys that a
 // mask hides: it needs many steps between. A window leaves wider heads too few.
@@ -165,6 +170,7 @@ bool takes(int family, const ForwardParams& params, int num_sms) {
   const bool is_scored = family == kSm90Scored || family == kSm90Fp8Scored;
   if (!is_scored && !is_plain(params.scores)) return false;
   if (family == kSm90Wide && !is_long(params)) return false;
+  if (family == kSm90Narrow && (params.d <= kNarrowV || params.dv > kNarrowV)) return false;
   if (family == kSm90 && params.d <= 64 && params.dv <= 64 && is_small(params, num_sms)) {
     return false;
   }
@@ -172,9 +178,8 @@ bool takes(int family, const ForwardParams& params, int num_sms) {
   // kernels of their own.
   const bool is_narrow = params.d <= 96 && params.dv <= 96;
   if (family == kSm90Fp8Wide && (seqs.sk < 2048 || is_narrow)) return false;
-  if (seqs.block_table != nullptr && (element_bytes(family) == 1 || !has_whole_pieces(seqs))) {
-    return false;
-  }
+  const bool takes_pages = element_bytes(family) == 2 && family != kSm90Narrow;
+  if (seqs.block_table != nullptr && !(takes_pages && has_whole_pieces(seqs))) return false;
   return has_rows(seqs) && params.scores.rng_state == nullptr &&
          have_tensor_maps(params, element_bytes(family));
 }

@@ -11,6 +11,7 @@ namespace flash::host {
 enum Family : int {
   kSm80,
   kSm90Wide,
+  kSm90Narrow,
   kSm90,
   kSm90Scored,
   kSm90Fp8Wide,

@@ -14,6 +14,7 @@ HERE = Path(__file__).parent
 FAMILIES = (
     "sm90",
     "sm90_wide",
+    "sm90_narrow",
     "sm90_scored",
     "sm90_fp8_wide",
     "sm90_fp8",
@@ -135,7 +136,7 @@ def units_for_hopper(head_dims: tuple[int, ...], dtype: str = "bf16") -> list[co
         if (
             unit.family in FAMILIES and unit.head_dim in head_dims and unit.dtype in (dtype, "e4m3")
         )
-        or (unit.family in ("sm90_wide", "sm90_latent") and unit.dtype == dtype)
+        or (unit.family in ("sm90_wide", "sm90_narrow", "sm90_latent") and unit.dtype == dtype)
         or (unit.kind == "decode" and unit.head_dim in DECODE_HEAD_DIMS and unit.dtype == dtype)
         or (
             unit.family == "sm90"

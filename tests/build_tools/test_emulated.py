@@ -40,12 +40,13 @@ def dense(d, sq, sk, hq=2, hk=1, b=2, rise=0.0, jump=0.0, dv=None, splits=1, **o
     got = call(q, k, v, splits=splits, **options)
     judge(got, lambda dtype: attention(q, k, v, dtype=dtype, **kept)[:2])
 
-def packed(d, lens_q, lens_k, hq=2, hk=1, used_k=None, splits=1, longest=None, **options):
+def packed(d, lens_q, lens_k, hq=2, hk=1, dv=None, used_k=None, splits=1, longest=None,
+           **options):
     cu = [torch.tensor([0, *torch.tensor(x).cumsum(0)], dtype=torch.int32)
           for x in (lens_q, lens_k)]
     # Rows behind the last sequence, and behind those in use, hold anything.
     rows = sum(lens_k) + 5
-    q, k, v = make(sum(lens_q) + 3, hq, d), make(rows, hk, d), make(rows, hk, d)
+    q, k, v = make(sum(lens_q) + 3, hq, d), make(rows, hk, d), make(rows, hk, dv or d)
     used = None if used_k is None else torch.tensor(used_k, dtype=torch.int32)
     ends = cu[1][:-1] + used if used_k else cu[1][1:]
     unused = torch.ones(len(k), dtype=torch.bool)
@@ -150,6 +151,19 @@ LONG = {
     " jump=200.0)",
     "dense": "dense({d}, 4096, 4099, hq=1, hk=1, b=1)",
 }
+# Of V with at most 128 columns beside wider Q and K.
+NARROW = {
+    "full": "dense(192, 256, 640, dv=128)",
+    "ragged": "dense(192, 200, 333, b=2, hk=2, dv=128)",
+    "narrower": "dense(160, 150, 290, hk=2, dv=72, causal=True)",
+    "causal": "dense(192, 300, 700, hk=2, dv=128, causal=True)",
+    "rows_without_keys": "dense(192, 400, 150, hk=2, dv=128, causal=True)",
+    "window": "dense(192, 300, 500, hk=2, dv=128, window=(64, 30))",
+    "overflowing_scores": "dense(192, 400, 900, hk=2, dv=128, rise=600.0)",
+    "jumping_scores": "dense(192, 400, 900, hk=2, dv=128, jump=200.0, causal=True)",
+    "packed": "packed(192, (130, 0, 200, 1), (100, 50, 333, 257), hk=2, dv=128, causal=True)",
+    "packed_used": "packed(192, (130, 5, 256), (130, 300, 256), hk=2, dv=128, used_k=(1, 290, 0))",
+}
 # Of head dim 256, where CTAs run in pairs. One of a pair has fewer blocks of keys, or rows without
 # any.
 PAIRS = {
@@ -200,6 +214,24 @@ def test_wide_tiles_compute_attention(
     told_of_long: dict[tuple[int, str], str], d: int, name: str
 ) -> None:
     assert told_of_long[d, name] == ""
+
+
+@pytest.fixture(scope="module")
+def told_of_narrow(
+    machine: Stub, tmp_path_factory: pytest.TempPathFactory
+) -> dict[tuple[int, str], str]:
+    """What each case of a narrow V came to."""
+    log = tmp_path_factory.mktemp("narrow") / "log"
+    results, launched = answers(machine, log, PROGRAM, NARROW, (192,))
+    assert launched == {"flash_fwd_sm90_narrow_d192_bf16", "flash_fill_bf16"}
+    return results
+
+
+@pytest.mark.parametrize("name", NARROW)
+def test_narrow_values_take_no_columns_that_are_none(
+    told_of_narrow: dict[tuple[int, str], str], name: str
+) -> None:
+    assert told_of_narrow[192, name] == ""
 
 
 @pytest.fixture(scope="module")

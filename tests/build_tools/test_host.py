@@ -100,11 +100,11 @@ class Call(ctypes.Structure):
     _fields_ = [("head", ForwardHead), ("rest", ctypes.c_ubyte * 800)]
 def plan_and_run(
     device, d=64, stream=77, splits=1, b=2, sq=300, sk=300, right=-1, margin=0, given=(),
-    dtype=BF16, pages=(0, 0), window_left=-1, heads=(4, 2), total_q=0, **rows
+    dtype=BF16, pages=(0, 0), window_left=-1, heads=(4, 2), total_q=0, dv=None, **rows
 ):
     # Only sizes matter to the plan; offsets are asked of the compiler below.
     call = Call()
-    sizes = dict(b=b, sq=sq, sk=sk, hq=heads[0], hk=heads[1], d=d, dv=d, cache_rows=b)
+    sizes = dict(b=b, sq=sq, sk=sk, hq=heads[0], hk=heads[1], d=d, dv=dv or d, cache_rows=b)
     for name, value in dict(
         sizes, window_left=window_left, window_right=right, sm_margin=margin, q_dtype=dtype,
         num_pages=pages[0], page_size=pages[1], total_q=total_q,
@@ -493,6 +493,34 @@ call(136, 8192)
         "sm90_wide_d128_bf16",
         "sm90_d128_bf16",
         "sm90_d192_bf16",
+    ]
+
+
+def test_a_narrow_v_has_a_kernel_of_its_own(
+    stub: Stub, hopper: Path, tmp_path: Path, offsets: dict[str, int]
+) -> None:
+    text = """
+call = lambda d, dv, **more: say(plan_and_run(0, d=d, dv=dv, sq=2000, sk=2000, **more))
+call(192, 128)
+call(136, 64)
+call(192, 136)
+call(128, 64)
+call(192, 128, splits=3)
+call(192, 128, given=["block_table"], pages=(100, 64))
+call(192, 128, given=["alibi_slopes"])
+"""
+    narrow, *others = run_with(hopper, stub, tmp_path / "log", offsets, text)
+    assert narrow.kernel == "flash_fwd_sm90_narrow_d192_bf16"
+    # Q, two blocks of K and of V, room for Q beside O.
+    blocks = 2 * 96 * (192 + 128)
+    assert narrow.smem == (128 * 192 + blocks + 128 * 192) * 2 + 2 * 128 * 4 + 1024
+    assert [x.kernel.removeprefix("flash_fwd_") for x in others if "combine" not in x.kernel] == [
+        "sm90_narrow_d192_bf16",
+        "sm90_d192_bf16",
+        "sm90_d128_bf16",
+        "sm90_scored_d192_bf16",
+        "sm90_d192_bf16",
+        "sm90_scored_d192_bf16",
     ]
 
 

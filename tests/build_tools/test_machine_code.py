@@ -63,7 +63,7 @@ SUMS = (
     (r"STSM\.16\.MT88\.4", ""),
 )
 MUST_HAVE = {
-    **{f"{family} forward": HOPPERS_FORWARD for family in ("sm90", "sm90_wide")},
+    **{f"{family} forward": HOPPERS_FORWARD for family in ("sm90", "sm90_wide", "sm90_narrow")},
     "sm90_scored forward": HOPPERS_PARTS,
     "sm90_latent forward": LATENT_FORWARD,
     **{

@@ -14,9 +14,9 @@ constexpr int rows_of_piece(int page_size, int block_n) {
 }
 
 // Calls that a kernel serves: all; those whose scores go to softmax as they are (no softcap, no
-// ALiBi, a positive scale); of these, long ones, for which wider tiles pay. What a kernel need not
-// do makes it smaller, and short calls faster.
-enum Serves { kAll, kPlain, kLong };
+// ALiBi, a positive scale); of these, long ones, for which wider tiles pay, and those with fewer
+// columns of V than of K. What a kernel need not do makes it smaller, and short calls faster.
+enum Serves { kAll, kPlain, kLong, kNarrow };
 
 struct ForwardTile {
   Serves serves;
@@ -30,11 +30,17 @@ struct ForwardTile {
   // Who plans a tile loads its Q, as soon as there is room; else it comes with the first block.
   bool plans_q = false;
   int element_bytes = 2;  // of Q, K and V
+  int narrow_v = 0;       // columns of V and O, where they are fewer than those of Q and K
 
+  constexpr int value_dim() const { return narrow_v > 0 ? narrow_v : head_dim; }
   constexpr int block_m() const { return kBoxM * consumers; }
   // Two CTAs with neighbouring rows may load K and V together. Where Q and O leave room for no more
   // than two short blocks, that is faster than each by itself.
   constexpr bool may_pair() const { return head_dim == 256 && element_bytes == 2; }
+  // A block of pages is copied by a warp, each lane a piece of one panel.
+  constexpr bool takes_pages() const {
+    return element_bytes == 2 && block_n / kLeastPageRows * (columns() / 64) <= 32;
+  }
   // Products of 8-bit elements want V by columns: it is transposed in shared memory.
   constexpr bool transposes_v() const { return element_bytes == 1; }
   constexpr int threads() const { return 128 * (1 + consumers); }
@@ -47,7 +53,8 @@ struct ForwardTile {
   }
   // In shared memory: whole panels of 128 bytes. What is moved counts as elements of 16 bits.
   constexpr int columns() const { return (head_dim * element_bytes + 127) / 128 * 64; }
-  constexpr int v_columns() const { return (head_dim + 63) / 64 * 64; }
+  constexpr int v_in_columns() const { return (value_dim() * element_bytes + 127) / 128 * 64; }
+  constexpr int v_columns() const { return (value_dim() + 63) / 64 * 64; }
   constexpr int transposed_bytes() const {
     return transposes_v() ? stages * v_columns() * ((block_n + 127) / 128 * 128) : 0;
   }
@@ -64,21 +71,27 @@ struct ForwardTile {
   }
   // A consumer passes over blocks that none of its rows sees. That costs a gap between two tiles.
   constexpr bool skips_blocks() const { return !holds_q; }
-  constexpr int o_columns() const { return has_o_buffer() ? v_columns() : v_columns() / 2; }
+  // Q may come back there.
+  constexpr int o_columns() const {
+    if (!has_o_buffer()) return v_columns() / 2;
+    return holds_q && columns() > v_columns() ? columns() : v_columns();
+  }
   // Q, K and V in stages, O; two floats a row; barriers and tiles.
   constexpr int smem_bytes() const {
-    return (q_buffers * block_m() + 2 * stages * block_n) * columns() * 2 +
-           block_m() * o_columns() * 2 + transposed_bytes() + block_m() * 8 + 1024;
+    return q_buffers * block_m() * columns() * 2 +
+           stages * block_n * (columns() + v_in_columns()) * 2 + block_m() * o_columns() * 2 +
+           transposed_bytes() + block_m() * 8 + 1024;
   }
 };
 
 // Calls, head dim, consumers, keys, buffers of K and of V, buffers of Q, holds Q, takes turns,
-// plans Q; and bytes of an element. The first that serves is taken.
+// plans Q; bytes of an element, and columns of V. The first that serves is taken.
 constexpr ForwardTile kForwardTiles[] = {
     {kLong, 64, 3, 128, 4, 2, false, true},
     {kLong, 96, 3, 96, 2, 1, false, true},
     {kLong, 128, 3, 80, 2, 1, false, false},
     {kPlain, 64, 4, 64, 4, 2, false, true, true},
+    {kNarrow, 192, 2, 96, 2, 1, true, true, false, 2, 128},
     {kAll, 64, 2, 128, 4, 1, true, true},
     {kAll, 96, 2, 128, 2, 1, true, true, true},
     {kAll, 128, 2, 128, 2, 1, true, true, true},

@@ -267,7 +267,7 @@ class Consumer {
     } else {
       if (is_cut_) clear_tail(pipe_.tile(tile).tail);
       is_cut_ = false;
-      tile::start_pb<T, TileK>(o_, p_, operand(pipe_.v_buffer(block_)), !is_fresh_);
+      tile::start_pb<T, typename Cfg::TileV>(o_, p_, operand(pipe_.v_buffer(block_)), !is_fresh_);
     }
     is_fresh_ = false;
   }
@@ -275,7 +275,7 @@ class Consumer {
   // Rows of V behind the sequence become zeros: p is zero there, but they may hold infinities. Both
   // consumers do it, and neither waits for the other.
   __device__ void clear_tail(int tail) {
-    tile::clear_rows<TileK, 128>(pipe_.v_buffer(block_), tail, Own::thread());
+    tile::clear_rows<typename Cfg::TileV, 128>(pipe_.v_buffer(block_), tail, Own::thread());
     ptx::fence_async_proxy();
     ptx::named_barrier_sync(1 + consumer_, 128);
   }

@@ -36,6 +36,7 @@ struct ForwardConfig {
   static constexpr int kConsumers = kTile.consumers;
   static constexpr int kBlockM = kTile.block_m();
   static constexpr int kHeadDim = kHeadDim_;
+  static constexpr int kValueDim = kTile.value_dim();
   static constexpr int kBlockN = kTile.block_n;
   static constexpr int kThreads = kTile.threads();
   static constexpr int kStages = kTile.stages;
@@ -48,10 +49,11 @@ struct ForwardConfig {
   using TileQ = tile::SmemTile<64, kTile.columns()>;  // of one consumer
   using TileO = tile::SmemTile<64, kTile.o_columns()>;
   using TileK = tile::SmemTile<kBlockN, kTile.columns()>;
+  using TileV = tile::SmemTile<kBlockN, kTile.v_in_columns()>;
   // V by columns, where it is transposed.
   using TileVt = tile::SmemTile<kTile.v_columns(), (kDepthOfP + 63) / 64 * 64>;
   using AccS = tile::Accumulators<1, kBlockN / 8>;
-  using AccO = tile::Accumulators<1, kHeadDim / 8>;
+  using AccO = tile::Accumulators<1, kValueDim / 8>;
 };
 
 constexpr int kMaxConsumers = 4;
@@ -145,7 +147,9 @@ struct Pipeline {
   static constexpr int kQBytes = Cfg::kQBuffers * kConsumers * Cfg::TileQ::kBytes;
   static constexpr int kOBytes = kConsumers * Cfg::TileO::kBytes;
   static constexpr int kKBytes = Cfg::kStages * Cfg::TileK::kBytes;
-  static constexpr int kLses = kQBytes + kOBytes + 2 * kKBytes + Cfg::kTile.transposed_bytes();
+  static constexpr int kVBytes = Cfg::kStages * Cfg::TileV::kBytes;
+  static constexpr int kValues = kQBytes + kOBytes + kKBytes;
+  static constexpr int kLses = kValues + kVBytes + Cfg::kTile.transposed_bytes();
   static constexpr int kBarriers = kLses + Cfg::kBlockM * 8;
   using QRing = Ring<Cfg::kQBuffers>;
   using ORing = Ring<1>;
@@ -175,10 +179,12 @@ struct Pipeline {
   __device__ uint32_t k_buffer(uint32_t block) const {
     return smem + kQBytes + kOBytes + block % Cfg::kStages * Cfg::TileK::kBytes;
   }
-  __device__ uint32_t v_in_buffer(uint32_t block) const { return k_buffer(block) + kKBytes; }
+  __device__ uint32_t v_in_buffer(uint32_t block) const {
+    return smem + kValues + block % Cfg::kStages * Cfg::TileV::kBytes;
+  }
   __device__ uint32_t v_buffer(uint32_t block) const {
     if constexpr (!Cfg::kIsFp8) return v_in_buffer(block);
-    return smem + kQBytes + kOBytes + 2 * kKBytes + block % Cfg::kStages * Cfg::TileVt::kBytes;
+    return smem + kValues + kVBytes + block % Cfg::kStages * Cfg::TileVt::kBytes;
   }
 
   // Of the 64 rows of a consumer: log-sum-exps, and what normalises O.

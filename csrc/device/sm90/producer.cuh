@@ -323,7 +323,7 @@ template <class Cfg>
 __device__ inline void load_tiles(const TmaForwardParams& params, const Pipeline<Cfg>& pipe,
                                   int lane) {
   using TileK = typename Cfg::TileK;
-  if constexpr (!Cfg::kIsFp8) {
+  if constexpr (Cfg::kTile.takes_pages()) {
     if (params.call.seqs.block_table) {
       load_tiles<Cfg, BlockOfPages<TileK>>(params, pipe, lane);
       return;
