@@ -304,6 +304,8 @@ LATENT = [
 FA3 = [
     *(Problem(sq=67, sk=91, d=64, hq=4, hk=2, causal=True, dtype=dtype) for dtype in DTYPES),
     Problem(sq=67, sk=91, d=192, dv=128, dtype=BF16, causal=True),
+    Problem(sq=300, sk=391, d=192, dv=128, dtype=FP16, causal=True),
+    Problem(sq=257, sk=130, d=160, dv=72, dtype=BF16, window=(30, 4)),
     Problem(sq=67, sk=91, d=64, dv=256, dtype=BF16, hq=4, hk=1),
     Problem(sq=67, sk=91, d=64, dv=512, dtype=FP16, hq=4, hk=1),
     Problem(sq=67, sk=91, d=40, dv=72, dtype=FP64, window=(30, 4)),
