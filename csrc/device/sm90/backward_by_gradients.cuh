@@ -1,5 +1,6 @@
 // Consumers that share 64 keys, where dK and dV of more do not fit the registers of one: the first
-// computes P and dV, the second dS and dK. dQ has a kernel of its own (queries.cuh).
+// computes P and dV, the second dS and dK. P goes from one to the other as it is, in float. dQ has
+// a kernel of its own (queries.cuh).
 //
 // Where there are buffers of three steps, dV and dK of a step are multiplied beside S and dP of the
 // next one, and K and V stay in registers: those of the next block come into their buffers at once.
@@ -8,14 +9,6 @@
 #include "sm90/backward_consumer.cuh"
 
 namespace flash::sm90 {
-
-// Where dS is rounded to bf16, P goes over as f16, whose steps are an eighth of those, down to 2^-14.
-// So that they are below too, P and all that comes of it are 2^12 times as large until dV and dK
-// leave. Else P goes over as it is, in float.
-template <class T>
-constexpr bool packs_p = false;
-template <>
-constexpr bool packs_p<ptx::Bfloat16> = true;
 
 // What both do.
 template <class Cfg>
@@ -30,9 +23,6 @@ class SharingConsumer : public GradientConsumer<Cfg> {
   static_assert(Cfg::kBlockM == 64, "one product a step");
   static constexpr bool kIsLate = Cfg::kTile.is_late();
   static_assert(kIsLate || Cfg::kStages == 2, "buffers of a step late, or of none");
-  static constexpr bool kPacksP = packs_p<T>;
-  static constexpr float kRaise = kPacksP ? 12.0f : 0.0f;
-  static constexpr float kUnit = kPacksP ? 0x1p-12f : 1.0f;
 
   __device__ __forceinline__ SharingConsumer(const TmaBackwardParams& params,
                                              const BackwardPipeline<Cfg>& pipe)
@@ -81,42 +71,9 @@ class SharingConsumer : public GradientConsumer<Cfg> {
     this->close_block();
   }
 
-  // This thread's part of P goes from consumer to consumer, by one of two buffers.
-  __device__ __forceinline__ void hand_over(const AccS& p) const {
-    if constexpr (kPacksP) {
-      Packed halves;
-      tile::pack<ptx::Half>(halves, p);
-#pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        const uint32_t(&x)[4] = halves[k];
-        ptx::st_shared_128(p_of_thread(k), make_uint4(x[0], x[1], x[2], x[3]));
-      }
-    } else {
-#pragma unroll
-      for (int n = 0; n < 8; ++n) {
-        const float(&x)[4] = p.c[0][n];
-        ptx::st_shared_128(p_of_thread(n),
-                           make_uint4(__float_as_uint(x[0]), __float_as_uint(x[1]),
-                                      __float_as_uint(x[2]), __float_as_uint(x[3])));
-      }
-    }
-  }
-  __device__ __forceinline__ void take_over(AccS& p) const {
-#pragma unroll
-    for (int i = 0; i < (kPacksP ? 4 : 8); ++i) {
-      const uint4 all = ptx::ld_shared_128(p_of_thread(i));
-      const uint32_t x[4] = {all.x, all.y, all.z, all.w};
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        if constexpr (kPacksP) {
-          const float2 pair = ptx::unpack<ptx::Half>(x[j]);
-          p.c[0][2 * i + j / 2][j % 2 * 2] = pair.x;
-          p.c[0][2 * i + j / 2][j % 2 * 2 + 1] = pair.y;
-        } else {
-          p.c[0][i][j] = __uint_as_float(x[j]);
-        }
-      }
-    }
+  // This thread's part of P, from consumer to consumer. There are two buffers.
+  __device__ uint32_t p_of_thread() const {
+    return this->pipe_.p_buffer(this->step_) + this->thread() * 16;
   }
   // Named barriers, of even or odd steps. What a step writes was read two steps before, or Q would
   // not be there, if there are only two buffers of it. Else the reader tells.
@@ -152,9 +109,6 @@ class SharingConsumer : public GradientConsumer<Cfg> {
     this->release_keys(this->keys_);
     this->release_values();
   }
-  __device__ uint32_t p_of_thread(int i) const {
-    return this->pipe_.p_buffer(this->step_) + i * 2048 + this->thread() * 16;
-  }
 
   uint32_t held_[Cfg::kHeadDim / 16][4];
 };
@@ -187,7 +141,7 @@ class ValuesConsumer : SharingConsumer<Cfg> {
           run_steps<false>();
         }
       }
-      this->store(dv_, Base::kUnit, this->maps_.dv, this->params_.dv_grad, this->params_.dv);
+      this->store(dv_, 1.0f, this->maps_.dv, this->params_.dv_grad, this->params_.dv);
       this->close_keys(has_steps);
     }
     for (int i = 0; kIsLate && i < 2; ++i) {
@@ -232,18 +186,24 @@ class ValuesConsumer : SharingConsumer<Cfg> {
       ptx::wgmma_wait<kHasLate ? 1 : 0>();
       ptx::pin(s.c[0]);
       this->hide_unseen(s, this->warp_row(), 0);
-      exponentiate(s, this->maps_.scale_log2, -Base::kRaise);
+      exponentiate(s, this->maps_.scale_log2);
       if constexpr (!kHasLate) tile::pack<T>(p_, s);
     } else {
       ptx::wgmma_wait<0>();
       ptx::pin(s.c[0]);
       if constexpr (kHasLate) this->finish_product(dv_, p_, late);
-      this->transform_scores(s, p_, this->warp_row(), 0, Base::kRaise);
+      this->transform_scores(s, p_, this->warp_row(), 0);
     }
     if constexpr (kIsLate) {
       ptx::named_barrier_sync(Base::p_is_free(this->step_), Base::kBothConsumers);
     }
-    this->hand_over(s);
+#pragma unroll
+    for (int n = 0; n < 8; ++n) {
+      const float(&x)[4] = s.c[0][n];
+      ptx::st_shared_128(this->p_of_thread() + n * 2048,
+                         make_uint4(__float_as_uint(x[0]), __float_as_uint(x[1]),
+                                    __float_as_uint(x[2]), __float_as_uint(x[3])));
+    }
     ptx::named_barrier_arrive(this->p_is_there(), Base::kBothConsumers);
     if constexpr (kPlain && kHasLate) {
       this->finish_product(dv_, p_, late);
@@ -286,8 +246,8 @@ class KeyGradientsConsumer : SharingConsumer<Cfg> {
         this->clean_keys(0, Cfg::kBlockN);
         run_steps();
       }
-      this->store(dk_, this->params_.scores.softmax_scale * Base::kUnit, this->maps_.dk,
-                  this->params_.dk, this->params_.d);
+      this->store(dk_, this->params_.scores.softmax_scale, this->maps_.dk, this->params_.dk,
+                  this->params_.d);
       this->close_keys(has_steps);
     }
   }
@@ -327,7 +287,14 @@ class KeyGradientsConsumer : SharingConsumer<Cfg> {
     ptx::wgmma_wait<kHasLate ? 1 : 0>();
     ptx::pin(dp.c[0]);
     AccS p;
-    this->take_over(p);
+#pragma unroll
+    for (int n = 0; n < 8; ++n) {
+      const uint4 x = ptx::ld_shared_128(this->p_of_thread() + n * 2048);
+      p.c[0][n][0] = __uint_as_float(x.x);
+      p.c[0][n][1] = __uint_as_float(x.y);
+      p.c[0][n][2] = __uint_as_float(x.z);
+      p.c[0][n][3] = __uint_as_float(x.w);
+    }
     if constexpr (kIsLate) {
       ptx::named_barrier_arrive(Base::p_is_free(this->step_), Base::kBothConsumers);
     }

@@ -140,9 +140,9 @@ class GradientConsumer {
   }
 
   // Of scores that are not plain: products S become P, packed in `p`, and what dP - delta is
-  // multiplied by in `s`; both times 2^raise.
-  __device__ __forceinline__ void transform_scores(AccS& s, uint32_t (&p)[4][4], int row, int half,
-                                                   float raise = 0.0f) const {
+  // multiplied by in `s`.
+  __device__ __forceinline__ void transform_scores(AccS& s, uint32_t (&p)[4][4], int row,
+                                                   int half) const {
     const KeyBlock& b = block();
     const ColumnPairs lse = statistic(kLse, half);
     const uint32_t bounds = pipe_.bounds(row + lane() / 4);
@@ -150,9 +150,9 @@ class GradientConsumer {
     const attn::ScoreRule rule(params_.scores, b.sequence, head_);
     const int distance = query + b.sk - b.sq - (b.first + row + lane() / 4);
     if (params_.scores.softcap > 0.0f) {
-      transform<T, true>(s, p, rule, bounds, query, distance, lse, raise);
+      transform<T, true>(s, p, rule, bounds, query, distance, lse);
     } else {
-      transform<T, false>(s, p, rule, bounds, query, distance, lse, raise);
+      transform<T, false>(s, p, rule, bounds, query, distance, lse);
     }
   }
 

@@ -68,13 +68,12 @@ __device__ __forceinline__ void hide_queries(tile::Accumulators<1, 8>& s, uint32
   }
 }
 
-// S becomes P times 2^-lower; its sums began with lse times TmaBackwardParams::lse_factor.
-__device__ __forceinline__ void exponentiate(tile::Accumulators<1, 8>& s, float scale_log2,
-                                             float lower = 0.0f) {
+// S becomes P; its sums began with lse times TmaBackwardParams::lse_factor.
+__device__ __forceinline__ void exponentiate(tile::Accumulators<1, 8>& s, float scale_log2) {
 #pragma unroll
   for (int n = 0; n < 8; ++n) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) s.c[0][n][i] = ptx::ex2(s.c[0][n][i] * scale_log2 - lower);
+    for (int i = 0; i < 4; ++i) s.c[0][n][i] = ptx::ex2(s.c[0][n][i] * scale_log2);
   }
 }
 
@@ -91,12 +90,11 @@ __device__ __forceinline__ void exponentiate(tile::Accumulators<1, 8>& s, float 
 }
 
 // With softcap or ALiBi: products S become P, packed in `p`, and what dP - delta is multiplied by
-// in `s`; both times 2^raise. Of this lane's first entry: its query, and the distance from the key
-// to that.
+// in `s`. Of this lane's first entry: its query, and the distance from the key to that.
 template <class T, bool kCaps>
 __device__ __forceinline__ void transform(tile::Accumulators<1, 8>& s, uint32_t (&p)[4][4],
                                           const attn::ScoreRule& rule, uint32_t bounds, int query,
-                                          int distance, const ColumnPairs& lse, float raise) {
+                                          int distance, const ColumnPairs& lse) {
   const float factor = kCaps ? __fdividef(rule.scale, rule.softcap) : rule.scale;
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
@@ -117,8 +115,7 @@ __device__ __forceinline__ void transform(tile::Accumulators<1, 8>& s, uint32_t 
         }
         x -= rule.slope * static_cast<float>(abs(distance + col - 8 * h));
         const bool is_seen = col >= seen.begin && col < seen.end;
-        const float down = (i == 0 ? lse.at[n].x : lse.at[n].y) - raise;
-        x = is_seen ? ptx::ex2(x * attn::kLog2e - down) : 0.0f;
+        x = is_seen ? ptx::ex2(x * attn::kLog2e - (i == 0 ? lse.at[n].x : lse.at[n].y)) : 0.0f;
         weight[i] = x * slope;
       }
       p[n / 2][n % 2 * 2 + h] = ptx::pack<T>(s.c[0][n][2 * h], s.c[0][n][2 * h + 1]);
