@@ -155,8 +155,8 @@ def faults(unit: codegen.Unit, arch: Arch, code: bytes, log: str) -> Iterator[st
     if must_have in (HOPPERS_FORWARD, HOPPERS_PARTS, FP8_FORWARD) and unit.head_dim < 256:
         must_have += O_BUFFER
     if must_have is HOPPERS_BACKWARD:
-        # dK and dV leave from registers where dQ has a consumer of its own, and where the next block
-        # of keys comes beside this one.
+        # dK and dV leave from registers where dQ has a consumer of its own, and where the next
+        # block of keys comes beside this one.
         must_have += O_BUFFER * (unit.head_dim not in (96, 192)) + SUMS * (unit.head_dim <= 128)
     for wanted in must_have:
         if not machine_code.count(found, wanted[form]):

@@ -176,8 +176,8 @@ struct BackwardTile {
   constexpr int senders() const { return share == kByKeys ? 2 : 0; }
   constexpr int out_buffers() const { return has_summer ? 1 : senders(); }
   constexpr int out_bytes() const { return 64 * (has_summer ? head_dim : 64) * 4; }
-  // The operands of a step outlast it, so that dV and dK of it are multiplied beside S and dP of the
-  // next; and K and V of a block stay in registers.
+  // The operands of a step outlast it, so that dV and dK of it are multiplied beside S and dP of
+  // the next; and K and V of a block stay in registers.
   constexpr bool is_late() const { return share == kByGradients && stages == 3; }
   // A CTA takes block after block, where it can load the next K and V beside this block.
   constexpr bool takes_blocks() const { return share == kByKeys || is_late(); }

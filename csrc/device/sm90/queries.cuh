@@ -7,9 +7,10 @@
 //     dS = P (dP - delta)           once dP is there; it stays in registers
 //     dQ += dS K
 //
-// One warpgroup plans and loads; two compute, 64 queries each. They have nothing to tell each other.
-// It needs nothing of the kernel of dK and dV but that this one runs: by then delta is there. So it
-// begins on multiprocessors that have no more blocks of keys.
+// One warpgroup plans and loads; two compute, 64 queries each. They have nothing to tell each
+// other. The kernel of dK and dV is still at work when this one begins, on multiprocessors that
+// have no more blocks of keys: all that is needed of it is that its CTAs run, since by then delta
+// is there.
 #pragma once
 
 #include "sm90/backward_scores.cuh"
