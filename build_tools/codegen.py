@@ -160,6 +160,9 @@ def _hopper_forward(serves: str) -> Kind:
     )
 
 
+# Of V narrower than Q and K.
+_NARROW = "<flash::ptx::{dtype}, {head_dim}, flash::sm90::kNarrowV>"
+_NARROW_BACKWARD = f"flash::sm90::BackwardConfig{_NARROW}"
 _LATENT = "flash::sm90::LatentConfig<flash::ptx::{dtype}, {head_dim}>"
 
 KINDS_OF_FAMILIES = {
@@ -176,6 +179,16 @@ KINDS_OF_FAMILIES = {
         call=f"flash::sm90::latent<{_LATENT}>",
         threads=f"{_LATENT}::kThreads, 1",
         params="TmaLatentParams",
+    ),
+    ("sm90_narrow", "backward"): dataclasses.replace(
+        KINDS["backward"],
+        headers=("sm90/backward.cuh",),
+        call=f"flash::sm90::backward<{_NARROW_BACKWARD}>",
+        threads=f"{_NARROW_BACKWARD}::kThreads, 1",
+        params="TmaBackwardParams",
+    ),
+    ("sm90_narrow", "dq"): dataclasses.replace(
+        KINDS["dq"], call=f"flash::sm90::query_gradients<flash::sm90::QueriesConfig{_NARROW}>"
     ),
     ("sm90", "backward"): dataclasses.replace(
         KINDS["backward"], threads=f"{_BACKWARD}::kThreads, 1", params="TmaBackwardParams"

@@ -165,6 +165,7 @@ KERNEL_FAMILIES: tuple[KernelFamily, ...] = (
     KernelFamily("sm90_fp8", ("forward",), (64, 96, 128, 192, 256), (FP8_DTYPE,), ("90a",)),
     KernelFamily("sm90_fp8_scored", ("forward",), (64, 96, 128, 192, 256), (FP8_DTYPE,), ("90a",)),
     KernelFamily("sm90_latent", ("forward",), (256, 512), HALF_DTYPES, ("90a",)),
+    KernelFamily("sm90_narrow", ("backward", "dq"), (192,), HALF_DTYPES, ("90a",)),
     KernelFamily("sm90", ("backward", "convert"), (64, 96, 128), HALF_DTYPES, ("90a",)),
     KernelFamily("sm90", ("backward", "dq"), (192, 256), HALF_DTYPES, ("90a",)),
     KernelFamily(

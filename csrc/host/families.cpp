@@ -79,7 +79,8 @@ Shape shape_of_hopper(int family, int kind, int head_dim) {
   return shape;
 }
 
-constexpr sm90::ForwardTile kNarrow = sm90::forward_tile(sm90::kNarrow, 192);
+// V has fewer columns than Q and K, as few as kernels of its own have.
+bool is_narrow(int d, int dv) { return d > sm90::kNarrowV && dv <= sm90::kNarrowV; }
 
 // A wide tile takes longer to begin and to end, has more rows that are empty, and more keys that a
 // mask hides: it needs many steps between. A window leaves wider heads too few.
@@ -170,8 +171,7 @@ bool takes(int family, const ForwardParams& params, int num_sms) {
   const bool is_scored = family == kSm90Scored || family == kSm90Fp8Scored;
   if (!is_scored && !is_plain(params.scores)) return false;
   if (family == kSm90Wide && !is_long(params)) return false;
-  const bool is_narrow_v = params.dv <= kNarrow.value_dim() && params.d > kNarrow.value_dim();
-  if (family == kSm90Narrow && !is_narrow_v) return false;
+  if (family == kSm90Narrow && !is_narrow(params.d, params.dv)) return false;
   if (family == kSm90 && params.d <= 64 && params.dv <= 64 && is_small(params, num_sms)) {
     return false;
   }
@@ -179,15 +179,15 @@ bool takes(int family, const ForwardParams& params, int num_sms) {
   // kernels of their own.
   const bool is_narrow = params.d <= 96 && params.dv <= 96;
   if (family == kSm90Fp8Wide && (seqs.sk < 2048 || is_narrow)) return false;
-  const bool takes_pages =
-      family == kSm90Narrow ? kNarrow.takes_pages() : element_bytes(family) == 2;
+  const bool takes_pages = element_bytes(family) == 2 && family != kSm90Narrow;
   if (seqs.block_table != nullptr && !(takes_pages && has_whole_pieces(seqs))) return false;
   return has_rows(seqs) && params.scores.rng_state == nullptr &&
          have_tensor_maps(params, element_bytes(family));
 }
 
 bool takes(int family, const BackwardParams& params) {
-  if (family != kSm90) return true;
+  if (!is_hopper(family)) return true;
+  if (family == kSm90Narrow && !is_narrow(params.d, params.dv)) return false;
   // Sums of scores begin with lse / scale, which must be finite.
   constexpr float kLeastScale = 1e-30f;
   if (is_plain(params.scores) && params.scores.softmax_scale < kLeastScale) return false;

@@ -126,6 +126,37 @@ CASES = {
 }
 
 
+# Of V with at most 128 columns beside wider Q and K.
+NARROW = {
+    "ragged": "dense(192, 200, 333, b=2, dv=128)",
+    "full": "dense(192, 256, 640, hq=4, hk=2, dv=128)",
+    "causal": "dense(192, 300, 300, hq=4, hk=2, dv=128, causal=True)",
+    "narrower": "dense(160, 150, 270, dv=72, causal=True)",
+    "window": "dense(192, 400, 400, dv=128, window=(100, 30))",
+    "softcap": "dense(192, 200, 200, dv=128, softcap=10.0, causal=True)",
+    "used": "dense(192, 200, 300, b=3, dv=128, used_q=[200, 17, 0], used_k=[300, 129, 5])",
+}
+
+
+@pytest.fixture(scope="module")
+def told_of_narrow(
+    machine: Stub, tmp_path_factory: pytest.TempPathFactory
+) -> dict[tuple[int, str], str]:
+    """What each case of a narrow V came to."""
+    log = tmp_path_factory.mktemp("narrow") / "log"
+    results, launched = answers(machine, log, PROGRAM, NARROW, (192,))
+    kernels = {f"flash_{kind}_sm90_narrow_d192_bf16" for kind in ("bwd", "dq")}
+    assert launched == kernels | {"flash_delta_bf16", "flash_fill_bf16"}
+    return results
+
+
+@pytest.mark.parametrize("name", NARROW)
+def test_narrow_values_take_no_columns_that_are_none(
+    told_of_narrow: dict[tuple[int, str], str], name: str
+) -> None:
+    assert told_of_narrow[192, name] == ""
+
+
 @pytest.fixture(scope="module")
 def told(machine: Stub, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, str], str]:
     """What each case came to."""

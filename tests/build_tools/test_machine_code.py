@@ -71,6 +71,7 @@ MUST_HAVE = {
         for family in ("sm90_fp8", "sm90_fp8_wide", "sm90_fp8_scored")
     },
     "sm90 backward": HOPPERS_BACKWARD,
+    "sm90_narrow backward": HOPPERS_BACKWARD,
     "forward": (PRODUCT, COPY, FRAGMENT, STORE),
     "backward": (PRODUCT, COPY, FRAGMENT, STORE),
     "delta": (LOAD,),

@@ -10,8 +10,8 @@
 
 namespace flash::sm90 {
 
-// What both do.
-template <class Cfg>
+// What both do. `kDepth`: columns of K or of V, of which its scores are made.
+template <class Cfg, int kDepth>
 class SharingConsumer : public GradientConsumer<Cfg> {
  protected:
   using Base = GradientConsumer<Cfg>;
@@ -34,8 +34,9 @@ class SharingConsumer : public GradientConsumer<Cfg> {
   }
 
   // By V, dV leaves, and dK by K, when nobody needs these any more; or both from registers.
-  __device__ __forceinline__ void store(const typename Cfg::AccKV& acc, float factor,
-                                        const TensorMap& map, const Rows& to, int num_cols) const {
+  template <class Acc>
+  __device__ __forceinline__ void store(const Acc& acc, float factor, const TensorMap& map,
+                                        const Rows& to, int num_cols) const {
     const int first = this->block().first;
     if constexpr (kIsLate) {
       const float factors[2] = {factor, factor};
@@ -92,12 +93,12 @@ class SharingConsumer : public GradientConsumer<Cfg> {
     if constexpr (kIsLate) {
       tile::start_abt<T, TileQ>(s, held_, queries, adds);
     } else {
-      tile::start_abt<T, Cfg::kHeadDim, TileK, TileQ>(s, keys, queries, adds);
+      tile::start_abt<T, kDepth, TileK, TileQ>(s, keys, queries, adds);
     }
   }
   // Ends the product of dV or dK of `step`: `operand` was in registers.
-  __device__ __forceinline__ void finish_product(typename Cfg::AccKV& sums, Packed& operand,
-                                                 uint32_t step) const {
+  template <class Acc>
+  __device__ __forceinline__ void finish_product(Acc& sums, Packed& operand, uint32_t step) const {
     ptx::wgmma_wait<0>();
     ptx::pin(sums.c[0]);
     ptx::pin(operand);
@@ -110,13 +111,13 @@ class SharingConsumer : public GradientConsumer<Cfg> {
     this->release_values();
   }
 
-  uint32_t held_[Cfg::kHeadDim / 16][4];
+  uint32_t held_[kDepth / 16][4];
 };
 
 // P and dV.
 template <class Cfg>
-class ValuesConsumer : SharingConsumer<Cfg> {
-  using Base = SharingConsumer<Cfg>;
+class ValuesConsumer : SharingConsumer<Cfg, Cfg::kHeadDim> {
+  using Base = SharingConsumer<Cfg, Cfg::kHeadDim>;
   using typename Base::AccS;
   using typename Base::Packed;
   using typename Base::T;
@@ -217,13 +218,13 @@ class ValuesConsumer : SharingConsumer<Cfg> {
   }
 
   Packed p_;
-  typename Cfg::AccKV dv_;
+  typename Cfg::AccV dv_;
 };
 
 // dS and dK.
 template <class Cfg>
-class KeyGradientsConsumer : SharingConsumer<Cfg> {
-  using Base = SharingConsumer<Cfg>;
+class KeyGradientsConsumer : SharingConsumer<Cfg, Cfg::kValueDim> {
+  using Base = SharingConsumer<Cfg, Cfg::kValueDim>;
   using typename Base::AccS;
   using typename Base::Packed;
   using typename Base::T;
@@ -308,7 +309,7 @@ class KeyGradientsConsumer : SharingConsumer<Cfg> {
   }
 
   Packed ds_;
-  typename Cfg::AccKV dk_;
+  typename Cfg::AccK dk_;
 };
 
 }  // namespace flash::sm90

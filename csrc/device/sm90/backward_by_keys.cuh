@@ -278,7 +278,7 @@ class KeysConsumer : GradientConsumer<Cfg> {
     this->pipe_.outs(this->consumer_).arrive_full_if(this->lane() == 0, num_sent());
   }
 
-  __device__ __forceinline__ void store(const typename Cfg::AccKV& acc, float factor,
+  __device__ __forceinline__ void store(const typename Cfg::AccK& acc, float factor,
                                         const Rows& to, int num_cols) const {
     const float factors[2] = {factor, factor};
     const int row = this->block().first + 64 * this->consumer_ + this->warp_row();
@@ -299,7 +299,7 @@ class KeysConsumer : GradientConsumer<Cfg> {
     return this->pipe_.dout_buffer(this->step_) + half * kRows;
   }
 
-  typename Cfg::AccKV dk_, dv_;
+  typename Cfg::AccK dk_, dv_;
   uint32_t late_keys_ = 0;             // the block of keys of the step before
   uint32_t k_[Cfg::kHeadDim / 16][4];  // where it is held
 };

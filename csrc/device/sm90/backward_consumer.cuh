@@ -17,7 +17,6 @@ class GradientConsumer {
   using TileDs = typename Cfg::TileDs;
   using TileOut = typename Cfg::TileOut;
   using AccS = typename Cfg::AccS;
-  using AccKV = typename Cfg::AccKV;
   static constexpr int kBlockM = Cfg::kBlockM;
   static constexpr int kBothConsumers = 256;  // threads
 
@@ -158,7 +157,8 @@ class GradientConsumer {
 
   // Rounds 64 rows of a gradient, of which the block's `row` is the first, into the buffer by which
   // they leave; or stores them, where they leave one by one.
-  __device__ __forceinline__ void put_out(const AccKV& acc, float factor, const Rows& to, int row,
+  template <class Acc>
+  __device__ __forceinline__ void put_out(const Acc& acc, float factor, const Rows& to, int row,
                                           int num_cols) const {
     const float factors[2] = {factor, factor};
     tile::store_matrix<T, TileOut>(out(), acc, factors, warp_row(), lane());

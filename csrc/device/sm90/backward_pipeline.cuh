@@ -6,12 +6,14 @@
 
 namespace flash::sm90 {
 
-template <class T_, int kHeadDim_>
+// `kValueDim`: columns of V and dO.
+template <class T_, int kHeadDim_, int kValueDim_ = kHeadDim_>
 struct BackwardConfig {
   using T = T_;
   static constexpr BackwardTile kTile = backward_tile(kHeadDim_);
   static constexpr int kConsumers = kTile.consumers();
   static constexpr int kHeadDim = kHeadDim_;
+  static constexpr int kValueDim = kValueDim_;
   static constexpr int kBlockM = kTile.block_m;
   static constexpr int kBlockN = kTile.block_n;
   static constexpr int kThreads = kTile.threads();
@@ -26,7 +28,8 @@ struct BackwardConfig {
   using TileDs = tile::SmemTile<kBlockM, kBlockN>;
   using TileOut = tile::SmemTile<64, kTile.columns()>;  // 64 rows of dK or dV
   using AccS = tile::Accumulators<1, 8>;                // of 64 keys and 64 queries
-  using AccKV = tile::Accumulators<1, kHeadDim / 8>;
+  using AccK = tile::Accumulators<1, kHeadDim / 8>;
+  using AccV = tile::Accumulators<1, kValueDim / 8>;
 };
 
 // What one round of the CTA computes: dK and dV of kBlockN keys of one key-value head. A warp plans

@@ -171,6 +171,7 @@ __device__ inline void load_steps(const TmaBackwardParams& params,
   using TileQ = typename Cfg::TileQ;
   using TileK = typename Cfg::TileK;
   constexpr int kPanels = TileQ::kCols / 64;
+  constexpr int kPanelsOfV = (Cfg::kValueDim + 63) / 64;
   constexpr int kStatisticsBytes = Cfg::kBlockM * 2 * 4;
   const BackwardParams& call = params.call;
   uint32_t step = 0;
@@ -199,11 +200,11 @@ __device__ inline void load_steps(const TmaBackwardParams& params,
         ptx::bulk_load(pipe.statistics(step), statistics + 2 * m * Cfg::kBlockM, kStatisticsBytes,
                        full);
         const bool is_first = m == block.begin && head == block.head * group;
-        load_tile<TileQ>(pipe.dout_buffer(step), params.dout, pipe.douts().full(step), kPanels, row,
-                         head, block.batch_q, is_first ? TileK::kBytes : 0);
+        load_tile<TileQ>(pipe.dout_buffer(step), params.dout, pipe.douts().full(step), kPanelsOfV,
+                         row, head, block.batch_q, is_first ? kPanelsOfV * TileK::kPanelBytes : 0);
         if (is_first) {
           pipe.values().wait_empty(values++);
-          copy_tile<TileK>(pipe.v_buffer(), params.v, pipe.douts().full(step), kPanels,
+          copy_tile<TileK>(pipe.v_buffer(), params.v, pipe.douts().full(step), kPanelsOfV,
                            block.first_k + block.first, block.head, block.batch_k);
         }
       }

@@ -4,7 +4,8 @@
 
 namespace flash::sm90 {
 
-constexpr int kBoxM = 64;  // rows of a consumer
+constexpr int kBoxM = 64;     // rows of a consumer
+constexpr int kNarrowV = 128;  // most columns of V that have kernels beside wider Q and K
 
 // Of keys in pages, the rows that are one copy: the largest power of two that divides page and
 // block. Fewer than 8 would cut the pattern in which shared memory is swizzled.
@@ -91,7 +92,7 @@ constexpr ForwardTile kForwardTiles[] = {
     {kLong, 96, 3, 96, 2, 1, false, true},
     {kLong, 128, 3, 80, 2, 1, false, false},
     {kPlain, 64, 4, 64, 4, 2, false, true, true},
-    {kNarrow, 192, 2, 96, 2, 1, true, true, false, 2, 128},
+    {kNarrow, 192, 2, 96, 2, 1, true, true, false, 2, kNarrowV},
     {kAll, 64, 2, 128, 4, 1, true, true},
     {kAll, 96, 2, 128, 2, 1, true, true, true},
     {kAll, 128, 2, 128, 2, 1, true, true, true},

@@ -159,8 +159,8 @@ class QueriesConsumer {
     const float from[1][2] = {{minus_delta_[0], minus_delta_[1]}};
     dp.fill_rows(from);
     pipe_.v().wait_full(step_);
-    tile::start_abt<T, Cfg::kHeadDim, TileQ, TileK>(dp, pipe_.dout_buffer(consumer_),
-                                                    pipe_.v_buffer(step_), true);
+    tile::start_abt<T, Cfg::kValueDim, TileQ, TileK>(dp, pipe_.dout_buffer(consumer_),
+                                                     pipe_.v_buffer(step_), true);
   }
   // Of the step before.
   __device__ __forceinline__ void start_dq() {

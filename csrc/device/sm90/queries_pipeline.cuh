@@ -5,12 +5,14 @@
 
 namespace flash::sm90 {
 
-template <class T_, int kHeadDim_>
+// `kValueDim`: columns of V and dO.
+template <class T_, int kHeadDim_, int kValueDim_ = kHeadDim_>
 struct QueriesConfig {
   using T = T_;
   static constexpr QueriesTile kTile = queries_tile(kHeadDim_);
   static constexpr int kConsumers = kTile.consumers();
   static constexpr int kHeadDim = kHeadDim_;
+  static constexpr int kValueDim = kValueDim_;
   static constexpr int kBlockM = kTile.block_m();
   static constexpr int kBlockN = kTile.block_n;
   using TileQ = tile::SmemTile<kBoxM, kTile.columns()>;  // of a consumer
@@ -181,6 +183,7 @@ __device__ inline void load_key_steps(const TmaBackwardParams& params,
   using TileQ = typename Cfg::TileQ;
   using TileK = typename Cfg::TileK;
   constexpr int kPanels = TileK::kCols / 64;
+  constexpr int kPanelsOfV = (Cfg::kValueDim + 63) / 64;
   uint32_t step = 0;
   uint32_t round = 0;  // of those that have steps
   for (uint32_t i = 0;; ++i) {
@@ -191,14 +194,15 @@ __device__ inline void load_key_steps(const TmaBackwardParams& params,
       const int key = block.first_k + j * Cfg::kBlockN;
       const bool is_first = j == block.begin;
       pipe.loads().arrive_full_if(j + 1 == block.end, i);
-      const auto load_rows = [&](const TensorMap& map, int consumer, uint32_t to, uint32_t full) {
-        load_tile<TileQ>(to, map, full, kPanels, block.first_q + block.first + kBoxM * consumer,
+      const auto load_rows = [&](const TensorMap& map, int consumer, uint32_t to, uint32_t full,
+                                 int num_panels) {
+        load_tile<TileQ>(to, map, full, num_panels, block.first_q + block.first + kBoxM * consumer,
                          block.head, block.batch_q);
       };
 #pragma unroll 1
       for (int c = 0; is_first && c < Cfg::kConsumers; ++c) {
         pipe.q(c).wait_empty(round);
-        load_rows(params.q, c, pipe.q_buffer(c), pipe.q(c).full(round));
+        load_rows(params.q, c, pipe.q_buffer(c), pipe.q(c).full(round), kPanels);
       }
       pipe.k().wait_empty(step);
       load_tile<TileK>(pipe.k_buffer(step), params.k, pipe.k().full(step), kPanels, key,
@@ -206,10 +210,10 @@ __device__ inline void load_key_steps(const TmaBackwardParams& params,
 #pragma unroll 1
       for (int c = 0; is_first && c < Cfg::kConsumers; ++c) {
         pipe.dout(c).wait_empty(round);
-        load_rows(params.dout, c, pipe.dout_buffer(c), pipe.dout(c).full(round));
+        load_rows(params.dout, c, pipe.dout_buffer(c), pipe.dout(c).full(round), kPanelsOfV);
       }
       pipe.v().wait_empty(step);
-      load_tile<TileK>(pipe.v_buffer(step), params.v, pipe.v().full(step), kPanels, key,
+      load_tile<TileK>(pipe.v_buffer(step), params.v, pipe.v().full(step), kPanelsOfV, key,
                        block.head_k, block.batch_k);
     }
     if (block.begin < block.end) ++round;
