@@ -147,22 +147,29 @@ KINDS = {
 _CONVERT = "flash::sm90::ConvertConfig<flash::ptx::{dtype}, {head_dim}>"
 
 
+def _hopper(kind: str, template: str, config: str, params: str) -> Kind:
+    return dataclasses.replace(
+        KINDS[kind],
+        headers=(f"sm90/{template}.cuh",),
+        call=f"flash::sm90::{template}<{config}>",
+        threads=f"{config}::kThreads, 1",
+        params=params,
+    )
+
+
 def _hopper_forward(serves: str) -> Kind:
     config = (
         f"flash::sm90::ForwardConfig<flash::ptx::{{dtype}}, {{head_dim}}, flash::sm90::{serves}>"
     )
-    return dataclasses.replace(
-        KINDS["forward"],
-        headers=("sm90/forward.cuh",),
-        call=f"flash::sm90::forward<{config}>",
-        threads=f"{config}::kThreads, 1",
-        params="TmaForwardParams",
-    )
+    return _hopper("forward", "forward", config, "TmaForwardParams")
+
+
+def _hopper_backward(config: str) -> Kind:
+    return _hopper("backward", "backward", config, "TmaBackwardParams")
 
 
 # Of V narrower than Q and K.
 _NARROW = "<flash::ptx::{dtype}, {head_dim}, flash::sm90::kNarrowV>"
-_NARROW_BACKWARD = f"flash::sm90::BackwardConfig{_NARROW}"
 _LATENT = "flash::sm90::LatentConfig<flash::ptx::{dtype}, {head_dim}>"
 
 KINDS_OF_FAMILIES = {
@@ -173,26 +180,12 @@ KINDS_OF_FAMILIES = {
     ("sm90_fp8_wide", "forward"): _hopper_forward("kLong"),
     ("sm90_fp8", "forward"): _hopper_forward("kPlain"),
     ("sm90_fp8_scored", "forward"): _hopper_forward("kAll"),
-    ("sm90_latent", "forward"): dataclasses.replace(
-        KINDS["forward"],
-        headers=("sm90/latent.cuh",),
-        call=f"flash::sm90::latent<{_LATENT}>",
-        threads=f"{_LATENT}::kThreads, 1",
-        params="TmaLatentParams",
-    ),
-    ("sm90_narrow", "backward"): dataclasses.replace(
-        KINDS["backward"],
-        headers=("sm90/backward.cuh",),
-        call=f"flash::sm90::backward<{_NARROW_BACKWARD}>",
-        threads=f"{_NARROW_BACKWARD}::kThreads, 1",
-        params="TmaBackwardParams",
-    ),
+    ("sm90_latent", "forward"): _hopper("forward", "latent", _LATENT, "TmaLatentParams"),
+    ("sm90_narrow", "backward"): _hopper_backward(f"flash::sm90::BackwardConfig{_NARROW}"),
     ("sm90_narrow", "dq"): dataclasses.replace(
         KINDS["dq"], call=f"flash::sm90::query_gradients<flash::sm90::QueriesConfig{_NARROW}>"
     ),
-    ("sm90", "backward"): dataclasses.replace(
-        KINDS["backward"], threads=f"{_BACKWARD}::kThreads, 1", params="TmaBackwardParams"
-    ),
+    ("sm90", "backward"): _hopper_backward(_BACKWARD),
     ("decode_wide", "decode"): _decode(rows=64),
     ("sm90", "convert"): dataclasses.replace(
         KINDS["convert"],

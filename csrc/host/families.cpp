@@ -156,7 +156,7 @@ bool is_latent(const ForwardParams& params) {
   return params.has_qv != 0 || params.dv > kWidest;
 }
 
-bool takes(int family, const ForwardParams& params, int num_sms) {
+bool takes(int family, int head_dim, const ForwardParams& params, int num_sms) {
   const Sequences& seqs = params.seqs;
   if (is_latent(params) != (family == kSm90Latent)) return false;
   if (family == kSm90Latent) {
@@ -179,7 +179,7 @@ bool takes(int family, const ForwardParams& params, int num_sms) {
   // kernels of their own.
   const bool is_narrow = params.d <= 96 && params.dv <= 96;
   if (family == kSm90Fp8Wide && (seqs.sk < 2048 || is_narrow)) return false;
-  const bool takes_pages = element_bytes(family) == 2 && family != kSm90Narrow;
+  const bool takes_pages = forward_tile(family, head_dim).takes_pages();
   if (seqs.block_table != nullptr && !(takes_pages && has_whole_pieces(seqs))) return false;
   return has_rows(seqs) && params.scores.rng_state == nullptr &&
          have_tensor_maps(params, element_bytes(family));

@@ -48,8 +48,8 @@ struct Clusters {
 // The shape of a kernel built for head dim `head_dim` and architecture `arch` (80 for 8.0).
 Shape shape_of(int family, int kind, int head_dim, int arch);
 
-// Whether kernels of a family do what a call asks for.
-bool takes(int family, const ForwardParams& params, int num_sms);
+// Whether kernels of a family, built for head dim `head_dim`, do what a call asks for.
+bool takes(int family, int head_dim, const ForwardParams& params, int num_sms);
 bool takes(int family, const BackwardParams& params);
 
 // Whether some scores are hidden, other than behind the ends of sequences.

@@ -16,9 +16,8 @@ const char* const kKindNames[] = {"forward", "combine", "append", "delta", "back
                                   "convert", "s_dmask", "fill",   "dq",    "decode"};
 const char* const kDtypeNames[] = {"fp16", "bf16", "e4m3"};
 const char* const kFamilyNames[] = {
-    "sm80",          "sm90_wide", "sm90_narrow",     "sm90",        "sm90_scored",
-    "sm90_fp8_wide", "sm90_fp8",  "sm90_fp8_scored", "sm90_latent", "decode",
-    "decode_wide",   "common"};
+    "sm80",     "sm90_wide",       "sm90_narrow", "sm90",   "sm90_scored", "sm90_fp8_wide",
+    "sm90_fp8", "sm90_fp8_scored", "sm90_latent", "decode", "decode_wide", "common"};
 
 Kernel* g_kernels;  // the table is opened once and stays
 int g_num_kernels;
@@ -105,7 +104,8 @@ bool serves(const Kernel& kernel, const Want& want) {
   return kernel.kind == want.kind && kernel.dtype == want.dtype &&
          (kernel.head_dim == 0 || kernel.head_dim >= want.head_dim) &&
          (want.family == kNumFamilies || kernel.family == want.family) &&
-         (want.forward == nullptr || takes(kernel.family, *want.forward, want.num_sms)) &&
+         (want.forward == nullptr ||
+          takes(kernel.family, kernel.head_dim, *want.forward, want.num_sms)) &&
          (want.backward == nullptr || takes(kernel.family, *want.backward));
 }
 

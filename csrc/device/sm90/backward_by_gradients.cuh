@@ -37,13 +37,10 @@ class SharingConsumer : public GradientConsumer<Cfg> {
   template <class Acc>
   __device__ __forceinline__ void store(const Acc& acc, float factor, const TensorMap& map,
                                         const Rows& to, int num_cols) const {
-    const int first = this->block().first;
     if constexpr (kIsLate) {
-      const float factors[2] = {factor, factor};
-      const int row = first + this->warp_row();
-      tile::store_rows<T>(this->rows_of(to, row), to.row, acc, factors, this->block().sk - row,
-                          num_cols, this->lane());
+      this->store_rows(acc, factor, to, 0, num_cols);
     } else {
+      const int first = this->block().first;
       this->barrier_of_both();
       this->put_out(acc, factor, to, 0, num_cols);
       this->barrier();

@@ -280,10 +280,7 @@ class KeysConsumer : GradientConsumer<Cfg> {
 
   __device__ __forceinline__ void store(const typename Cfg::AccK& acc, float factor,
                                         const Rows& to, int num_cols) const {
-    const float factors[2] = {factor, factor};
-    const int row = this->block().first + 64 * this->consumer_ + this->warp_row();
-    tile::store_rows<T>(this->rows_of(to, row), to.row, acc, factors, this->block().sk - row,
-                        num_cols, this->lane());
+    this->store_rows(acc, factor, to, 64 * this->consumer_, num_cols);
   }
 
   __device__ __forceinline__ void finish_late_dq() const {

@@ -171,6 +171,16 @@ class GradientConsumer {
     ptx::fence_async_proxy();
   }
 
+  // Stores 64 rows of a gradient, of which the block's `row` is the first, from registers.
+  template <class Acc>
+  __device__ __forceinline__ void store_rows(const Acc& acc, float factor, const Rows& to, int row,
+                                             int num_cols) const {
+    const float factors[2] = {factor, factor};
+    const int first = block().first + row + warp_row();
+    tile::store_rows<T>(rows_of(to, first), to.row, acc, factors, block().sk - first, num_cols,
+                        lane());
+  }
+
   // Of 64 keys that no query sees. Their block has no buffers.
   __device__ void store_zeros(int row) const {
     const int first = block().first + row;

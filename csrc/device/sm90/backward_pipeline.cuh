@@ -2,6 +2,7 @@
 // blocks of keys it works on.
 #pragma once
 
+#include "attn/sequence.cuh"
 #include "sm90/pipeline.cuh"
 
 namespace flash::sm90 {
@@ -52,6 +53,18 @@ struct KeyBlock {
   // The row in dq_accum of the first query of the group's first head. Memory has less than 2^31.
   int first_sum;
 };
+
+// The rows of a backward call's sequence, and where they stand in the tensor maps.
+template <class Block>
+__device__ inline void place_sequence(Block& block, const Sequences& seqs,
+                                      const attn::Sequence& seq) {
+  block.sq = seq.sq;
+  block.sk = seq.sk;
+  block.first_q = static_cast<int>(seq.first_q);
+  block.batch_q = seqs.cu_seqlens_q ? 0 : seq.index;
+  block.first_k = static_cast<int>(seq.first_k);
+  block.batch_k = seqs.cu_seqlens_k ? 0 : seq.index;
+}
 
 //   keys, values:    full: TMA has brought them       empty: no product needs them any more, and
 //                                                     what left through them is gone

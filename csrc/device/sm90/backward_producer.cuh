@@ -91,12 +91,7 @@ struct KeySchedule {
 
   __device__ void place(KeyBlock& block, const attn::Sequence& seq) const {
     const Sequences& seqs = params.seqs;
-    block.sq = seq.sq;
-    block.sk = seq.sk;
-    block.first_q = static_cast<int>(seq.first_q);
-    block.batch_q = seqs.cu_seqlens_q ? 0 : seq.index;
-    block.first_k = static_cast<int>(seq.first_k);
-    block.batch_k = seqs.cu_seqlens_k ? 0 : seq.index;
+    place_sequence(block, seqs, seq);
     // Behind the last row of an operand there are zeros; behind a sequence there is anything.
     block.tail_q =
         tail(seq.sq, seqs.cu_seqlens_q ? seqs.total_q - block.first_q : seqs.sq, Cfg::kBlockM);

@@ -4,7 +4,7 @@
 
 namespace flash::sm90 {
 
-constexpr int kBoxM = 64;     // rows of a consumer
+constexpr int kBoxM = 64;      // rows of a consumer
 constexpr int kNarrowV = 128;  // most columns of V that have kernels beside wider Q and K
 
 // Of keys in pages, the rows that are one copy: the largest power of two that divides page and

@@ -1,6 +1,7 @@
 // The kernel of dQ: shared memory of a CTA, which blocks of queries it works on, and its loads.
 #pragma once
 
+#include "sm90/backward_pipeline.cuh"
 #include "sm90/producer.cuh"
 
 namespace flash::sm90 {
@@ -102,15 +103,6 @@ struct QueriesPipeline {
   }
 };
 
-__device__ inline void place(QueryBlock& block, const Sequences& seqs, const attn::Sequence& seq) {
-  block.sq = seq.sq;
-  block.sk = seq.sk;
-  block.first_q = static_cast<int>(seq.first_q);
-  block.batch_q = seqs.cu_seqlens_q ? 0 : seq.index;
-  block.first_k = static_cast<int>(seq.first_k);
-  block.batch_k = seqs.cu_seqlens_k ? 0 : seq.index;
-}
-
 __device__ inline void find_steps(QueryBlock& block, const BackwardParams& params, int block_n) {
   const attn::Mask mask(params.scores, block.sq, block.sk);
   block.begin = mask.lowest(block.first) / block_n;
@@ -147,7 +139,7 @@ __device__ inline bool find_query_block(QueryBlock& block, const BackwardParams&
   block.first = at.block_m * Cfg::kBlockM;
   ptx::forget();  // what is in the block by now: registers are few
   block.head_k = attn::key_head(block.head, params.hq, params.hk);
-  place(block, params.seqs, attn::Sequence(params.seqs, block.sequence));
+  place_sequence(block, params.seqs, attn::Sequence(params.seqs, block.sequence));
   if (block.first >= block.sq) return false;
   ptx::forget();
   find_steps(block, params, Cfg::kBlockN);

@@ -21,8 +21,8 @@ __device__ inline bool sees_all(const Tile& t, int consumer, int key_block) {
   return seen.begin <= key_block * kBlockN && seen.end >= (key_block + 1) * kBlockN;
 }
 
-// How many blocks, from the one in front of this down, all rows see to the full, and have seen a key
-// behind them; below 1 there is none, as where the caller `looks` at each.
+// How many blocks, from the one in front of this down, all rows see to the full, and have seen a
+// key behind them; below 1 there is none, as where the caller `looks` at each.
 template <int kBlockN>
 __device__ inline int whole_run(const Tile& t, int consumer, int key_block, bool looks) {
   const attn::Keys seen = t.seen_by_all[consumer];
