@@ -39,9 +39,14 @@ ROWS = [
     *(replace(PLAIN, sq=s, sk=k) for s, k in ((1, 1), (64, 128), (128, 129), (257, 96))),
     replace(PLAIN, b=3, sq=700, sk=700, hq=8, hk=8, causal=True),
     replace(PLAIN, sq=300, sk=100, causal=True),
-    # From 2048 keys on head dim 128 takes more of them at a time.
-    replace(PLAIN, b=1, sq=260, sk=2050),
+    # From 1024 keys on, with a mask from 2048, head dim 128 takes 224 of them at a time, but 128 of
+    # a tile's first ones, where it sees no more.
+    *(replace(PLAIN, b=1, sq=260, sk=s) for s in (1024, 1120, 1247, 1248, 1249, 2050)),
     replace(PLAIN, b=1, sq=2100, sk=2100, hq=2, hk=1, causal=True),
+    replace(PLAIN, b=1, sq=700, sk=2300, hq=2, hk=1, causal=True),
+    replace(PLAIN, b=1, sq=700, sk=2300, hq=2, hk=1, window=(700, 40)),
+    varlen((300, 1, 130), (2100, 300, 1150), dtype=FP8, d=128, hq=2, hk=1, causal=True),
+    varlen((300, 60), (1500, 1100), used_k=(1131, 1000), dtype=FP8, d=128, hq=2, hk=1),
     # Everything else.
     replace(PLAIN, window=(50, 20)),
     replace(PLAIN, window=(64, -1), causal=True),
@@ -120,8 +125,9 @@ def test_any_layout_of_inputs_and_descales_gives_the_same_bits() -> None:
 
 
 @gpu
-def test_repeats_graphs_and_hints_give_the_same_bits() -> None:
-    problem = replace(PLAIN, b=4, sq=512, sk=512, hq=16, hk=16, causal=True)
+@pytest.mark.parametrize("length", [512, 2200])
+def test_repeats_graphs_and_hints_give_the_same_bits(length: int) -> None:
+    problem = replace(PLAIN, b=4, sq=length, sk=length, hq=16, hk=16, causal=True)
     expected = call(problem)
     for options in ({}, {"num_splits": 0}, {"num_splits": 3}, {"pack_gqa": True}):
         with poisoned_memory():

@@ -68,6 +68,10 @@ def packed(d, lens_q, lens_k, hq=2, hk=1, used_k=None, **options):
 CASES = {
     **FORWARD_CASES,
     "many_keys": "dense({d}, 70, 2100, b=1)",
+    "many_keys_causal": "dense({d}, 300, 2100, b=1, causal=True)",
+    "many_keys_window": "dense({d}, 260, 2100, b=1, hq=1, window=(700, 40))",
+    "many_keys_packed": "packed({d}, [130, 1, 260], [2100, 300, 1141], hq=1, causal=True)",
+    "many_keys_used": "packed({d}, [130, 40], [2100, 1200], hq=1, used_k=[1137, 900])",
     "no_descale": "dense({d}, 100, 200, descaled=False)",
     "negative_scores": "dense({d}, 200, 300, rise=100.0, sign=-1.0)",
 }

@@ -572,12 +572,16 @@ say(plan_and_run(0, b=33, given=['alibi_slopes']))
 def test_fp8_blocks_of_many_keys_are_for_long_calls_of_their_head_dim(
     stub: Stub, hopper: Path, tmp_path: Path, offsets: dict[str, int]
 ) -> None:
-    sizes = ((128, 2048), (104, 4096), (128, 2047), (96, 4096), (64, 4096))
-    text = "".join(f"say(plan_and_run(0, dtype=FP8, d={d}, sk={sk}))\n" for d, sk in sizes)
+    long = ((128, 1024, -1), (104, 4096, -1), (128, 2048, 0))
+    short = ((128, 1023, -1), (128, 2047, 0), (96, 4096, -1), (64, 4096, -1))
+    text = "".join(
+        f"say(plan_and_run(0, dtype=FP8, d={d}, sk={sk}, right={right}))\n"
+        for d, sk, right in (*long, *short)
+    )
     kernels = [x.kernel for x in run_with(hopper, stub, tmp_path / "log", offsets, text)]
     wide = "flash_fwd_sm90_fp8_wide_d128_e4m3"
-    others = [f"flash_fwd_sm90_fp8_d{d}_e4m3" for d in (128, 96, 64)]
-    assert kernels == [wide, wide, *others]
+    others = [f"flash_fwd_sm90_fp8_d{d}_e4m3" for d, _, _ in short]
+    assert kernels == [wide] * len(long) + others
 
 
 def test_tiles_that_are_shared_leave_multiprocessors_to_others(

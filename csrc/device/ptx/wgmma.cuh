@@ -64,11 +64,14 @@ struct Wgmma;
   FLASH_NAMES_128                                                                           \
   ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, " \
   "%81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
-#define FLASH_NAMES_256                                                                      \
+#define FLASH_NAMES_224                                                                      \
   FLASH_NAMES_192                                                                            \
   ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, " \
-  "%111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, "     \
-  "%125, %126, %127"
+  "%111"
+#define FLASH_NAMES_256                                                                       \
+  FLASH_NAMES_224                                                                             \
+  ", %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, "   \
+  "%126, %127"
 #define FLASH_C1(n) "+f"(c[n][0]), "+f"(c[n][1]), "+f"(c[n][2]), "+f"(c[n][3])
 #define FLASH_C4(n) FLASH_C1(n), FLASH_C1(n + 1), FLASH_C1(n + 2), FLASH_C1(n + 3)
 #define FLASH_OPERANDS_64 FLASH_C4(0), FLASH_C4(4)
@@ -76,7 +79,8 @@ struct Wgmma;
 #define FLASH_OPERANDS_96 FLASH_OPERANDS_64, FLASH_C4(8)
 #define FLASH_OPERANDS_128 FLASH_OPERANDS_96, FLASH_C4(12)
 #define FLASH_OPERANDS_192 FLASH_OPERANDS_128, FLASH_C4(16), FLASH_C4(20)
-#define FLASH_OPERANDS_256 FLASH_OPERANDS_192, FLASH_C4(24), FLASH_C4(28)
+#define FLASH_OPERANDS_224 FLASH_OPERANDS_192, FLASH_C4(24)
+#define FLASH_OPERANDS_256 FLASH_OPERANDS_224, FLASH_C4(28)
 
 // TYPE with the depth as the instruction spells it, A_BY and B_BY: how it says that an operand lies
 // by rows; X0 to X5: numbers of the operands behind the accumulators.
@@ -139,6 +143,7 @@ FLASH_WGMMA_E4M3(64, "%32", "%33", "%34", "%35", "%36", "%37")
 FLASH_WGMMA_E4M3(96, "%48", "%49", "%50", "%51", "%52", "%53")
 FLASH_WGMMA_E4M3(128, "%64", "%65", "%66", "%67", "%68", "%69")
 FLASH_WGMMA_E4M3(192, "%96", "%97", "%98", "%99", "%100", "%101")
+FLASH_WGMMA_E4M3(224, "%112", "%113", "%114", "%115", "%116", "%117")
 FLASH_WGMMA_E4M3(256, "%128", "%129", "%130", "%131", "%132", "%133")
 
 #undef FLASH_NAMES_64
@@ -146,12 +151,14 @@ FLASH_WGMMA_E4M3(256, "%128", "%129", "%130", "%131", "%132", "%133")
 #undef FLASH_NAMES_96
 #undef FLASH_NAMES_128
 #undef FLASH_NAMES_192
+#undef FLASH_NAMES_224
 #undef FLASH_NAMES_256
 #undef FLASH_OPERANDS_64
 #undef FLASH_OPERANDS_80
 #undef FLASH_OPERANDS_96
 #undef FLASH_OPERANDS_128
 #undef FLASH_OPERANDS_192
+#undef FLASH_OPERANDS_224
 #undef FLASH_OPERANDS_256
 #undef FLASH_C1
 #undef FLASH_C4

@@ -70,8 +70,12 @@ struct ForwardTile {
   constexpr bool rounds_early() const {
     return head_dim == 128 && element_bytes == 2 && consumers == 2;
   }
+  // Of so many keys that a mask seldom hides all of a block.
+  constexpr bool has_long_blocks() const { return block_n > 192; }
   // A consumer passes over blocks that none of its rows sees. That costs a gap between two tiles.
-  constexpr bool skips_blocks() const { return !holds_q; }
+  constexpr bool skips_blocks() const { return !holds_q && !has_long_blocks(); }
+  // Of a tile's first block no more keys are multiplied, where no row sees more.
+  constexpr int few_keys() const { return has_long_blocks() ? 128 : block_n; }
   // Q may come back there.
   constexpr int o_columns() const {
     if (!has_o_buffer()) return v_columns() / 2;
@@ -98,7 +102,7 @@ constexpr ForwardTile kForwardTiles[] = {
     {kAll, 128, 2, 128, 2, 1, true, true, true},
     {kAll, 192, 2, 64, 2, 1, true, true},
     {kAll, 256, 2, 64, 2, 1, false, false, true},
-    {kLong, 128, 2, 192, 2, 1, true, false, false, 1},
+    {kLong, 128, 2, 224, 2, 1, false, false, false, 1},
     {kAll, 64, 3, 128, 2, 1, true, true, false, 1},
     {kAll, 96, 3, 96, 2, 1, true, false, false, 1},
     {kAll, 128, 2, 128, 2, 1, true, false, false, 1},

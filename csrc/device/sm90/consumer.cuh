@@ -4,6 +4,7 @@
 #include "sm90/fp8_softmax.cuh"
 #include "sm90/output.cuh"
 #include "sm90/recompute.cuh"
+#include "sm90/returns.cuh"
 #include "sm90/sight.cuh"
 #include "sm90/transform.cuh"
 #include "sm90/turns.cuh"
@@ -23,6 +24,9 @@ class Consumer {
   static constexpr bool kStartsFresh = Cfg::kIsFp8 || Cfg::kHasOBuffer;
   static constexpr bool kRoundsEarly = Cfg::kTile.rounds_early();
   static constexpr int kEarly = kRoundsEarly ? kBlockN / 16 : 0;  // accumulators
+  static constexpr int kFew = Cfg::kTile.few_keys();
+  // Where Q is not held: as soon as all scores are there, as they need never be computed again.
+  static constexpr bool kReturnsQEarly = Cfg::kIsFp8 && !Cfg::kTile.holds_q;
   // Blocks that all rows see to the full are known as such in the ordinary way too, else only in
   // the lazy way. The tile of most scores has no registers for that, and at head dim 256 it would
   // take usual scores 1 % more time.
@@ -36,6 +40,7 @@ class Consumer {
         scale_log2_(params.scale_log2),
         pipe_(pipe),
         consumer_(ptx::uniform(threadIdx.x / 128 - 1)),
+        returns_{pipe, consumer_},
         output_(params, pipe, consumer_) {}
 
   __device__ __forceinline__ void run() {
@@ -56,7 +61,7 @@ class Consumer {
   __device__ __forceinline__ void run_joined() {
     open(0);
     for (;;) {
-      if (Cfg::kTile.skips_blocks()) skip_blocks(pipe_.tile(tile_).skipped[consumer_]);
+      skip_blocks(skipped(pipe_.tile(tile_)));
       first_step();
       for (;;) {
         const bool opens = left_ == 0;
@@ -64,7 +69,7 @@ class Consumer {
           pipe_.tiles().wait_full(tile_ + 1);
           const Tile& next = pipe_.tile(tile_ + 1);
           if (next.end == 0) break;
-          if (Cfg::kTile.skips_blocks() && next.skipped[consumer_] > 0) break;
+          if (skipped(next) > 0) break;
           open(tile_ + 1);
         }
         step(opens);
@@ -83,7 +88,7 @@ class Consumer {
       const bool is_of_pair = Cfg::kMayPair && pipe_.ctas() > 1;
       if (is_of_pair) skip_blocks(t.of_pair.end - t.end);
       open(tile);
-      skip_blocks(t.skipped[consumer_]);
+      skip_blocks(skipped(t));
       first_step();
       while (left_ > 0) step(false);
       last_step();
@@ -101,16 +106,19 @@ class Consumer {
   __device__ __forceinline__ void open(uint32_t tile) {
     const Tile& t = pipe_.tile(tile);
     tile_ = tile;
-    left_ = t.end - t.begin;
-    if (Cfg::kTile.skips_blocks()) left_ -= t.skipped[consumer_];
+    left_ = t.end - t.begin - skipped(t);
     whole_left_ = 0;
     is_careful_ = !is_plain();
     pipe_.q(consumer_).wait_full(tile);
     if constexpr (Cfg::kIsFp8) scale_log2_ = all_scale_log2_ * pipe_.descale(tile).qk;
     if constexpr (Cfg::kTile.holds_q) {
       tile::load_a<TileQ>(q_, pipe_.q_buffer(tile, consumer_), Own::warp_row(), Own::lane());
-      release_q(true);
+      returns_.q(tile_, true);
     }
+  }
+
+  __device__ int skipped(const Tile& t) const {
+    return Cfg::kTile.skips_blocks() ? t.skipped[consumer_] : 0;
   }
 
   // Gives back the next blocks, in front of which no product is due: K first, whose buffers the
@@ -119,25 +127,15 @@ class Consumer {
 #pragma unroll 1
     while (blocks > 0) {
       const int some = Cfg::kTile.takes_turns ? 1 : min(blocks, Cfg::kStages);
-      give_back(pipe_.k(), some);
+      returns_.unread(pipe_.k(), block_, some);
       if (Cfg::kTile.takes_turns) {
         turns().take();
         turns().pass();
       }
-      give_back(pipe_.v(), some);
+      returns_.unread(pipe_.v(), block_, some);
       block_ += some;
       blocks -= some;
     }
-  }
-
-  // A warp that came late would look for a phase that is two behind: so all meet.
-  template <class Ring>
-  __device__ __forceinline__ void give_back(const Ring& ring, int blocks) const {
-#pragma unroll 1
-    for (int i = 0; i < blocks; ++i) ring.wait_full(block_ + i);
-    ptx::named_barrier_sync(1 + consumer_, 128);
-#pragma unroll 1
-    for (int i = 0; i < blocks; ++i) release(ring, block_ + i);
   }
 
   // The block whose scores are due, or have come last.
@@ -150,13 +148,24 @@ class Consumer {
 
   // Scores of the first block of all, or of a tile that is done by itself.
   __device__ __forceinline__ void first_step() {
-    AccS s;
+    const auto& t = pipe_.tile(tile_);
+    if (kFew < kBlockN && sees_few<kBlockN, kFew>(params_.scores, t, consumer_, key_block())) {
+      first_step_of<kFew>();
+    } else {
+      first_step_of<kBlockN>();
+    }
+  }
+
+  template <int kKeys>
+  __device__ __forceinline__ void first_step_of() {
+    tile::Accumulators<1, kKeys / 8> s;
     pipe_.k().wait_full(block_);
     start_scores(s, block_);
     const Sight sight = look();
     ptx::wgmma_wait<0>();
     ptx::pin(s.c[0]);
-    release(pipe_.k(), block_);
+    returns_.block(pipe_.k(), block_);
+    if (kReturnsQEarly) returns_.q(tile_, left_ == 1);
     softmax_.clear();
     absorb(s, sight);
     if (!Cfg::kHasOBuffer && tile_ > 0) output_.store_rest(tile_ - 1);
@@ -185,7 +194,8 @@ class Consumer {
     if (!is_whole) sight = look();
     ptx::wgmma_wait<1>();
     ptx::pin(s.c[0]);
-    release(pipe_.k(), next);
+    returns_.block(pipe_.k(), next);
+    if (kReturnsQEarly) returns_.q(tile_, left_ == 1);
     float sums[4] = {0.0f, 0.0f, 0.0f, 0.0f};
     if (kRoundsEarly) {
       if (is_lazy) softmax_.template exponentiate<kEarly>(s, sums, scale_log2_, 0);
@@ -214,7 +224,7 @@ class Consumer {
     ptx::wgmma_wait<0>();
     ptx::pin(o_.c[0]);
     ptx::pin(p_);
-    release(pipe_.v(), block_);
+    returns_.block(pipe_.v(), block_);
   }
 
   // The last product with V of a tile behind which no other stands yet.
@@ -230,10 +240,11 @@ class Consumer {
   __device__ __forceinline__ void count_block() {
     --left_;
     --whole_left_;
-    if (!Cfg::kTile.holds_q) release_q(left_ == 0);
+    if (!Cfg::kTile.holds_q && !kReturnsQEarly) returns_.q(tile_, left_ == 0);
   }
 
-  __device__ __forceinline__ void start_scores(AccS& s, uint32_t block) {
+  template <int kN>
+  __device__ __forceinline__ void start_scores(tile::Accumulators<1, kN>& s, uint32_t block) {
     const uint32_t k = operand(pipe_.k_buffer(block));
     if constexpr (Cfg::kTile.holds_q) {
       tile::start_abt<T, TileK>(s, q_, k);
@@ -245,7 +256,8 @@ class Consumer {
 
   __device__ static uint32_t operand(uint32_t smem) { return tile::operand<Cfg::kMayPair>(smem); }
 
-  __device__ __forceinline__ void pack(AccS& s) {
+  template <int kN>
+  __device__ __forceinline__ void pack(tile::Accumulators<1, kN>& s) {
     if constexpr (Cfg::kIsFp8) {
       softmax_.absorb(s, p_, block_scale_);
     } else {
@@ -291,7 +303,8 @@ class Consumer {
 
   // The ordinary way: for blocks of which some row does not see all, or whose scores must be
   // transformed first. 8-bit elements have no other; what all rows see needs no look-ups.
-  __device__ __forceinline__ void absorb(AccS& s, const Sight& sight) {
+  template <int kN>
+  __device__ __forceinline__ void absorb(tile::Accumulators<1, kN>& s, const Sight& sight) {
     const auto& t = pipe_.tile(tile_);
     const int block = key_block();
     // Of a tile that heads do not share: neither do those of ALiBi, nor of 8-bit elements.
@@ -309,7 +322,7 @@ class Consumer {
         if (!sees_all<kBlockN>(t, consumer_, block)) {
           attn::hide(s, attn::Mask(params_.scores, t.sq, t.sk), row, key);
         }
-        whole_left_ = whole_run<kBlockN>(t, consumer_, block, looks_at_all()) + 1;
+        whole_left_ = whole_run<kBlockN, uint32_t>(t, consumer_, block, looks_at_all()) + 1;
       }
       // Scores become p where there is room for it, behind the product that reads the last one.
       block_scale_ = scale;
@@ -357,24 +370,6 @@ class Consumer {
     }
   }
 
-  // `is_last`: this warp has read the tile's Q for the last time.
-  __device__ __forceinline__ void release_q(bool is_last) const {
-    __syncwarp();
-    pipe_.q(consumer_).arrive_empty_if(is_last && Own::lane() == 0, tile_);
-  }
-
-  // By one lane: products are over for the whole warpgroup at once.
-  template <class Ring>
-  __device__ void release(const Ring& ring, uint32_t block) const {
-    const int thread = Own::thread();
-    if constexpr (Cfg::kMayPair) {
-      // In each CTA of the pair.
-      ptx::mbarrier_arrive_there_if(thread < pipe_.ctas(), ring.empty(block), thread % 2);
-    } else {
-      ring.arrive_empty_if(thread == 0, block);
-    }
-  }
-
   __device__ Turns<Cfg::kConsumers> turns() const { return {consumer_}; }
 
   const ForwardParams& params_;
@@ -383,6 +378,7 @@ class Consumer {
   float block_scale_;  // of scores that are not p yet
   const Pipeline<Cfg>& pipe_;
   const int consumer_;
+  const Returns<Cfg> returns_;
   Output<Cfg> output_;
   AccO o_;
   uint32_t p_[Cfg::kDepthOfP / 16][4];

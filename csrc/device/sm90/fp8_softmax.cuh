@@ -34,11 +34,11 @@ struct Fp8Softmax : Softmax {
     }
   }
 
-  // Scores become p, packed as A operands of the product with V. A lane's four values of a step are
-  // not neighbours: within 16 columns the operand's order is 0 1 8 9, 2 3 10 11, ... So is that of
-  // V (fp8_transpose.cuh).
-  template <int kN>
-  __device__ __forceinline__ void absorb(tile::Accumulators<1, kN>& s, uint32_t (&p)[kN / 4][4],
+  // Scores become p, packed as A operands of the product with V; p of keys that have no scores is
+  // zero. A lane's four values of a step are not neighbours: within 16 columns the operand's order
+  // is 0 1 8 9, 2 3 10 11, ... So is that of V (fp8_transpose.cuh).
+  template <int kN, int kSteps>
+  __device__ __forceinline__ void absorb(tile::Accumulators<1, kN>& s, uint32_t (&p)[kSteps][4],
                                          float scale) {
     float part[4] = {0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll
@@ -58,6 +58,11 @@ struct Fp8Softmax : Softmax {
         const int row = i % 2 * 2;
         p[k][i] = ptx::pack_e4m3(low[row], low[row + 1], high[row], high[row + 1]);
       }
+    }
+#pragma unroll
+    for (int k = kN / 4; k < kSteps; ++k) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) p[k][i] = 0;
     }
 #pragma unroll
     for (int h = 0; h < 2; ++h) sum[h] += part[2 * h] + part[2 * h + 1];

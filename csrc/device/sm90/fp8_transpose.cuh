@@ -18,17 +18,16 @@
 
 namespace flash::sm90 {
 
-// A warp's share of a block: strips of 16 head dims, in steps of 32 keys. Loads run a few steps
-// ahead, from strip to strip too: one after the other, their latencies would make this the slowest
-// part of the kernel.
+// A warp's share of a block: strips of 16 head dims, each in steps of 32 keys. Loads run a few
+// steps ahead, from strip to strip too: one after the other, their latencies would make this the
+// slowest part of the kernel.
 template <class Cfg>
 __device__ inline void transpose_block(uint32_t from, uint32_t to, int warp) {
   using TileK = typename Cfg::TileK;
   using TileVt = typename Cfg::TileVt;
-  constexpr int kSteps = Cfg::kBlockN / 32;
-  constexpr int kAhead = kSteps % 4 == 0 ? 4 : 3;
-  static_assert(kSteps % kAhead == 0, "each step has its registers in all strips");
+  constexpr int kSteps = Cfg::kBlockN / 32;  // of a strip
   constexpr int kStrips = Cfg::kTile.v_columns() / 16 / Pipeline<Cfg>::kTransposers;
+  constexpr int kAhead = kSteps % 4 == 0 ? 4 : 3;
   // Opaque, so that what is made of it is not kept from block to block.
   const uint32_t lane = ptx::opaque(static_cast<int>(threadIdx.x)) % 32;
   const uint32_t row = lane / 8 % 2 * 8 + lane % 4 * 2 + lane / 4 % 2;
@@ -37,7 +36,14 @@ __device__ inline void transpose_block(uint32_t from, uint32_t to, int warp) {
   uint32_t store = to + TileVt::offset(16 * strip + row, lane / 16);
   uint32_t r[kAhead][4];
   const auto fetch = [&](int step) {
-    ptx::ldmatrix_x4_trans(r[step % kAhead], tile::walk<TileK>(load, 32 * step, 0));
+    if (step > 0 && step % kSteps == 0) {
+      // The next chunk, behind a row's last the first of the next panel. Found from the one in
+      // front: from the lane it would take a look at %tid, which ptxas keeps no register for.
+      ++strip;
+      load ^= (strip ^ (strip - 1)) % 8 * 16;
+      if (strip % 8 == 0) load += TileK::kPanelBytes;
+    }
+    ptx::ldmatrix_x4_trans(r[step % kAhead], tile::walk<TileK>(load, step % kSteps * 32, 0));
   };
   const auto turn = [&](int step) {
     constexpr uint32_t kEven = 0x6420;
@@ -46,32 +52,16 @@ __device__ inline void transpose_block(uint32_t from, uint32_t to, int warp) {
     const uint32_t turned[4] = {
         ptx::choose_bytes<kEven>(x[0], x[1]), ptx::choose_bytes<kOdd>(x[0], x[1]),
         ptx::choose_bytes<kEven>(x[2], x[3]), ptx::choose_bytes<kOdd>(x[2], x[3])};
-    ptx::stmatrix_x4(tile::walk<TileVt>(store, 0, 2 * step), turned);
+    ptx::stmatrix_x4(tile::walk<TileVt>(store, 0, step % kSteps * 2), turned);
+    if (step % kSteps == kSteps - 1) store += 16 * 128;
   };
 #pragma unroll
   for (int step = 0; step < kAhead; ++step) fetch(step);
-#pragma unroll 1
-  for (int left = kStrips - 1;; --left) {
 #pragma unroll
-    for (int step = 0; step < kSteps - kAhead; ++step) {
-      turn(step);
-      fetch(step + kAhead);
-    }
-    if (left == 0) break;
-    // The next chunk, at the end of a row the first of the next panel. Found from the last one:
-    // from the lane it would take a look at %tid, which ptxas keeps no register for.
-    ++strip;
-    load ^= (strip ^ (strip - 1)) % 8 * 16;
-    if (strip % 8 == 0) load += TileK::kPanelBytes;
-#pragma unroll
-    for (int step = kSteps - kAhead; step < kSteps; ++step) {
-      turn(step);
-      fetch(step + kAhead - kSteps);
-    }
-    store += 16 * 128;
+  for (int step = 0; step < kSteps * kStrips; ++step) {
+    turn(step);
+    if (step + kAhead < kSteps * kStrips) fetch(step + kAhead);
   }
-#pragma unroll
-  for (int step = kSteps - kAhead; step < kSteps; ++step) turn(step);
 }
 
 // A warp's work: its share of every block.

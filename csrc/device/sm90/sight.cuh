@@ -21,13 +21,23 @@ __device__ inline bool sees_all(const Tile& t, int consumer, int key_block) {
   return seen.begin <= key_block * kBlockN && seen.end >= (key_block + 1) * kBlockN;
 }
 
+// No row of the consumer sees more than the first kFew keys of the block.
+template <int kBlockN, int kFew, class AnyTile>
+__device__ inline bool sees_few(const Scores& scores, const AnyTile& t, int consumer,
+                                int key_block) {
+  const int last_row = min(first_query(t, consumer) + kBoxM, t.sq) - 1;
+  const int end = attn::Mask(scores, t.sq, t.sk).in_window(last_row).end;
+  return ptx::uniform(end <= key_block * kBlockN + kFew);
+}
+
 // How many blocks, from the one in front of this down, all rows see to the full, and have seen a
-// key behind them; below 1 there is none, as where the caller `looks` at each.
-template <int kBlockN>
+// key behind them; below 1 there is none, as where the caller `looks` at each. Int: the type of
+// what is divided. In FP8's tile of most scores ptxas spills a signed one.
+template <int kBlockN, class Int = int>
 __device__ inline int whole_run(const Tile& t, int consumer, int key_block, bool looks) {
   const attn::Keys seen = t.seen_by_all[consumer];
   if (looks || seen.end <= key_block * kBlockN) return 0;
-  return key_block - (seen.begin + kBlockN - 1) / kBlockN;
+  return key_block - static_cast<Int>(seen.begin + kBlockN - 1) / kBlockN;
 }
 
 // In pieces of at most 64 keys, because a consumer has 64 rows: of a block of 128 that the diagonal
