@@ -24,6 +24,8 @@ class Consumer {
   static constexpr bool kStartsFresh = Cfg::kIsFp8 || Cfg::kHasOBuffer;
   static constexpr bool kRoundsEarly = Cfg::kTile.rounds_early();
   static constexpr int kEarly = kRoundsEarly ? kBlockN / 16 : 0;  // accumulators
+  // Steps that open a tile are code of their own, where there are registers for that.
+  static constexpr bool kStepsApart = Cfg::kConsumers == 2;
   static constexpr int kFew = Cfg::kTile.few_keys();
   // Where Q is not held: as soon as all scores are there, as they need never be computed again.
   static constexpr bool kReturnsQEarly = Cfg::kIsFp8 && !Cfg::kTile.holds_q;
@@ -64,12 +66,14 @@ class Consumer {
       skip_blocks(skipped(pipe_.tile(tile_)));
       first_step();
       for (;;) {
-        const bool opens = left_ == 0;
+        if (kStepsApart) {
+          while (left_ > 0) step(false);
+        }
+        const bool opens = kStepsApart || left_ == 0;
         if (opens) {
           pipe_.tiles().wait_full(tile_ + 1);
           const Tile& next = pipe_.tile(tile_ + 1);
-          if (next.end == 0) break;
-          if (skipped(next) > 0) break;
+          if (next.end == 0 || skipped(next) > 0) break;
           open(tile_ + 1);
         }
         step(opens);
