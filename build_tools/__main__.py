@@ -74,9 +74,8 @@ def build_kernels(options: argparse.Namespace) -> int:
         text = kernels.report(parts)
         Path(kernels.PARTS, "report.md").write_text(text, "utf-8")
         print(text)
-    spilling = kernels.spills(parts)
-    for part in spilling:
-        print(f"warning: {part.unit.symbol} {part.arch} spills registers", file=sys.stderr)
+    for warning in kernels.warnings(parts):
+        print(warning, file=sys.stderr)
     return 0
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Optional
 
@@ -121,9 +121,14 @@ def report(parts: list[Part]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows) + f"\n\n{total}\n"
 
 
-def spills(parts: list[Part]) -> list[Part]:
-    """Forward kernels that spill registers: none but what test_machine_code.py lists may."""
-    return [p for p in parts if p.unit.kind == "forward" and p.facts().spill_stores]
+def warnings(parts: list[Part]) -> Iterator[str]:
+    """What makes a kernel slow: nothing but what test_machine_code.py lists may."""
+    for part in parts:
+        facts = part.facts()
+        if part.unit.kind == "forward" and facts.spill_stores:
+            yield f"warning: {part.unit.symbol} {part.arch} spills registers"
+        if facts.remark:
+            yield f"warning: {part.unit.symbol} {part.arch}: ptxas says {facts.remark}"
 
 
 def build(

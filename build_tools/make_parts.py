@@ -164,8 +164,8 @@ def _make_kernels(part: KernelsPart, folder: Path) -> dict[str, str]:
     kernels.PARTS.mkdir(parents=True, exist_ok=True)
     count = jobs.choose(None, (x.facts().peak_mb for x in images if x.is_built))
     ninja.build(images, "nvrtc", str(compiler.path), kernels.PARTS, count)
-    for image in kernels.spills(images):
-        print(f"warning: {image.unit.symbol} {image.arch} spills registers", flush=True)
+    for warning in kernels.warnings(images):
+        print(warning, flush=True)
     kernels.install(images, folder / KERNELS.name)
     return {"cuda": part.cuda.name, "arch": part.arch, "compiler": part.cuda.nvrtc}
 

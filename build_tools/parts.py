@@ -31,6 +31,8 @@ class Facts:
     seconds: float
     peak_mb: int
     code_bytes: int
+    # C7510 and its kin: ptxas has made products wait for each other, or registers stay in memory.
+    remark: str = ""
 
 
 @dataclass(frozen=True)
@@ -125,4 +127,5 @@ def facts_of_log(log: str, seconds: float, peak_mb: int, code: bytes) -> Facts:
         round(seconds, 2),
         peak_mb,
         len(code),
+        "; ".join(re.findall(r"\(C75\d\d\) .*", log)),
     )

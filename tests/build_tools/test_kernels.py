@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Optional
 
@@ -146,7 +147,7 @@ def test_the_table_has_a_row_for_each_image(tmp_path: Path) -> None:
     assert text.splitlines() == ["flash-attn-kernels 1", row]
 
 
-def test_what_ptxas_says_is_read() -> None:
+def test_what_ptxas_says_is_read(tmp_path: Path) -> None:
     log = (
         "ptxas info    : Compiling entry function 'f' for 'sm_90'\n"
         "    400 bytes stack frame, 500 bytes spill stores, 416 bytes spill loads\n"
@@ -154,6 +155,19 @@ def test_what_ptxas_says_is_read() -> None:
     )
     facts = parts.facts_of_log(log, 1.234, 170, b"abc")
     assert facts == parts.Facts(255, 500, 416, 400, 1.23, 170, 3)
+    remark = "(C7510) Potential Performance Loss: wgmma.mma_async instructions are serialized"
+    told = parts.facts_of_log(f"{log}ptxas info    : {remark}\n", 1.234, 170, b"abc")
+    assert told == replace(facts, remark=remark)
+
+    unit = next(unit for unit in codegen.units() if unit.kind == "forward")
+    slow, fast = (parts.make_part(unit, Arch.parse(x), "c", tmp_path) for x in ("80", "90"))
+    slow.store(b"abc", told)
+    fast.store(b"abc", replace(facts, spill_stores=0))
+    start = f"warning: {unit.symbol} 80"
+    assert list(kernels.warnings([slow, fast])) == [
+        f"{start} spills registers",
+        f"{start}: ptxas says {remark}",
+    ]
 
 
 def test_progress_tells_the_time_left(capsys: pytest.CaptureFixture[str]) -> None:

@@ -577,7 +577,8 @@ void prepare(Cta& cta, unsigned block, unsigned threads) {
   cta.mbarriers.clear();
   cta.copy_groups.clear();
   for (NamedBarrier& barrier : cta.named) barrier = {};
-  cta.smem.assign(kSmemBytes, 0xFF);  // NaN in every format
+  // NaN in every format, or NaN and the largest numbers; as integers negative, or large.
+  cta.smem.assign(kSmemBytes, g_random() % 2 ? 0xFF : 0x7F);
   if (cta.fibers.size() != threads) cta.fibers = std::vector<Fiber>(threads);
   for (Fiber& fiber : cta.fibers) {
     if (!fiber.stack) fiber.stack.reset(new char[kStackBytes]);
