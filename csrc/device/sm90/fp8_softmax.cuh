@@ -53,8 +53,8 @@ struct Fp8Softmax : Softmax {
       }
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const float(&low)[4] = s.c[0][4 * k + i / 2 * 2];
-        const float(&high)[4] = s.c[0][4 * k + i / 2 * 2 + 1];
+        const float (&low)[4] = s.c[0][4 * k + i / 2 * 2];
+        const float (&high)[4] = s.c[0][4 * k + i / 2 * 2 + 1];
         const int row = i % 2 * 2;
         p[k][i] = ptx::pack_e4m3(low[row], low[row + 1], high[row], high[row + 1]);
       }

@@ -48,7 +48,7 @@ __device__ inline void transpose_block(uint32_t from, uint32_t to, int warp) {
   const auto turn = [&](int step) {
     constexpr uint32_t kEven = 0x6420;
     constexpr uint32_t kOdd = 0x7531;
-    const uint32_t(&x)[4] = r[step % kAhead];
+    const uint32_t (&x)[4] = r[step % kAhead];
     const uint32_t turned[4] = {
         ptx::choose_bytes<kEven>(x[0], x[1]), ptx::choose_bytes<kOdd>(x[0], x[1]),
         ptx::choose_bytes<kEven>(x[2], x[3]), ptx::choose_bytes<kOdd>(x[2], x[3])};
