@@ -40,9 +40,9 @@ def cases(passes: Sequence[str]) -> Iterator[tuple[str, Callable[[], Call]]]:
         for done in passes:
             yield f"{shape} {done}", partial(call_of, case, done)
     for other in fp8.cases() if "fwd" in passes else ():
-        mask = "causal" if other.causal else "full"
         heads = "" if other.heads == other.kv_heads else ", grouped heads"
-        yield f"FP8{heads}, {other.head_dim} {mask} {other.seqlen} fwd", partial(call_of_fp8, other)
+        shape = f"FP8{heads}, {other.head_dim} {other.mask} {other.seqlen}"
+        yield f"{shape} fwd", partial(call_of_fp8, other)
 
 
 def call_of(case: Case, passes: str) -> Call:

@@ -42,6 +42,10 @@ class Case:
     head_dim: int
     causal: bool
 
+    @property
+    def mask(self) -> str:
+        return "causal" if self.causal else "full"
+
     def flops(self) -> float:
         """Useful work; a causal mask leaves half of the products."""
         pairs = self.seqlen**2 * (0.5 if self.causal else 1.0)
@@ -162,9 +166,8 @@ def run(fa3: Path, out: Optional[Path]) -> Path:
         print(row["inputs"], row["causal"], row["error"], file=sys.stderr)
     for case in cases():
         rows.append(measure(case, timer))
-        mask = "causal" if case.causal else "full"
         told = ", ".join(f"{name} {x:.0f}" for name, x in rows[-1]["tflops"].items())
-        print(f"{case.head_dim} {mask} {case.seqlen}: {told}", file=sys.stderr)
+        print(f"{case.head_dim} {case.mask} {case.seqlen}: {told}", file=sys.stderr)
         torch.cuda.empty_cache()
     return report.write({**report.of_gpu("fp8"), "rows": rows}, out)
 

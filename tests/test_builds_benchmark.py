@@ -61,12 +61,13 @@ def test_one_build_is_none_to_compare(
     assert "name two builds or more" in capsys.readouterr().err
 
 
-def test_a_build_is_warmed_up_and_timed_once() -> None:
+def test_a_build_is_warmed_up_and_timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     counts: list[int] = []
 
     def timer(call: Any, count: int) -> list[float]:
         counts.append(count)
         return [1.0] * count
 
-    gpu.take_turns({"a": lambda: None}, timer, [("a",)], 4.0, gpu.ROUNDS * 15.0)
+    monkeypatch.setattr(builds, "cases", lambda passes: [("a", lambda: lambda: None)])
+    builds.measure("", ["fwd"], timer)
     assert counts == [gpu.MIN_CALLS, 5, 15]

@@ -177,9 +177,10 @@ bool takes(int family, int head_dim, const ForwardParams& params, int num_sms) {
   }
   // More keys at a time cost less, but more of the last ones are none. Heads of up to 96 have
   // kernels of their own.
-  const bool is_narrow = params.d <= 96 && params.dv <= 96;
   const int least_keys = has_mask(params.scores) ? 2048 : 1024;
-  if (family == kSm90Fp8Wide && (seqs.sk < least_keys || is_narrow)) return false;
+  if (family == kSm90Fp8Wide && (seqs.sk < least_keys || wider(params.d, params.dv) <= 96)) {
+    return false;
+  }
   const bool takes_pages = forward_tile(family, head_dim).takes_pages();
   if (seqs.block_table != nullptr && !(takes_pages && has_whole_pieces(seqs))) return false;
   return has_rows(seqs) && params.scores.rng_state == nullptr &&
