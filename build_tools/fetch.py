@@ -146,7 +146,11 @@ def _fetch(
         for wheel in wheels.glob("*.whl"):
             with zipfile.ZipFile(wheel) as archive:
                 unpack(archive, fresh)
-        fresh.replace(folder)
+        try:
+            fresh.replace(folder)
+        except OSError:  # another process was first
+            if not folder.exists():
+                raise
 
 
 def _unpack_libraries(archive: zipfile.ZipFile, folder: Path) -> None:

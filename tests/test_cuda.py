@@ -12,7 +12,7 @@ import pytest
 import torch
 from cache_problem import CacheProblem
 from compare import check, poisoned_memory
-from oracle import varlen_attention
+from oracle import attention, varlen_attention
 from problem_types import BF16, FP16, FP64, Problem, cumulative, varlen
 from running import (
     assert_cache_follows_rule,
@@ -184,6 +184,21 @@ def assert_repeats(call: Callable[[], Sequence[Tensor]], times: int) -> None:
     for _ in range(times - 1):
         changed |= torch.stack([(x != y).any() for x, y in zip(bits(), expected)])
     assert not changed.any(), changed.tolist()
+
+
+@pytest.mark.parametrize("low", [0.0, -120.0])
+@pytest.mark.parametrize("sizes", [(200, 1500), (4100, 4200)])
+@pytest.mark.parametrize("d", [64, 96, 128, 192, 256])
+def test_scores_that_rise_from_block_to_block(d: int, sizes: tuple[int, int], low: float) -> None:
+    sq, sk = sizes
+    problem = Problem(sq=sq, sk=sk, b=1, hq=8, hk=8, d=d, dtype=BF16)
+    q, k, v = problem.tensors("cuda").leaves
+    # Keys are read from the last to the first.
+    q[..., 0], k[..., 0] = d**0.5, torch.linspace(low + sk / 15, low, sk).to(BF16)[:, None]
+    out, lse, _ = flash_attn.flash_attn_func(q, k, v, return_attn_probs=True)
+    exact, rough = (attention(q, k, v, dtype=dtype) for dtype in (FP64, BF16))
+    for name, got, reference, low_precision in zip(("out", "lse"), (out, lse), exact, rough):
+        check(name, got, reference, low_precision)
 
 
 # More tiles than multiprocessors, the last one of a sequence ragged.

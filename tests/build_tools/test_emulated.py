@@ -26,12 +26,16 @@ def call(q, k, v, cu=(None, None), used=(None, None), max_seqlens=(None, None), 
         scale, window[0], right, attention_chunk, softcap, slopes, 0.0, None, False, splits)
     return result[:2]
 
-def dense(d, sq, sk, hq=2, hk=1, b=2, rise=0.0, jump=0.0, dv=None, splits=1, **options):
+def rising(rise, low, at, num_keys):
+    # Scores that grow from block to block: the last one comes first.
+    return (low + rise * (1 - at / num_keys)).to(DTYPE)[:, None]
+
+def dense(d, sq, sk, hq=2, hk=1, b=2, rise=0.0, low=0.0, jump=0.0, dv=None, splits=1, **options):
     q, k, v = make(b, sq, hq, d), make(b, sk, hk, d), make(b, sk, hk, dv or d)
     if rise or jump:
         q[..., 0] = 8.0
-    if rise:  # scores that grow from block to block
-        k[..., 0] = torch.linspace(rise, 0, sk).to(DTYPE)[:, None]
+    if rise:
+        k[..., 0] = rising(rise, low, torch.arange(sk), sk)
     if jump:  # scores of which the first block tells nothing
         k[..., 0] = (jump * (torch.arange(sk) < sk - 150)).to(DTYPE)[:, None]
     kept = dict(options)
@@ -61,8 +65,8 @@ def packed(d, lens_q, lens_k, hq=2, hk=1, dv=None, used_k=None, splits=1, longes
         return varlen_attention(q[rows], k, v, *cu, seqused_k=used, dtype=dtype, **options)[:2]
     judge((got[0][rows], got[1][:, rows]), oracle)
 
-def paged(d, page, sq, used_k, hq=2, hk=1, lens_q=None, rows=None, jump=0.0, splits=1,
-          longest=None, **options):
+def paged(d, page, sq, used_k, hq=2, hk=1, lens_q=None, rows=None, rise=0.0, low=0.0, jump=0.0,
+          splits=1, longest=None, **options):
     b, num_pages = len(used_k), max(used_k) // page + 2
     table = torch.randperm(b * num_pages).view(b, num_pages).int()
     k, v = make(b * num_pages, page, hk, d), make(b * num_pages, page, hk, d)
@@ -73,6 +77,8 @@ def paged(d, page, sq, used_k, hq=2, hk=1, lens_q=None, rows=None, jump=0.0, spl
         slots, pages = torch.arange(used), table[i if rows is None else rows[i]]
         at = pages[slots // page].long(), slots % page
         unused[at] = False
+        if rise:
+            k[(*at, slice(None), 0)] = rising(rise, low, slots, used)
         if jump:
             k[(*at, slice(None), 0)] = (jump * (slots < used - 150)).to(DTYPE)[:, None]
         pages[-(-used // page) :] = -5
@@ -80,7 +86,7 @@ def paged(d, page, sq, used_k, hq=2, hk=1, lens_q=None, rows=None, jump=0.0, spl
     k[unused] = v[unused] = math.nan
     cu_q = None if lens_q is None else torch.tensor([0, *torch.tensor(lens_q).cumsum(0)]).int()
     q = make(b, sq, hq, d) if lens_q is None else make(sum(lens_q), hq, d)
-    if jump:
+    if rise or jump:
         q[..., 0] = 8.0
     used = torch.tensor(used_k, dtype=torch.int32)
     if longest:
@@ -97,7 +103,9 @@ CASES = {
     "window_left": "dense({d}, 300, 700, window=(64, -1))",
     "window_of_many_rows": "dense({d}, 2048, 2048, hq=1, hk=1, window=(100, 0))",
     "causal_of_many_rows": "dense({d}, 2100, 1300, hq=1, hk=1, causal=True)",
+    "rising_negative_scores": "dense({d}, 400, 900, rise=60.0, low=-120.0)",
     "overflowing_scores": "dense({d}, 200, 900, rise=600.0)",
+    "overflowing_negative_scores": "dense({d}, 200, 900, rise=900.0, low=-1000.0)",
     "overflowing_scores_full": "dense({d}, 400, 900, rise=600.0)",
     "jumping_scores": "dense({d}, 200, 900, jump=200.0)",
     "jumping_scores_causal": "dense({d}, 400, 900, jump=200.0, causal=True)",
@@ -149,6 +157,12 @@ LONG = {
     " causal=True)",
     "jumping_scores": "paged({d}, 64, 0, (900, 600), hk=2, lens_q=(200, 90), longest=8192,"
     " jump=200.0)",
+    "rising_scores": "paged({d}, 64, 0, (900, 600), hk=2, lens_q=(200, 90), longest=8192,"
+    " rise=60.0)",
+    "rising_negative_scores": "paged({d}, 64, 0, (900, 600), hk=2, lens_q=(200, 90), longest=8192,"
+    " rise=60.0, low=-120.0, causal=True)",
+    "overflowing_negative_scores": "paged({d}, 64, 0, (900, 600), hk=2, lens_q=(200, 90),"
+    " longest=8192, rise=900.0, low=-1000.0)",
     "dense": "dense({d}, 4096, 4099, hq=1, hk=1, b=1)",
 }
 # Of V with at most 128 columns beside wider Q and K.
@@ -159,6 +173,7 @@ NARROW = {
     "causal": "dense(192, 300, 700, hk=2, dv=128, causal=True)",
     "rows_without_keys": "dense(192, 400, 150, hk=2, dv=128, causal=True)",
     "window": "dense(192, 300, 500, hk=2, dv=128, window=(64, 30))",
+    "rising_scores": "dense(192, 400, 900, hk=2, dv=128, rise=60.0)",
     "overflowing_scores": "dense(192, 400, 900, hk=2, dv=128, rise=600.0)",
     "jumping_scores": "dense(192, 400, 900, hk=2, dv=128, jump=200.0, causal=True)",
     "packed": "packed(192, (130, 0, 200, 1), (100, 50, 333, 257), hk=2, dv=128, causal=True)",

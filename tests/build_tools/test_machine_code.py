@@ -12,8 +12,10 @@ import machine_code
 import pytest
 from native_tools import codegen, kernels
 
-from build_tools import compilers, parts
+from build_tools import compilers, fetch, parts
 from build_tools.arch import Arch
+from build_tools.matrix import Matrix
+from build_tools.ninja import BuildError
 
 # What a kernel of each kind must have: words of SASS, and of PTX. A family may have words of its
 # own.
@@ -145,6 +147,34 @@ def test_machine_code_is_what_the_kernel_was_written_for(
     if not nvrtc.supports(arch):
         pytest.skip(f"{nvrtc.identity} does not know {arch.flag}")
     code, log = nvrtc.compile(unit.source, arch)
+    assert list(faults(unit, arch, code, log)) == []
+
+
+@pytest.fixture(scope="module")
+def other_nvrtc(nvrtc: compilers.Nvrtc) -> compilers.Nvrtc:
+    """Of the two that wheels are compiled with, the one that no extra installs."""
+    (cuda,) = (
+        cuda
+        for cuda in Matrix().facts.cuda.values()
+        if tuple(map(int, cuda.toolkit.split("."))) != nvrtc.version
+    )
+    try:
+        return compilers.Nvrtc(fetch.nvrtc(cuda))
+    except BuildError as error:
+        pytest.skip(str(error))
+
+
+# With ptxas 12.8 products waited for each other in every forward kernel, and nobody saw it: calls
+# took 1.4 to 1.9 times as long.
+@pytest.mark.parametrize(
+    ("unit", "arch"),
+    [image for image in IMAGES if str(image[1]) == "90a"],
+    ids=[unit.symbol for unit, arch in IMAGES if str(arch) == "90a"],
+)
+def test_hoppers_machine_code_is_as_good_by_the_other_compiler(
+    unit: codegen.Unit, arch: Arch, other_nvrtc: compilers.Nvrtc
+) -> None:
+    code, log = other_nvrtc.compile(unit.source, arch)
     assert list(faults(unit, arch, code, log)) == []
 
 

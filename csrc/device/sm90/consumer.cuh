@@ -27,13 +27,11 @@ class Consumer {
   // Steps that open a tile are code of their own, where there are registers for that.
   static constexpr bool kStepsApart = Cfg::kConsumers == 2;
   static constexpr int kFew = Cfg::kTile.few_keys();
+  // Where each block moves the shift, the ordinary way is the shorter one. Four consumers have no
+  // registers to know that.
+  static constexpr bool kKnowsRising = Cfg::kConsumers != 4;
   // Where Q is not held: as soon as all scores are there, as they need never be computed again.
   static constexpr bool kReturnsQEarly = Cfg::kIsFp8 && !Cfg::kTile.holds_q;
-  // Blocks that all rows see to the full are known as such in the ordinary way too, else only in
-  // the lazy way. The tile of most scores has no registers for that, and at head dim 256 it would
-  // take usual scores 1 % more time.
-  static constexpr bool kKnowsWhole =
-      Cfg::kTile.block_m() * kBlockN < 192 * 128 && !(Cfg::kIsPlain && Cfg::kHeadDim == 256);
 
  public:
   __device__ __forceinline__ Consumer(const TmaForwardParams& params, const Pipeline<Cfg>& pipe)
@@ -46,6 +44,8 @@ class Consumer {
         output_(params, pipe, consumer_) {}
 
   __device__ __forceinline__ void run() {
+    // Else ptxas 12.8 makes products wait for each other.
+    o_.clear();
     if (Cfg::kTile.takes_turns) turns().begin();
     pipe_.tiles().wait_full(0);
     if (pipe_.tile(0).end > 0) {
@@ -145,8 +145,6 @@ class Consumer {
   // The block whose scores are due, or have come last.
   __device__ int key_block() const { return pipe_.tile(tile_).begin + left_ - 1; }
 
-  __device__ bool looks_at_all() const { return !kKnowsWhole && is_careful_; }
-
   // Scores go to softmax as they are.
   __device__ bool is_plain() const { return Cfg::kIsPlain || attn::is_plain(params_.scores); }
 
@@ -194,7 +192,9 @@ class Consumer {
     }
     Sight sight;
     const bool is_whole = whole_left_ > 0;
-    const bool is_lazy = !Cfg::kIsFp8 && is_whole && !(kKnowsWhole && is_careful_);
+    const bool is_rising = kKnowsRising && was_moved_ && softmax_.is_moved;
+    const bool is_lazy = !Cfg::kIsFp8 && is_whole && !is_careful_ && !is_rising;
+    was_moved_ = softmax_.is_moved;
     if (!is_whole) sight = look();
     ptx::wgmma_wait<1>();
     ptx::pin(s.c[0]);
@@ -205,7 +205,7 @@ class Consumer {
       if (is_lazy) softmax_.template exponentiate<kEarly>(s, sums, scale_log2_, 0);
       wait_for_output();
     }
-    if (!is_lazy || !absorb_lazily(s, sums, sight)) {
+    if (!is_lazy || !absorb_lazily(s, sums)) {
       absorb(s, sight);
       if (kRoundsEarly) pack(s);
     }
@@ -272,6 +272,7 @@ class Consumer {
   // The next product will not add; but tiles done one by one need O's registers until then.
   __device__ __forceinline__ void clear_output() {
     is_fresh_ = kStartsFresh;
+    softmax_.is_moved = false;  // a tile's first block says nothing of the others
     if (!kStartsFresh) o_.clear();
   }
 
@@ -326,27 +327,26 @@ class Consumer {
         if (!sees_all<kBlockN>(t, consumer_, block)) {
           attn::hide(s, attn::Mask(params_.scores, t.sq, t.sk), row, key);
         }
-        whole_left_ = whole_run<kBlockN, uint32_t>(t, consumer_, block, looks_at_all()) + 1;
+        whole_left_ = whole_run<kBlockN, uint32_t>(t, consumer_, block) + 1;
       }
       // Scores become p where there is room for it, behind the product that reads the last one.
       block_scale_ = scale;
       softmax_.move(s, scale);
-    } else if (kKnowsWhole && whole_left_ > 0) {
-      const bool is_seen[1] = {true};
-      softmax_.absorb(s, scale, is_seen);
+    } else if (whole_left_ > 0) {
+      softmax_.absorb(s, scale);
     } else {
       bool seen[Sight::kPieces];
       sight.find_seen(seen);
       sight.hide(s, seen);
       if (softmax_.absorb(s, scale, seen)) is_careful_ = true;
       // One more: this block will be counted too.
-      whole_left_ = whole_run<kBlockN>(t, consumer_, block, looks_at_all()) + 1;
+      whole_left_ = whole_run<kBlockN>(t, consumer_, block) + 1;
       is_cut_ = block == t.end - 1 && t.tail < kBlockN;
     }
   }
 
   // `sums`: of the scores that are p already. False: all stand as they were, for the ordinary way.
-  __device__ __forceinline__ bool absorb_lazily(AccS& s, float (&sums)[4], Sight& sight) {
+  __device__ __forceinline__ bool absorb_lazily(AccS& s, float (&sums)[4]) {
     if constexpr (!Cfg::kIsFp8) {
       softmax_.template exponentiate<kBlockN / 8 - kEarly>(s, sums, scale_log2_, kEarly);
       if (kRoundsEarly) pack(s);
@@ -356,7 +356,6 @@ class Consumer {
       }
       recompute<Cfg>(s, params_, pipe_.tile(tile_), q_in_memory(), Own::warp_row(),
                      key_block() * kBlockN, Own::lane());
-      sight.see_all();
       is_careful_ = true;  // such scores are likely to grow again
     }
     return false;
@@ -388,13 +387,14 @@ class Consumer {
   uint32_t p_[Cfg::kDepthOfP / 16][4];
   uint32_t q_[Cfg::kDepth / 16][4];  // where the tile's Q is held
   typename SoftmaxOf<Cfg::kIsFp8>::Type softmax_;
-  uint32_t tile_ = 0;      // of the scores, counted from the start
-  uint32_t block_ = 0;     // of P, counted likewise: its product with V is due
-  int left_;               // blocks of the tile whose scores are due, descending
-  int whole_left_;         // of these, how many all rows see to the full from now on
-  bool is_fresh_ = false;  // O has no sums yet, whatever its registers hold
-  bool is_careful_;        // no lazy maximum in this tile any more
-  bool is_cut_;            // in the block of P, V has rows behind the sequence
+  uint32_t tile_ = 0;       // of the scores, counted from the start
+  uint32_t block_ = 0;      // of P, counted likewise: its product with V is due
+  int left_;                // blocks of the tile whose scores are due, descending
+  int whole_left_;          // of these, how many all rows see to the full from now on
+  bool was_moved_ = false;  // the shift, in the step before the last
+  bool is_fresh_ = false;   // O has no sums yet, whatever its registers hold
+  bool is_careful_;         // no lazy maximum in this tile any more
+  bool is_cut_;             // in the block of P, V has rows behind the sequence
 };
 
 }  // namespace flash::sm90

@@ -86,22 +86,6 @@ struct Fp8Softmax : Softmax {
 
  private:
   __device__ static bool any(bool x) { return __any_sync(0xffffffffu, x); }
-
-  // Of this lane's columns, if it is not negative, else some other negative one: an instruction
-  // compares three integers, and floats are in the order of their bits from zero on.
-  template <int kN>
-  __device__ static __forceinline__ float quick_largest(const tile::Accumulators<1, kN>& s, int h) {
-    int x = __float_as_int(s.c[0][0][2 * h]);
-    int y = __float_as_int(s.c[0][0][2 * h + 1]);
-#pragma unroll
-    for (int n = 1; n < kN; n += 2) {
-      const int next = min(n + 1, kN - 1);
-      x = max(max(x, __float_as_int(s.c[0][n][2 * h])), __float_as_int(s.c[0][next][2 * h]));
-      y = max(max(y, __float_as_int(s.c[0][n][2 * h + 1])),
-              __float_as_int(s.c[0][next][2 * h + 1]));
-    }
-    return __int_as_float(max(x, y));
-  }
 };
 
 template <bool kIsFp8>

@@ -33,6 +33,8 @@ class LatentConsumer {
         gathers_(is_gathered(params.call.seqs)) {}
 
   __device__ __forceinline__ void run() {
+    // Else ptxas 12.8 makes products wait for each other.
+    o_.clear();
     for (;; ++tile_) {
       pipe_.tiles().wait_full(tile_);
       const auto& t = pipe_.tile(tile_);

@@ -31,12 +31,12 @@ __device__ inline bool sees_few(const Scores& scores, const AnyTile& t, int cons
 }
 
 // How many blocks, from the one in front of this down, all rows see to the full, and have seen a
-// key behind them; below 1 there is none, as where the caller `looks` at each. Int: the type of
-// what is divided. In FP8's tile of most scores ptxas spills a signed one.
+// key behind them; below 1 there is none. Int: the type of what is divided. In FP8's tile of most
+// scores ptxas spills a signed one.
 template <int kBlockN, class Int = int>
-__device__ inline int whole_run(const Tile& t, int consumer, int key_block, bool looks) {
+__device__ inline int whole_run(const Tile& t, int consumer, int key_block) {
   const attn::Keys seen = t.seen_by_all[consumer];
-  if (looks || seen.end <= key_block * kBlockN) return 0;
+  if (seen.end <= key_block * kBlockN) return 0;
   return key_block - static_cast<Int>(seen.begin + kBlockN - 1) / kBlockN;
 }
 

@@ -43,7 +43,6 @@ struct Softmax {
   template <int kN, int kPieces>
   __device__ __forceinline__ bool absorb(tile::Accumulators<1, kN>& s, float scale,
                                          const bool (&seen)[kPieces]) {
-    constexpr float kSlack = 6.0f;
     constexpr int kGroups = kN / kPieces;
     float top[2] = {-attn::infinity(), -attn::infinity()};
 #pragma unroll
@@ -54,26 +53,34 @@ struct Softmax {
         top[h] = fmaxf(top[h], largest<kGroups>(s, h, kGroups * piece) * scale);
       }
     }
-    is_moved = __any_sync(0xffffffffu, top[0] - shift[0] > kSlack || top[1] - shift[1] > kSlack);
-    bool is_spread = false;
-    if (is_moved) {
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const float top_of_row = of_row(top[h]);
-        const float spread = top_of_row - top[h];  // infinite where all of the lane's are hidden
-        is_spread = is_spread || (spread > kMostSpread && spread < attn::infinity());
-        move_row_to(fmaxf(shift[h], top_of_row), h);
-      }
-      is_spread = __any_sync(0xffffffffu, is_spread);
-    }
+    const bool is_spread = rise_to(top);
     float part[4] = {0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll
     for (int piece = 0; piece < kPieces; ++piece) {
       if (seen[piece]) exponentiate<kGroups>(s, part, scale, kGroups * piece);
     }
-#pragma unroll
-    for (int h = 0; h < 2; ++h) sum[h] += part[2 * h] + part[2 * h + 1];
+    add(part);
     return is_spread;
+  }
+
+  // The same of a block that all rows see to the full.
+  template <int kN>
+  __device__ __forceinline__ void absorb(tile::Accumulators<1, kN>& s, float scale) {
+    // Shorter blocks are those of kernels that have no registers for it.
+    constexpr bool kIsQuick = kN > 8;
+    float top[2];
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      top[h] = (kIsQuick ? quick_largest(s, h) : largest<kN>(s, h)) * scale;
+    }
+    if (kIsQuick && __any_sync(0xffffffffu, top[0] < 0.0f || top[1] < 0.0f)) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) top[h] = ptx::opaque(largest<kN>(s, h)) * scale;
+    }
+    rise_to(top);
+    float part[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+    exponentiate<kN>(s, part, scale, 0);
+    add(part);
   }
 
   // To the shift of others, which is no lower.
@@ -143,6 +150,28 @@ struct Softmax {
   }
 
  protected:
+  // `top`: the largest of this lane's scores. True: the four lanes of a row differ by far.
+  __device__ __forceinline__ bool rise_to(const float (&top)[2]) {
+    constexpr float kSlack = 6.0f;
+    is_moved = __any_sync(0xffffffffu, top[0] - shift[0] > kSlack || top[1] - shift[1] > kSlack);
+    if (!is_moved) return false;
+    bool is_spread = false;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const float top_of_row = of_row(top[h]);
+      const float spread = top_of_row - top[h];  // infinite where all of the lane's are hidden
+      is_spread = is_spread || (spread > kMostSpread && spread < attn::infinity());
+      move_row_to(fmaxf(shift[h], top_of_row), h);
+    }
+    return __any_sync(0xffffffffu, is_spread);
+  }
+
+  // Sums of p of a block.
+  __device__ __forceinline__ void add(const float (&part)[4]) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) sum[h] += part[2 * h] + part[2 * h + 1];
+  }
+
   __device__ __forceinline__ void move_row_to(float to, int h) {
     factor[h] = ptx::ex2(shift[h] - to);
     shift[h] = to;
@@ -161,6 +190,22 @@ struct Softmax {
       y = fmaxf(y, s.c[0][first + n][2 * h + 1]);
     }
     return fmaxf(x, y);
+  }
+
+  // Of this lane's columns, if it is not negative, else some other negative one: an instruction
+  // compares three integers, and floats are in the order of their bits from zero on.
+  template <int kN>
+  __device__ static __forceinline__ float quick_largest(const tile::Accumulators<1, kN>& s, int h) {
+    int x = __float_as_int(s.c[0][0][2 * h]);
+    int y = __float_as_int(s.c[0][0][2 * h + 1]);
+#pragma unroll
+    for (int n = 1; n < kN; n += 2) {
+      const int next = min(n + 1, kN - 1);
+      x = max(max(x, __float_as_int(s.c[0][n][2 * h])), __float_as_int(s.c[0][next][2 * h]));
+      y = max(max(y, __float_as_int(s.c[0][n][2 * h + 1])),
+              __float_as_int(s.c[0][next][2 * h + 1]));
+    }
+    return __int_as_float(max(x, y));
   }
 
   // The largest of the four lanes that share a row.
