@@ -25,7 +25,7 @@ class Consumer {
   static constexpr bool kRoundsEarly = Cfg::kTile.rounds_early();
   static constexpr int kEarly = kRoundsEarly ? kBlockN / 16 : 0;  // accumulators
   // Steps that open a tile are code of their own, where there are registers for that.
-  static constexpr bool kStepsApart = Cfg::kConsumers == 2;
+  static constexpr bool kStepsApart = !(Cfg::kIsFp8 && Cfg::kConsumers == 3);
   static constexpr int kFew = Cfg::kTile.few_keys();
   // Where each block moves the shift, the ordinary way is the shorter one. Four consumers have no
   // registers to know that.
