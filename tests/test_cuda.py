@@ -196,7 +196,8 @@ def test_scores_that_rise_from_block_to_block(d: int, sizes: tuple[int, int], lo
     # Keys are read from the last to the first.
     q[..., 0], k[..., 0] = d**0.5, torch.linspace(low + sk / 15, low, sk).to(BF16)[:, None]
     out, lse, _ = flash_attn.flash_attn_func(q, k, v, return_attn_probs=True)
-    exact, rough = (attention(q, k, v, dtype=dtype) for dtype in (FP64, BF16))
+    with torch.device("cuda"):
+        exact, rough = (attention(q, k, v, dtype=dtype) for dtype in (FP64, BF16))
     for name, got, reference, low_precision in zip(("out", "lse"), (out, lse), exact, rough):
         check(name, got, reference, low_precision)
 
