@@ -166,6 +166,12 @@ def _make_kernels(part: KernelsPart, folder: Path) -> dict[str, str]:
     ninja.build(images, "nvrtc", str(compiler.path), kernels.PARTS, count)
     for warning in kernels.warnings(images):
         print(warning, flush=True)
+    if any(image.facts().remark for image in images):
+        raise BuildError(
+            f"{part.name} is not for a release: ptxas makes products wait for each other, as told "
+            "above; tests/build_tools/test_machine_code.py compiles kernels with every NVRTC of "
+            "matrix.toml"
+        )
     kernels.install(images, folder / KERNELS.name)
     return {"cuda": part.cuda.name, "arch": part.arch, "compiler": part.cuda.nvrtc}
 

@@ -11,14 +11,25 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import small_wheels
-from native_tools import native
+from native_tools import codegen, kernels, native
 from small_wheels import FEW, HERE, MATRIX, TORCH, Factory
 
-from build_tools import assemble, kernel_index, make_parts, zip_file
+from build_tools import (
+    assemble,
+    compilers,
+    fetch,
+    kernel_index,
+    make_parts,
+    ninja,
+    parts,
+    zip_file,
+)
 from build_tools.__main__ import main
+from build_tools.arch import Arch
 from build_tools.ninja import BuildError
 from build_tools.wheel_name import WheelName
 
@@ -213,6 +224,24 @@ def test_what_cannot_be_made_is_told_before_anything_is(
     assert told.err.startswith(f"build_tools: {words}")
     assert "making" not in told.out
     assert list(tmp_path.iterdir()) == []
+
+
+def test_kernels_whose_products_wait_are_not_released(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    unit = next(unit for unit in codegen.units() if unit.family == "sm90")
+    image = parts.make_part(unit, Arch.parse("90a"), "c", tmp_path)
+    remark = "(C7515) Potential Performance Loss: wgmma.mma_async instructions are serialized"
+    image.store(b"abc", parts.facts_of_log(f"ptxas info    : {remark}\n", 1.0, 100, b"abc"))
+    monkeypatch.setattr(kernels, "plan", lambda *_, **__: [image])
+    monkeypatch.setattr(ninja, "build", lambda *_: None)
+    monkeypatch.setattr(compilers, "Nvrtc", lambda path: SimpleNamespace(path=path))
+    monkeypatch.setattr(fetch, "nvrtc", lambda cuda: tmp_path / "libnvrtc.so")
+    part = next(part for part in small_wheels.universal().parts if part.name.endswith("sm_90a"))
+    with pytest.raises(BuildError, match=f"^{part.name} is not for a release: ptxas makes"):
+        make_parts.make(part, tmp_path / "parts")
+    assert f"warning: {unit.symbol} 90a: ptxas says {remark}" in capsys.readouterr().out
+    assert not (tmp_path / "parts" / part.name).exists()
 
 
 def test_every_file_bears_the_time_that_a_build_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
