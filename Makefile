@@ -7,6 +7,8 @@ TORCH ?= torch==2.13.0
 # Processes of the test run; each runs torch on one thread.
 JOBS ?= $(shell cores=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2); \
 	if [ $$cores -gt 8 ]; then echo 8; else echo $$cores; fi)
+# What clang-format looks after.
+CPP = $(shell find csrc tests -name '*.cuh' -o -name '*.h' -o -name '*.cpp')
 # More arguments for pytest, e.g. ARGS='-k causal'.
 ARGS ?=
 
@@ -55,11 +57,14 @@ lint: $(VENV)/.lint ## check format, style, types, spelling and rendered tables
 		echo "$$step"; \
 		$(BIN)/$$step || status=1; \
 	done; \
+	echo clang-format; \
+	$(BIN)/clang-format --dry-run -Werror $(CPP) || status=1; \
 	exit $$status
 
 format: $(VENV)/.lint ## rewrite sources and rendered tables in place
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP)
 	$(BIN)/python tools/render_docs.py
 
 bench: $(VENV)/.test ## measure this machine and add the result to benchmarks/

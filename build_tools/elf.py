@@ -14,7 +14,7 @@ from build_tools.arch import Arch
 X86_64, AARCH64, CUDA = 62, 183, 190
 _SYMTAB, _DYNAMIC, _DYNSYM = 2, 6, 11
 _VERNEED, _VERSYM = 0x6FFFFFFE, 0x6FFFFFFF
-_NEEDED, _SONAME, _RPATH, _RUNPATH = 1, 14, 15, 29
+_NEEDED, _RPATH, _RUNPATH = 1, 15, 29
 _WEAK = 2
 # A cubin's notes on compatibility: attributes of 4 bytes, and after a sized one its bytes.
 _COMPAT, _SIZED, _FOR_ONE_ARCH = 0x70000086, 4, 9
@@ -58,7 +58,6 @@ class Elf:
     os_abi: int
     flags: int
     needed: tuple[str, ...]
-    soname: str
     run_path: str
     symbols: tuple[Symbol, ...]
     is_for_one_arch: bool = False
@@ -140,7 +139,6 @@ class _Reader:
             os_abi=self._data[7],
             flags=self._number("<I", 48),
             needed=tuple(dynamic.get(_NEEDED, [])),
-            soname="".join(dynamic.get(_SONAME, [])),
             run_path="".join(dynamic.get(_RUNPATH, dynamic.get(_RPATH, []))),
             symbols=tuple(self._symbols(table)) if table else (),
             is_for_one_arch=self._is_for_one_arch(),
@@ -173,7 +171,7 @@ class _Reader:
             return found
         strings = self._strings(section)
         for tag, value in struct.iter_unpack("<QQ", self._bytes(section)):
-            if tag in (_NEEDED, _SONAME, _RPATH, _RUNPATH):
+            if tag in (_NEEDED, _RPATH, _RUNPATH):
                 found.setdefault(tag, []).append(_text(strings, value))
         return found
 

@@ -114,6 +114,8 @@ void choose_clusters(ForwardParams* params, const Shape& shape, const Device& de
   }
 }
 
+namespace {
+
 // Multiprocessors that are left to the conversion of dQ. A row is rounded in a time of its own, and
 // computed in one that grows with the keys that it sees.
 int num_converting(const BackwardParams& params, const Device& device) {
@@ -130,6 +132,8 @@ int num_converting(const BackwardParams& params, const Device& device) {
   const int64_t of_one = params.d <= 64 ? 6144 : 4096;
   return clamp((of_one + keys / 2) / (keys < 1 ? 1 : keys), 0, device.num_sms / 8);
 }
+
+}  // namespace
 
 int64_t num_ctas(const BackwardParams& params, const Shape& shape, const Device& device) {
   const int64_t blocks = num_key_blocks(params, shape);
@@ -211,8 +215,9 @@ int choose_splits(const ForwardParams& params, const Shape& shape, const Device&
     const double bytes = kBytesOfCta * static_cast<double>(ctas);
     const double reading_us = static_cast<double>(read) / (bytes < kBytes ? bytes : kBytes);
     const double computing_us = static_cast<double>(steps) * block_us;
-    const double merging_us = (splits > 1 ? kMerging + static_cast<double>(splits) * part_us : 0.0) +
-                              (splits > kFewParts ? kMergingMore : 0.0);
+    const double merging_us =
+        (splits > 1 ? kMerging + static_cast<double>(splits) * part_us : 0.0) +
+        (splits > kFewParts ? kMergingMore : 0.0);
     return (computing_us > reading_us ? computing_us : reading_us) + merging_us;
   };
   const int64_t most = tiles == 0 ? 1 : clamp(kMostRounds * device.num_sms / tiles, 1, kMaxSplits);

@@ -101,7 +101,7 @@ def test_a_download_that_fails_is_told_and_leaves_nothing(
     assert list(fetch.FETCHED.iterdir()) == []
 
 
-def test_the_torch_of_a_python_is_read(tmp_path: Path) -> None:
+def test_the_torch_of_a_python_is_read() -> None:
     found, here = fetch.installed_torch(sys.executable), native.find_torch()
     assert found.minor == "{}.{}".format(*here.version)
     assert found.cxx11abi == str(here.cxx11_abi).upper()

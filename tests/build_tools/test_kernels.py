@@ -210,7 +210,7 @@ def test_a_measured_build_keeps_to_the_budget(result: dict[str, Any]) -> None:
     assert max(row["peak_mb"] for row in result["rows"]) < 1000
 
 
-def test_a_unit_that_does_not_compile_is_told_with_the_compilers_words(tmp_path: Path) -> None:
+def test_a_unit_that_does_not_compile_is_told_with_the_compilers_words() -> None:
     with pytest.raises(compilers.CompileError, match=r"identifier \"nonsense\" is undefined"):
         nvrtc().compile("__global__ void f() { nonsense(); }", Arch.parse("90"))
 

@@ -1,4 +1,4 @@
-"""The layers of csrc: who may include whom, as docs/building.md draws them."""
+"""The layers of csrc: who may include whom, as docs/architecture.md draws them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "device/tile": ("host/flash.h", "ptx"),
     "device/attn": ("host/flash.h", "ptx", "tile"),
     "device/common": ("host/flash.h", "ptx", "tile", "attn"),
-    "device/sm80": ("host/flash.h", "ptx", "tile", "attn", "common", "device/common/arch.h"),
+    "device/sm80": ("host/flash.h", "ptx", "tile", "attn", "device/common/arch.h"),
     "device/sm90": ("host/flash.h", "ptx", "tile", "attn"),
     "device/decode": ("host/flash.h", "ptx", "tile", "attn", "device/common/arch.h"),
     "host": tuple(f"device/{family}/config.h" for family in ("sm80", "sm90", "decode", "common")),

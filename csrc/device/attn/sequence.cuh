@@ -30,6 +30,11 @@ __device__ inline int sequence_of_row(const int32_t* cu_seqlens, int b, int row)
   return low;
 }
 
+// What undoes the scaling of a sequence's head.
+__device__ inline float factor_of(const Factors& x, int sequence, int head) {
+  return x.ptr ? x.ptr[sequence * x.batch + head * x.head] : 1.0f;
+}
+
 // One sequence of a call: lengths in use, and first rows.
 //
 // Lengths and indices come from device memory, unseen by the host; whatever they hold, no row

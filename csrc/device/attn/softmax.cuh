@@ -15,6 +15,9 @@ constexpr float kLn2 = 0.6931471805599453f;
 // The shift of a row that has seen no key: below all scores, and finite, so that hidden scores of
 // -inf get p = 0.
 constexpr float kLowestShift = -3.0e38f;
+// The shift follows the maximum where an entry would exceed 2^kSlack: up to there p and the sums
+// lose no accuracy, floating point as they are, and the multiplications of O are saved.
+constexpr float kSlack = 6.0f;
 
 __device__ inline float infinity() { return __int_as_float(0x7f800000); }
 
@@ -35,13 +38,10 @@ struct Softmax {
     }
   }
 
-  // Moves shift, sums and O where the scores of a block demand it: where an entry would exceed
-  // 2^kSlack. Up to there p and the sums lose no accuracy, floating point as they are, and the
-  // multiplications of O are saved.
+  // Moves shift, sums and O where the scores of a block demand it.
   template <int kS, int kO>
   __device__ void follow(tile::Accumulators<kM, kO>& o, const tile::Accumulators<kM, kS>& s,
                          float scale) {
-    constexpr float kSlack = 6.0f;
     float top[kM][2];
     bool grows = false;
 #pragma unroll

@@ -34,19 +34,15 @@ struct Queries<Cfg, true> {
   float scores;  // factor of Q times that of K
   float values;  // factor of V
 
-  __device__ static float factor_of(const Factors& x, int sequence, int head) {
-    return x.ptr ? x.ptr[sequence * x.batch + head * x.head] : 1.0f;
-  }
-
   __device__ static int row(int thread, int index) { return thread / kLanes + index * kRowsAtOnce; }
 
   __device__ void load(const DecodeParams& params, const attn::Sequence& seq, int head_k,
                        int thread, int index = 0) {
     const ForwardParams& call = params.call;
     if (index == 0) {
-      scores = factor_of(call.q_descale, seq.index, head_k) *
-               factor_of(call.k_descale, seq.index, head_k);
-      values = factor_of(call.v_descale, seq.index, head_k);
+      scores = attn::factor_of(call.q_descale, seq.index, head_k) *
+               attn::factor_of(call.k_descale, seq.index, head_k);
+      values = attn::factor_of(call.v_descale, seq.index, head_k);
     }
     x[0] = x[1] = make_uint4(0, 0, 0, 0);
     const int r = row(thread, index);

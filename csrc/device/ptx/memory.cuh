@@ -134,10 +134,6 @@ __device__ inline void st_global_128(void* gmem, uint4 x) {
                : "memory");
 }
 
-__device__ inline void prefetch_l1(const void* gmem) {
-  asm volatile("prefetch.global.L1 [%0];" ::"l"(gmem));
-}
-
 __device__ inline void st_global_64(uint64_t* gmem, uint64_t x) {
   asm volatile("st.relaxed.gpu.global.b64 [%0], %1;" ::"l"(gmem), "l"(x) : "memory");
 }

@@ -1,7 +1,7 @@
 // Products of a warpgroup: 64 rows of A by kN columns of B, over a depth of 16, asynchronously; of
 // 8-bit elements over 32, which fill the same registers and bytes.
 //
-// B, and A or not, are read from shared memory through descriptors (tile/descriptor.cuh).
+// B, and A or not, are read from shared memory through descriptors.
 // Accumulators are laid out as those of mma.m16n8k16 for each warp's 16 rows
 // (tile/accumulators.cuh), and A from registers as its A operand. From wgmma_fence() to the end of
 // wgmma_wait() nothing else may touch accumulators or A registers; pin() keeps the compiler from

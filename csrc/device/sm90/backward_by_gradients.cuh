@@ -118,7 +118,6 @@ class ValuesConsumer : SharingConsumer<Cfg, Cfg::kHeadDim> {
   using typename Base::AccS;
   using typename Base::Packed;
   using typename Base::T;
-  using typename Base::TileK;
   using typename Base::TileQ;
 
  public:
@@ -197,7 +196,7 @@ class ValuesConsumer : SharingConsumer<Cfg, Cfg::kHeadDim> {
     }
 #pragma unroll
     for (int n = 0; n < 8; ++n) {
-      const float(&x)[4] = s.c[0][n];
+      const float (&x)[4] = s.c[0][n];
       ptx::st_shared_128(this->p_of_thread() + n * 2048,
                          make_uint4(__float_as_uint(x[0]), __float_as_uint(x[1]),
                                     __float_as_uint(x[2]), __float_as_uint(x[3])));
@@ -225,7 +224,6 @@ class KeyGradientsConsumer : SharingConsumer<Cfg, Cfg::kValueDim> {
   using typename Base::AccS;
   using typename Base::Packed;
   using typename Base::T;
-  using typename Base::TileK;
   using typename Base::TileQ;
 
  public:

@@ -278,8 +278,8 @@ class KeysConsumer : GradientConsumer<Cfg> {
     this->pipe_.outs(this->consumer_).arrive_full_if(this->lane() == 0, num_sent());
   }
 
-  __device__ __forceinline__ void store(const typename Cfg::AccK& acc, float factor,
-                                        const Rows& to, int num_cols) const {
+  __device__ __forceinline__ void store(const typename Cfg::AccK& acc, float factor, const Rows& to,
+                                        int num_cols) const {
     this->store_rows(acc, factor, to, 64 * this->consumer_, num_cols);
   }
 

@@ -14,7 +14,6 @@ class GradientConsumer {
   using T = typename Cfg::T;
   using TileQ = typename Cfg::TileQ;
   using TileK = typename Cfg::TileK;
-  using TileDs = typename Cfg::TileDs;
   using TileOut = typename Cfg::TileOut;
   using AccS = typename Cfg::AccS;
   static constexpr int kBlockM = Cfg::kBlockM;

@@ -134,8 +134,8 @@ __device__ __forceinline__ void gradients_of_scores(uint32_t (&ds)[4][4],
   for (int n = 0; n < 8; ++n) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const float(&p)[4] = s.c[0][n];
-      const float(&x)[4] = dp.c[0][n];
+      const float (&p)[4] = s.c[0][n];
+      const float (&x)[4] = dp.c[0][n];
       ds[n / 2][n % 2 * 2 + h] = ptx::pack<T>(p[2 * h] * x[2 * h], p[2 * h + 1] * x[2 * h + 1]);
     }
   }

@@ -269,7 +269,7 @@ class Consumer {
     }
   }
 
-  // The next product will not add; but tiles done one by one need O's registers until then.
+  // The next product will not add; but where O has no buffer it needs its registers until then.
   __device__ __forceinline__ void clear_output() {
     is_fresh_ = kStartsFresh;
     softmax_.is_moved = false;  // a tile's first block says nothing of the others
@@ -289,15 +289,15 @@ class Consumer {
     is_fresh_ = false;
   }
 
-  // Rows of V behind the sequence become zeros: p is zero there, but they may hold infinities. Both
-  // consumers do it, and neither waits for the other.
+  // Rows of V behind the sequence become zeros: p is zero there, but they may hold infinities. Each
+  // consumer does it, and none waits for another.
   __device__ void clear_tail(int tail) {
     tile::clear_rows<typename Cfg::TileV, 128>(pipe_.v_buffer(block_), tail, Own::thread());
     ptx::fence_async_proxy();
     ptx::named_barrier_sync(1 + consumer_, 128);
   }
 
-  // What is to be known of a block that goes the ordinary way.
+  // What is to be known of a block that some row does not see in full.
   __device__ __forceinline__ Sight look() const {
     Sight sight;
     if constexpr (!Cfg::kIsFp8) {
@@ -306,8 +306,8 @@ class Consumer {
     return sight;
   }
 
-  // The ordinary way: for blocks of which some row does not see all, or whose scores must be
-  // transformed first. 8-bit elements have no other; what all rows see needs no look-ups.
+  // The ordinary way: for blocks of which some row does not see all, and for scores that must be
+  // transformed, have turned out hard or keep rising. 8-bit elements have no other.
   template <int kN>
   __device__ __forceinline__ void absorb(tile::Accumulators<1, kN>& s, const Sight& sight) {
     const auto& t = pipe_.tile(tile_);

@@ -26,10 +26,7 @@ struct Fp8Softmax : Softmax {
       }
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const float to = fmaxf(shift[h], of_row(top[h]) - kHead);
-        factor[h] = ptx::ex2(shift[h] - to);
-        shift[h] = to;
-        sum[h] *= factor[h];
+        move_row_to(fmaxf(shift[h], of_row(top[h]) - kHead), h);
       }
     }
   }
@@ -64,8 +61,7 @@ struct Fp8Softmax : Softmax {
 #pragma unroll
       for (int i = 0; i < 4; ++i) p[k][i] = 0;
     }
-#pragma unroll
-    for (int h = 0; h < 2; ++h) sum[h] += part[2 * h] + part[2 * h + 1];
+    add(part);
   }
 
   // Where a shift has moved, it mostly has in one half of a warp's rows alone. To ask pays where O

@@ -5,7 +5,7 @@
 // transposes pairs of head dims, bytes are regrouped, stmatrix stores. Two orders come with it,
 // chosen so that nobody must shuffle:
 //
-// - Of 16 keys a row has 0 1 8 9, 2 3 10 11, ...: as a lane holds P (tile::pack_e4m3).
+// - Of 16 keys a row has 0 1 8 9, 2 3 10 11, ...: as a lane holds P (Fp8Softmax::absorb).
 // - Of 16 head dims even ones stand in front of odd ones, each in the order 0 4 1 5 2 6 3 7, so
 // that
 //   stores meet no bank conflict; in_order_of_columns() undoes it by naming registers.

@@ -1,5 +1,5 @@
 // What comes to the consumers of a latent's CTA: tiles and queries from one warp, blocks of K and V
-// from another.
+// from one or two others.
 #pragma once
 
 #include "sm90/latent_pipeline.cuh"

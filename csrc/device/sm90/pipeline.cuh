@@ -76,11 +76,6 @@ struct Tile {
   int first_k, batch_k, head_k;
 };
 
-// What products of 8-bit elements must be multiplied by.
-struct Descale {
-  float qk, v;
-};
-
 // The same of kernels that serve all calls.
 template <bool kServesAll>
 struct TileOf : Tile {};
@@ -89,6 +84,11 @@ struct TileOf<true> : Tile {
   int split;         // which part of the keys
   int queries;       // of a consumer: its 64 rows are those of several heads, one behind the other
   uint32_t inverse;  // a row times this, over 2^16, is its head
+};
+
+// What products of 8-bit elements must be multiplied by.
+struct Descale {
+  float qk, v;
 };
 
 // A ring of buffers. Entry i, counted from the start of the kernel, is in buffer i % kSize; each
@@ -129,7 +129,7 @@ struct Ring {
 //   q:     full: TMA has brought Q           empty: its consumer has read it for the last time
 //   o:     full: its consumer has written    empty: TMA has taken O from there, and the
 //          O and the log-sum-exp                    log-sum-exp has been read
-//   k, v:  full: TMA has brought the block   empty: both consumers are done with it
+//   k, v:  full: TMA has brought the block   empty: all consumers are done with it
 //   v_in:  full: TMA has brought the block   empty: it stands transposed in v, whose full is that;
 //          of 16-bit elements v itself
 //   tiles: full: the planner has written     empty: all of its O is there, and it has been loaded

@@ -204,7 +204,7 @@ struct Schedule {
 
 __device__ inline Descale descale_of(const ForwardParams& params, const Tile& tile) {
   const auto factor = [&](const Factors& x) {
-    return x.ptr ? x.ptr[tile.sequence * x.batch + tile.head_k * x.head] : 1.0f;
+    return attn::factor_of(x, tile.sequence, tile.head_k);
   };
   return {factor(params.q_descale) * factor(params.k_descale), factor(params.v_descale)};
 }

@@ -28,11 +28,9 @@ struct Softmax {
   float factor[2];  // what O must be multiplied by, if it `is_moved`
   bool is_moved;    // the same for all lanes of a warp
 
-  // No key has been seen: the shift is below all scores, and finite, so that hidden scores of -inf
-  // get p = 0.
+  // No key has been seen.
   __device__ void clear() {
-    constexpr float kLowest = -3.0e38f;
-    shift[0] = shift[1] = kLowest;
+    shift[0] = shift[1] = attn::kLowestShift;
     sum[0] = sum[1] = 0.0f;
     is_moved = false;
   }
@@ -152,8 +150,8 @@ struct Softmax {
  protected:
   // `top`: the largest of this lane's scores. True: the four lanes of a row differ by far.
   __device__ __forceinline__ bool rise_to(const float (&top)[2]) {
-    constexpr float kSlack = 6.0f;
-    is_moved = __any_sync(0xffffffffu, top[0] - shift[0] > kSlack || top[1] - shift[1] > kSlack);
+    is_moved = __any_sync(0xffffffffu,
+                          top[0] - shift[0] > attn::kSlack || top[1] - shift[1] > attn::kSlack);
     if (!is_moved) return false;
     bool is_spread = false;
 #pragma unroll

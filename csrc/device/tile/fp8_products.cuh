@@ -69,7 +69,7 @@ __device__ inline void multiply_pb_fp8(Accumulators<1, kN>& acc, const Accumulat
     uint32_t a[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const float(&from)[4] = p.c[0][2 * k + i / 2];
+      const float (&from)[4] = p.c[0][2 * k + i / 2];
       a[i] = ptx::pack<ptx::Half>(from[i % 2 * 2], from[i % 2 * 2 + 1]);
     }
 #pragma unroll

@@ -60,7 +60,7 @@ struct RowLoader {
     }
   }
 
-  // The same as load() where every row stands on its own, row r at source(r).
+  // Of rows that each stand on their own, row r at source(r).
   template <class Source>
   __device__ static void gather(uint32_t smem, const Source& source, int num_rows, int num_cols,
                                 int thread) {

@@ -153,7 +153,7 @@ __device__ inline void multiply_pb(Accumulators<kM, kN>& acc, const Accumulators
     for (int m = 0; m < kM; ++m) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const float(&from)[4] = p.c[m][2 * k + i / 2];
+        const float (&from)[4] = p.c[m][2 * k + i / 2];
         a[m][i] = ptx::pack<T>(from[i % 2 * 2], from[i % 2 * 2 + 1]);
       }
     }

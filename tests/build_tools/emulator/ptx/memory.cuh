@@ -80,8 +80,6 @@ inline float ld_shared_f32(uint32_t smem) {
 
 inline void st_global_128(void* gmem, uint4 x) { memcpy(gmem, &x, 16); }
 
-inline void prefetch_l1(const void*) {}
-
 inline void st_global_64(uint64_t* gmem, uint64_t x) { *gmem = x; }
 
 inline uint64_t atomic_add(uint64_t* gmem, uint64_t x) {
