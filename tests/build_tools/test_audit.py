@@ -293,7 +293,7 @@ def test_symbols_are_compared_with_each_torch(wheel: Path, factory: Factory, too
 def test_the_architecture_of_a_cubin_is_read(
     os_abi: int, flags: int, is_for_one_arch: bool, arch: str
 ) -> None:
-    cubin = elf.Elf(elf.CUDA, os_abi, flags, (), "", "", (), is_for_one_arch)
+    cubin = elf.Elf(elf.CUDA, os_abi, flags, (), "", (), is_for_one_arch)
     assert cubin.arch == Arch.parse(arch)
 
 
@@ -339,7 +339,7 @@ def test_the_kernels_of_a_wheel_say_what_they_are(factory: Factory) -> None:
 )
 def test_versions_are_compared_by_their_numbers(version: str, is_newer: bool) -> None:
     symbol = elf.Symbol("x", False, False, version)
-    library = elf.Elf(elf.X86_64, 0, 0, (), "", "", (symbol,))
+    library = elf.Elf(elf.X86_64, 0, 0, (), "", (symbol,))
     assert library.newer_than(MANYLINUX_2_28) == [version] * is_newer
 
 
