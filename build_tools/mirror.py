@@ -69,15 +69,21 @@ def mirror(source: str, to: Path, wanted: Optional[Wanted] = None) -> tuple[int,
     wanted = wanted or Wanted()
     to.mkdir(parents=True, exist_ok=True)
     listed = read_manifest(to)
+    damaged = {entry.path for entry in listed.values() if not mend(to, entry)}
     entries = {**listed, **{entry.path: entry for entry in left_over(to, listed)}}
     before, found = len(listed), 0
     is_mirror = len(urlsplit(source).scheme) > 1 or Path(source, manifest.FILE).exists()
     offered = from_mirror if is_mirror else from_folder
     try:
-        for entry in offered(source, to, wanted, entries):
+        for entry in offered(source, to, wanted, entries, damaged):
+            if entry.path in damaged:
+                print(f"missing or damaged, put in place anew: {entry.path}", file=sys.stderr)
+                damaged.remove(entry.path)
             entries[entry.path] = entry
             found += 1
     finally:
+        for path in sorted(damaged):
+            print(f"missing or damaged, and left so: {path}", file=sys.stderr)
         # What was finished before a failure is in order, and is shown.
         if entries:
             publish(to, entries)
@@ -91,6 +97,15 @@ def read_manifest(folder: Path) -> dict[str, Entry]:
     return manifest.parse(file.read_text("utf-8")) if file.exists() else {}
 
 
+def mend(to: Path, entry: Entry) -> bool:
+    """Puts right what stands beside a wheel; False if the wheel itself is missing or damaged."""
+    file = to / entry.path
+    if not file.exists() or manifest.sha256(file) != entry.sha256:
+        return False
+    write_beside(to, manifest.read_wheel(file, entry.name, entry.path))
+    return True
+
+
 def left_over(to: Path, listed: dict[str, Entry]) -> Iterator[Entry]:
     """Wheels in a mirror that its manifest lacks: of a run that was cut off."""
     for file in sorted((to / INDEX).rglob("*.whl")):
@@ -101,7 +116,9 @@ def left_over(to: Path, listed: dict[str, Entry]) -> Iterator[Entry]:
             yield contents.entry
 
 
-def from_folder(source: str, to: Path, wanted: Wanted, has: dict[str, Entry]) -> Iterator[Entry]:
+def from_folder(
+    source: str, to: Path, wanted: Wanted, has: dict[str, Entry], damaged: set[str]
+) -> Iterator[Entry]:
     """Puts wheels of a folder into a mirror."""
     folder = Path(source)
     if not folder.is_dir():
@@ -113,7 +130,7 @@ def from_folder(source: str, to: Path, wanted: Wanted, has: dict[str, Entry]) ->
         contents = manifest.read_wheel(file, file.name, _place(file.relative_to(folder)))
         if not wanted.takes(contents.entry):
             continue
-        if is_new(to, contents.entry, has):
+        if lacks(to, contents.entry, has, damaged):
             target = to / contents.entry.path
             target.parent.mkdir(parents=True, exist_ok=True)
             part = target.with_name(f".{target.name}{PART}")
@@ -134,14 +151,16 @@ def _place(path: Path) -> Optional[str]:
     return PurePosixPath(*parts[parts.index(INDEX) :]).as_posix()
 
 
-def from_mirror(source: str, to: Path, wanted: Wanted, has: dict[str, Entry]) -> Iterator[Entry]:
+def from_mirror(
+    source: str, to: Path, wanted: Wanted, has: dict[str, Entry], damaged: set[str]
+) -> Iterator[Entry]:
     """Downloads wheels of another mirror."""
     base = download.address(source.removesuffix(manifest.FILE))
     offered = manifest.parse(download.read(download.join(base, manifest.FILE)).decode())
     for entry in offered.values():
         if not wanted.takes(entry):
             continue
-        if is_new(to, entry, has):
+        if lacks(to, entry, has, damaged):
             target = to / entry.path
             target.parent.mkdir(parents=True, exist_ok=True)
             url = download.join(base, entry.path)
@@ -163,7 +182,7 @@ def _contents_of(file: Path, entry: Entry) -> Contents:
     return contents
 
 
-def is_new(to: Path, entry: Entry, has: dict[str, Entry]) -> bool:
+def lacks(to: Path, entry: Entry, has: dict[str, Entry], damaged: set[str]) -> bool:
     """Whether a mirror lacks a wheel; ManifestError if it has another one in its place."""
     old = has.get(entry.path)
     if old is not None and old.sha256 != entry.sha256:
@@ -171,7 +190,7 @@ def is_new(to: Path, entry: Entry, has: dict[str, Entry]) -> bool:
             f"{to / entry.path} is there with sha256 {old.sha256}, and one with {entry.sha256} "
             "is to take its place; a mirror only grows: give the new wheel another version"
         )
-    return old is None or not (to / entry.path).exists()
+    return old is None or entry.path in damaged
 
 
 def write_beside(to: Path, contents: Contents) -> None:
@@ -189,10 +208,10 @@ def publish(to: Path, entries: dict[str, Entry]) -> None:
 
 def expected(to: Path, entries: dict[str, Entry]) -> dict[str, str]:
     """Every file that is made of the manifest, by its path."""
-    beside = {}
+    beside = {f"{entry.path}.metadata": entry.metadata_sha256 for entry in entries.values()}
     for entry in entries.values():
         folder = PurePosixPath(entry.path).parent
-        for name in (f"{entry.name}.metadata", *entry.sboms):
+        for name in entry.sboms:
             with suppress(FileNotFoundError):
                 beside[f"{folder}/{name}"] = manifest.sha256(to / folder / name)
     return {

@@ -168,7 +168,9 @@ def test_a_run_that_is_cut_off_leaves_a_valid_mirror(
 ) -> None:
     mirror.mirror(str(source), tmp_path, mirror.Wanted(torches=("2.10",)))
     before = files_of(tmp_path)
-    # Ended from outside at the third file of each kind: nothing of the program runs any more.
+    # Ended from outside amid the new files: nothing of the program runs any more. Two writes are
+    # of what stands beside the wheel that is there.
+    last = {"copyfile": 3, "write": 5, "publish": 1}[step]
     program = f"""
 import os
 from build_tools import mirror
@@ -176,7 +178,7 @@ owner = mirror.shutil if {step!r} == "copyfile" else mirror
 real, calls = getattr(owner, {step!r}), []
 def cut_off(*arguments):
     calls.append(arguments)
-    if len(calls) == {1 if step == "publish" else 3}:
+    if len(calls) == {last}:
         if {step!r} == "copyfile":
             arguments[1].write_bytes(b"half a wheel")
         os._exit(9)
@@ -220,6 +222,41 @@ def test_verify_finds_a_changed_byte(
         (folder / path).unlink()
         assert main(["verify", str(folder)]) == 1
         assert f"{path} is missing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("is_copied", [False, True])
+def test_damaged_files_are_put_in_place_anew(
+    source: Path,
+    made: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    is_copied: bool,
+) -> None:
+    folder = spoiled(made, tmp_path, SLIM, f"{PLAIN}.metadata", f"{PUBLISHED}.flash_attn.cdx.json")
+    (folder / UNIVERSAL).unlink()
+    assert mirror.mirror(str(made if is_copied else source), folder) == (0, 4)
+    told = capsys.readouterr().err
+    assert [path for path in WHEELS if f"put in place anew: {path}" in told] == [UNIVERSAL, SLIM]
+    assert files_of(folder) == files_of(made)
+
+
+def test_damaged_files_that_cannot_be_had_anew_are_told_and_not_signed(
+    source: Path, made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = spoiled(made, tmp_path, SLIM, f"{SLIM}.metadata")
+    mirror.mirror(str(source), folder, mirror.Wanted(torches=("2.8",)))
+    assert f"left so: {SLIM}" in capsys.readouterr().err
+    assert (folder / "SHA256SUMS").read_bytes() == (made / "SHA256SUMS").read_bytes()
+    assert main(["verify", str(folder)]) == 1
+
+
+def spoiled(made: Path, tmp_path: Path, *paths: str) -> Path:
+    """A copy of a mirror in which files have a byte more."""
+    folder = shutil.copytree(made, tmp_path / "spoiled")
+    for path in paths:
+        with (folder / path).open("ab") as file:
+            file.write(b"}")
+    return folder
 
 
 @pytest.mark.parametrize(
