@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import http.client
 import ipaddress
+import re
 import ssl
 import time
 import urllib.error
@@ -43,19 +44,36 @@ class _CutOffError(Exception):
     """A failure of the network that may not come again."""
 
 
+def scheme(text: str) -> str:
+    """The scheme of an address; empty for a folder. DownloadError for a text that is neither."""
+    try:
+        found = urlsplit(text).scheme.lower()
+    except ValueError as error:
+        raise DownloadError(f"{shown(text)} is no address: {error}") from None
+    # One letter is a drive of Windows.
+    return found if len(found) > 1 else ""
+
+
 def address(text: str) -> str:
     """An address or a folder as a base for `urljoin`.
 
     Raises:
-        DownloadError: it is plain HTTP, which anybody on the way can change, to another machine.
+        DownloadError: it is plain HTTP, which anybody on the way can change, to another machine;
+            or it begins at the current folder, which is the installer's own.
     """
-    scheme = urlsplit(text).scheme.lower()
-    # One letter is a drive of Windows.
-    if len(scheme) < 2:
-        return Path(text).expanduser().absolute().as_uri().rstrip("/") + "/"
-    if scheme not in ("http", "https", "file"):
-        raise DownloadError(f"{shown(text)}: must be https, file: or a folder, not {scheme}")
-    if scheme == "http" and not _is_loopback(urlsplit(text).hostname or ""):
+    found = scheme(text)
+    folder = Path(text).expanduser()
+    is_absolute = urlsplit(text).path.startswith("/") if found else folder.is_absolute()
+    if found in ("", "file") and not is_absolute:
+        raise DownloadError(
+            f"{text}: a folder must be absolute, such as /srv/mirror; installers build in folders "
+            "of their own, where a relative one would be looked for"
+        )
+    if not found:
+        return folder.as_uri().rstrip("/") + "/"
+    if found not in ("http", "https", "file"):
+        raise DownloadError(f"{shown(text)}: must be https, file: or a folder, not {found}")
+    if found == "http" and not _is_loopback(urlsplit(text).hostname or ""):
         raise DownloadError(
             f"{shown(text)}: plain HTTP can be changed by anybody on the way; use https, or copy "
             "the mirror and name its folder"
@@ -72,8 +90,7 @@ def _is_loopback(host: str) -> bool:
 
 def shown(url: str) -> str:
     """An address without the password that it may hold."""
-    parts = urlsplit(url)
-    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+    return re.sub(r"^((?:[\w+.-]+:)?//)[^/?#]*@", r"\1", url)
 
 
 def join(base: str, path: str) -> str:

@@ -16,6 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Optional
 
 from build_tools import kernel_index
+from build_tools.arch import Arch
 from build_tools.wheel_name import PROJECT, WheelName
 
 FILE, SCHEMA = "wheels.json", 1
@@ -82,7 +83,14 @@ class Entry:
         is_hash = re.fullmatch(r"[0-9a-f]{64}", entry.sha256)
         if not is_hash or not _PATH.fullmatch(entry.path):
             raise ManifestError(f"{FILE}: {entry.path!r} with hash {entry.sha256!r} is not valid")
-        WheelName.parse(entry.name)
+        try:
+            WheelName.parse(entry.name)
+            for arch in entry.archs:
+                Arch.parse(arch)
+        except ValueError as error:
+            raise ManifestError(f"{FILE}: {entry.path!r}: {error}") from None
+        if not re.fullmatch(r"\d+\.\d+", entry.torch or OLDEST_TORCH):
+            raise ManifestError(f"{FILE}: {entry.path!r} is for torch {entry.torch!r}, no version")
         return entry
 
 
@@ -94,7 +102,7 @@ def _fits(value: object, kind: str) -> bool:
     return isinstance(value, str) or (value is None and kind.startswith("Optional"))
 
 
-def parse(text: str) -> dict[str, Entry]:
+def parse(text: bytes) -> dict[str, Entry]:
     """The entries of a manifest by path."""
     try:
         read = json.loads(text)

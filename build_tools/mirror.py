@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any, Optional
-from urllib.parse import urlsplit
 
 from build_tools import download, index_pages, manifest
 from build_tools.choose_wheel import Wanted
@@ -72,7 +71,9 @@ def mirror(source: str, to: Path, wanted: Optional[Wanted] = None) -> tuple[int,
     damaged = {entry.path for entry in listed.values() if not mend(to, entry)}
     entries = {**listed, **{entry.path: entry for entry in left_over(to, listed)}}
     before, found = len(listed), 0
-    is_mirror = len(urlsplit(source).scheme) > 1 or Path(source, manifest.FILE).exists()
+    if not (is_mirror := bool(download.scheme(source))):
+        source = str(Path(source).absolute())
+        is_mirror = Path(source, manifest.FILE).exists()
     offered = from_mirror if is_mirror else from_folder
     try:
         for entry in offered(source, to, wanted, entries, damaged):
@@ -94,7 +95,7 @@ def mirror(source: str, to: Path, wanted: Optional[Wanted] = None) -> tuple[int,
 
 def read_manifest(folder: Path) -> dict[str, Entry]:
     file = folder / manifest.FILE
-    return manifest.parse(file.read_text("utf-8")) if file.exists() else {}
+    return manifest.parse(file.read_bytes()) if file.exists() else {}
 
 
 def mend(to: Path, entry: Entry) -> bool:
@@ -156,7 +157,7 @@ def from_mirror(
 ) -> Iterator[Entry]:
     """Downloads wheels of another mirror."""
     base = download.address(source.removesuffix(manifest.FILE))
-    offered = manifest.parse(download.read(download.join(base, manifest.FILE)).decode())
+    offered = manifest.parse(download.read(download.join(base, manifest.FILE)))
     for entry in offered.values():
         if not wanted.takes(entry):
             continue

@@ -101,9 +101,12 @@ def offers(may_compile: bool) -> tuple[Mirror, ...]:
     for name in named:
         try:
             base = download.address(name)
-            read.append(Mirror(base, choose_wheel.choose(entries(base), wanted)))
-        except (DownloadError, manifest.ManifestError) as error:
+            has = entries(base)
+        # Beside DownloadError and ManifestError, what Python says of strange names and nested JSON.
+        except (RuntimeError, ValueError) as error:
             faults.append(f"{download.shown(name)}: {error}")
+        else:
+            read.append(Mirror(base, choose_wheel.choose(has, wanted)))
     if not read:
         raise _error("no mirror of wheels can be used:", *faults)
     for fault in faults:
@@ -163,10 +166,10 @@ def _constants(file: Path) -> Iterator[tuple[str, Optional[str]]]:
 
 def entries(base: str) -> list[Entry]:
     """The wheels of a mirror that these sources know by their hashes, or all if they know none."""
-    has = manifest.parse(download.read(download.join(base, manifest.FILE)).decode())
+    has = manifest.parse(download.read(download.join(base, manifest.FILE)))
     if not KNOWN.exists():
         return list(has.values())
-    known = manifest.parse(KNOWN.read_text("utf-8"))
+    known = manifest.parse(KNOWN.read_bytes())
     strange = [path for path, entry in has.items() if known.get(path) != entry]
     if strange:
         log(

@@ -176,6 +176,8 @@ def test_changed_sources_are_not_answered_with_a_wheel_of_others(
         ("FLASH_ATTN_BUILD=source FLASH_ATTENTION_SKIP_CUDA_BUILD=TRUE", "contradict each other"),
         ("FLASH_ATTN_WHEEL_MIRROR=http://example.org", "plain HTTP can be changed by anybody"),
         ("FLASH_ATTN_WHEEL_MIRROR=ftp://example.org", "must be https, file: or a folder, not ftp"),
+        ("FLASH_ATTN_WHEEL_MIRROR=mir", "mir: a folder must be absolute"),
+        ("FLASH_ATTN_WHEEL_MIRROR=file:mir", "file:mir: a folder must be absolute"),
     ],
 )
 def test_a_wrong_setting_ends_the_installation(
@@ -201,6 +203,41 @@ def test_the_first_mirror_that_has_the_wheel_gives_it(
     told = capsys.readouterr().err
     assert "left out" in told
     assert str(tmp_path / "none") in told
+
+
+NAME = Path(UNIVERSAL).name
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new", "reason"),
+    [
+        ("", b"{", b"\x93\xff", "wheels.json is no JSON: 'utf-8' codec"),
+        ("", b"{", b"[" * 200_000, "while decoding a JSON"),
+        ("", b'"120"', b'"hopper"', "'hopper' is no CUDA architecture"),
+        ("", b'"torch": "2.8"', b'"torch": "main"', "is for torch 'main', no version"),
+        ("", NAME.encode(), NAME.replace("-py3", "-0torch2.8-py3").encode(), "is no wheel of"),
+        ("https://me:word@[::1", b"", b"", "https://[::1 is no address: Invalid IPv6 URL"),
+        ("~nobody-of-this-name/mir", b"", b"", "determine home directory"),
+    ],
+)
+def test_a_strange_mirror_is_left_out_and_told(
+    decide: pytest.MonkeyPatch,
+    made: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    old: bytes,
+    new: bytes,
+    reason: str,
+) -> None:
+    text = (made / manifest.FILE).read_bytes()
+    assert old in text
+    (tmp_path / manifest.FILE).write_bytes(text.replace(old, new))
+    decide.setenv("FLASH_ATTN_WHEEL_MIRROR", f"{name or tmp_path} {made}")
+    assert [m.base for m in prebuilt.offers(False)] == [f"{made.as_uri()}/"]
+    told = capsys.readouterr().err
+    assert f"left out: {name.replace('me:word@', '') or tmp_path}: " in told
+    assert reason in told
 
 
 @pytest.mark.parametrize(

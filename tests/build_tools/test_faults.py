@@ -303,7 +303,7 @@ def test_a_server_that_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_password_is_sent_and_not_told(made: Path) -> None:
     with serving(made) as (url, faults):
         named = url.replace("//", "//me:pass%20word@")
-        assert manifest.parse(download.read(f"{named}/wheels.json").decode())
+        assert manifest.parse(download.read(f"{named}/wheels.json"))
         assert faults.asked[0][2] == "Basic bWU6cGFzcyB3b3Jk"
         with pytest.raises(DownloadError) as error:
             download.read(f"{named}/none")

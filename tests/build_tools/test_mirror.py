@@ -304,13 +304,15 @@ def test_what_is_no_wheel_of_the_project_is_told(
         {"size": "1"},
         {"tags": "py3-none-any"},
         {"torch": 2.8},
+        {"torch": "main"},
+        {"archs": ["hopper"]},
     ],
 )
 def test_a_manifest_that_leads_elsewhere_is_refused(made: Path, row: dict[str, object]) -> None:
     good = json.loads((made / "wheels.json").read_text("utf-8"))
     good["wheels"][0].update(row)
-    with pytest.raises(ValueError, match=r"flash-attn|wheels\.json"):
-        manifest.parse(json.dumps(good))
+    with pytest.raises(manifest.ManifestError, match=r"wheels\.json"):
+        manifest.parse(json.dumps(good).encode())
 
 
 def test_a_mirror_is_copied_over_http_and_an_interrupted_download_goes_on(
@@ -326,6 +328,22 @@ def test_a_mirror_is_copied_over_http_and_an_interrupted_download_goes_on(
     assert files_of(tmp_path) == files_of(made)
     assert main(["mirror", "--from", str(made), "--to", str(tmp_path / "again")]) == 0
     assert files_of(tmp_path / "again") == files_of(made)
+
+
+def test_a_mirror_is_copied_from_a_folder_beside_the_current_one(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(made.parent)
+    assert main(["mirror", "--from", made.name, "--to", str(tmp_path)]) == 0
+    assert files_of(tmp_path) == files_of(made)
+
+
+@pytest.mark.parametrize("source", ["https://[::1", "file:mir"])
+def test_what_is_no_address_of_a_mirror_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], source: str
+) -> None:
+    assert main(["mirror", "--from", source, "--to", str(tmp_path)]) == 1
+    assert f"build_tools: {source}" in capsys.readouterr().err
 
 
 def test_a_server_without_the_file_is_told_and_what_came_before_stays(
