@@ -61,8 +61,7 @@ def get_requires_for_build_wheel(config_settings: Settings = None) -> list[str]:
 def get_requires_for_build_editable(config_settings: Settings = None) -> list[str]:
     with telling():
         heed(config_settings)
-        if prebuilt.mode() == prebuilt.PREBUILT:
-            raise ValueError("an editable install runs its own sources; no wheel can stand in")
+        check_that_no_wheel_is_asked_for()
         wanted = for_kernels()
     return [*build_meta.get_requires_for_build_editable(config_settings), *wanted]
 
@@ -81,9 +80,7 @@ def build_wheel(
         name = prebuilt.obtain(Path(wheel_directory), install.builds_kernels())
         if name is not None:
             return name
-        is_asked = env.FLASH_ATTENTION_SKIP_CUDA_BUILD.is_true()
-        if not is_asked and not install.builds_kernels():
-            announce(f"installing the package without kernels, which runs on CPU tensors. {WITH}")
+        tell_of_no_kernels()
         return build_meta.build_wheel(wheel_directory, config_settings, metadata_directory)
 
 
@@ -94,7 +91,24 @@ def build_editable(
 ) -> str:
     with telling():
         heed(config_settings)
+        check_that_no_wheel_is_asked_for()  # without isolation nobody asked what is required
+        tell_of_no_kernels()
         return build_meta.build_editable(wheel_directory, config_settings, metadata_directory)
+
+
+def check_that_no_wheel_is_asked_for() -> None:
+    if prebuilt.mode() == prebuilt.PREBUILT:
+        raise ValueError(
+            f"{env.FLASH_ATTN_BUILD.name}=prebuilt, but an editable install runs its own sources, "
+            "and no wheel can stand in; unset it, or install without -e"
+        )
+
+
+def tell_of_no_kernels() -> None:
+    """An announcement where none are compiled though nobody said so."""
+    is_asked = env.FLASH_ATTENTION_SKIP_CUDA_BUILD.is_true()
+    if not is_asked and not install.builds_kernels():
+        announce(f"installing the package without kernels, which runs on CPU tensors. {WITH}")
 
 
 def heed(config_settings: Settings) -> None:

@@ -45,14 +45,18 @@ class Mirror:
 
 
 def mode() -> str:
-    """What `FLASH_ATTN_BUILD` says; ValueError if another switch says the opposite."""
+    """What `FLASH_ATTN_BUILD` says, nothing in particular where kernels are switched off.
+
+    ValueError if another switch says the opposite.
+    """
     chosen = env.FLASH_ATTN_BUILD.choice(AUTO, PREBUILT, SOURCE)
-    skip, force = env.FLASH_ATTENTION_SKIP_CUDA_BUILD, env.FLASH_ATTENTION_FORCE_BUILD
-    for switch, against in ((skip, (PREBUILT, SOURCE)), (force, (PREBUILT,))):
-        if chosen in against and switch.is_true():
-            raise ValueError(
-                f"{env.FLASH_ATTN_BUILD.name}={chosen} and {switch.name}=TRUE contradict each other"
-            )
+    if env.FLASH_ATTENTION_SKIP_CUDA_BUILD.is_true():
+        return AUTO
+    force = env.FLASH_ATTENTION_FORCE_BUILD
+    if chosen == PREBUILT and force.is_true():
+        raise ValueError(
+            f"{env.FLASH_ATTN_BUILD.name}={chosen} and {force.name}=TRUE contradict each other"
+        )
     return chosen
 
 

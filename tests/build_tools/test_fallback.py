@@ -145,6 +145,7 @@ def decide(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.MonkeyPatc
         ("FLASH_ATTN_WHEEL_MIRROR=x FLASH_ATTENTION_SKIP_CUDA_BUILD=TRUE", False),
         ("FLASH_ATTN_WHEEL_MIRROR=x FLASH_ATTN_CUDA_ARCHS=90", True),
         ("FLASH_ATTN_BUILD=prebuilt", True),
+        ("FLASH_ATTN_BUILD=prebuilt FLASH_ATTENTION_SKIP_CUDA_BUILD=TRUE", False),
         ("FLASH_ATTN_BUILD=auto", False),
     ],
 )
@@ -173,7 +174,6 @@ def test_changed_sources_are_not_answered_with_a_wheel_of_others(
         ("FLASH_ATTN_BUILD=never", "is set to 'never'; it must be auto or prebuilt or source"),
         ("FLASH_ATTN_BUILD=prebuilt", "needs FLASH_ATTN_WHEEL_MIRROR: an address or a folder"),
         ("FLASH_ATTN_BUILD=prebuilt FLASH_ATTENTION_FORCE_BUILD=TRUE", "contradict each other"),
-        ("FLASH_ATTN_BUILD=source FLASH_ATTENTION_SKIP_CUDA_BUILD=TRUE", "contradict each other"),
         ("FLASH_ATTN_WHEEL_MIRROR=http://example.org", "plain HTTP can be changed by anybody"),
         ("FLASH_ATTN_WHEEL_MIRROR=ftp://example.org", "must be https, file: or a folder, not ftp"),
         ("FLASH_ATTN_WHEEL_MIRROR=mir", "mir: a folder must be absolute"),
@@ -360,12 +360,26 @@ def test_a_setting_switches_kernels_off(
         backend.heed({"no-cuda-extensions": "no"})
 
 
+@pytest.mark.parametrize("hook", ["build_wheel", "build_editable"])
+def test_a_build_without_kernels_is_announced_unless_it_was_asked_for(
+    decide: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], hook: str
+) -> None:
+    decide.setattr(backend.build_meta, hook, lambda *arguments: "name")
+    assert getattr(backend, hook)("") == "name"
+    assert "installing the package without kernels" in capsys.readouterr().err
+    decide.setenv("FLASH_ATTENTION_SKIP_CUDA_BUILD", "")  # so that it is put back
+    decide.setenv("FLASH_ATTN_BUILD", "prebuilt")
+    assert getattr(backend, hook)("", {"no-cuda-extensions": "true"}) == "name"
+    assert capsys.readouterr().err == ""
+
+
 def test_a_checkout_can_take_a_wheel_too(decide: pytest.MonkeyPatch, made: Path) -> None:
     decide.setenv("FLASH_ATTN_BUILD", "prebuilt")
     decide.setenv("FLASH_ATTN_WHEEL_MIRROR", made.as_uri())
     assert [m.choice.best.path for m in prebuilt.offers(False) if m.choice.best] == [UNIVERSAL]
-    with pytest.raises(SystemExit, match="no wheel can stand in"):
-        backend.get_requires_for_build_editable()
+    for hook in (backend.get_requires_for_build_editable, lambda: backend.build_editable("")):
+        with pytest.raises(SystemExit, match="no wheel can stand in"):
+            hook()
     decide.setattr(prebuilt, "torch_here", lambda: TorchHere("2.2.0", "12.1"))
     with pytest.raises(BuildError, match="FLASH_ATTN_BUILD=source compiles instead"):
         prebuilt.offers(False)

@@ -48,6 +48,7 @@ def decide(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
         ("FLASH_ATTENTION_FORCE_BUILD=false", "", False),
         ("FLASH_ATTENTION_SKIP_CUDA_BUILD=TRUE", "90", False),
         ("FLASH_ATTENTION_SKIP_CUDA_BUILD=true FLASH_ATTN_CUDA_ARCHS=90", "", False),
+        ("FLASH_ATTENTION_SKIP_CUDA_BUILD=TRUE FLASH_ATTN_BUILD=source", "90", False),
         ("FLASH_ATTENTION_SKIP_CUDA_BUILD=FALSE", "90", True),
     ],
 )
