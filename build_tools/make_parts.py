@@ -123,7 +123,12 @@ def _check_that_it_is_made_here(part: Part, store: Path) -> None:
     if isinstance(part, KernelsPart):
         return
     here, there = platform_of_compiler(), part.platform.name
-    if there == "win_amd64" or here != there:
+    if there == "win_amd64":
+        raise BuildError(
+            f"{part.name} cannot be made, here or elsewhere: nothing compiles parts for {there} "
+            "yet; `build --only '*linux*'` leaves its wheels out"
+        )
+    if here != there:
         raise BuildError(
             f"{part.name} cannot be made here: {native.compiler()} compiles for {here}. Make it "
             f"where one compiles for {there}, by `python -m build_tools part {part.name}`, and "

@@ -20,7 +20,7 @@ from build_tools import download, index_pages, manifest
 from build_tools.choose_wheel import Wanted
 from build_tools.index_pages import SUMS
 from build_tools.manifest import INDEX, Contents, Entry, ManifestError
-from build_tools.wheel_name import PROJECT
+from build_tools.wheel_name import PROJECT, has_build_number
 
 PART = ".part"
 
@@ -127,6 +127,13 @@ def from_folder(
     for file in sorted(folder.rglob("*.whl")):
         if not file.name.startswith("flash_attn-"):
             print(f"not a wheel of {PROJECT}, left out: {file.name}", file=sys.stderr)
+            continue
+        if has_build_number(file.name):
+            print(
+                f"compiled for one machine, as its build number says, and left out: {file.name}; "
+                "mirrors hold the wheels of `python -m build_tools build`",
+                file=sys.stderr,
+            )
             continue
         contents = manifest.read_wheel(file, file.name, _place(file.relative_to(folder)))
         if not wanted.takes(contents.entry):

@@ -20,8 +20,15 @@ _NAME = re.compile(
 
 def python_tags(python: str) -> tuple[str, str]:
     """The tags of a Python and of its ABI, for one written as in `3.13t`."""
+    if not re.fullmatch(r"3\.\d+t?", python):
+        raise ValueError(f"{python!r} is no Python; one is written like 3.12 or 3.13t")
     tag = "cp" + python.rstrip("t").replace(".", "")
     return tag, f"{tag}t" if python.endswith("t") else tag
+
+
+def has_build_number(text: str) -> bool:
+    """Whether a file name bears a build number, as what is compiled for one torch does."""
+    return text.count("-") == "name-version-build-python-abi-platform".count("-")
 
 
 @dataclass(frozen=True)

@@ -281,10 +281,12 @@ def test_what_is_no_wheel_of_the_project_is_told(
     folder = tmp_path / "from"
     folder.mkdir()
     (folder / "einops-0.8.1-py3-none-any.whl").touch()
+    (folder / "flash_attn-2.8.3-0torch2.8-py3-none-linux_x86_64.whl").touch()
     command = ["mirror", "--from", str(folder), "--to", str(tmp_path / "to")]
     assert main(command) == 1
     told = capsys.readouterr().err
     assert "left out: einops-0.8.1" in told
+    assert "as its build number says, and left out: flash_attn-2.8.3-0torch2.8-" in told
     assert "has no wheel of flash-attn that fits" in told
     (folder / "flash_attn-2.8.3-py3-none-any.whl").write_text("no zip", "utf-8")
     assert main(command) == 1
@@ -338,12 +340,27 @@ def test_a_mirror_is_copied_from_a_folder_beside_the_current_one(
     assert files_of(tmp_path) == files_of(made)
 
 
-@pytest.mark.parametrize("source", ["https://[::1", "file:mir"])
-def test_what_is_no_address_of_a_mirror_is_named(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], source: str
+@pytest.mark.parametrize(
+    ("option", "text", "told"),
+    [
+        ("--from", "https://[::1", "https://[::1 is no address"),
+        ("--from", "file:mir", "file:mir: a folder must be absolute"),
+        ("--python", "abc", "'abc' is no Python; one is written like 3.12"),
+        ("--python", "2.7", "'2.7' is no Python"),
+        ("--torch", "main", "'main' is no version"),
+    ],
+)
+def test_options_that_say_nothing_are_named(
+    source: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    option: str,
+    text: str,
+    told: str,
 ) -> None:
-    assert main(["mirror", "--from", source, "--to", str(tmp_path)]) == 1
-    assert f"build_tools: {source}" in capsys.readouterr().err
+    command = ["mirror", "--to", str(tmp_path), "--from", str(source), option, text]
+    assert main(command) == 1
+    assert f"build_tools: {told}" in capsys.readouterr().err
 
 
 def test_a_server_without_the_file_is_told_and_what_came_before_stays(
