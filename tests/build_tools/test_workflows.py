@@ -7,7 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -204,6 +204,28 @@ def test_the_plan_is_of_platforms_whose_parts_can_be_made() -> None:
     assert platforms == {"linux_x86_64", "linux_aarch64"}
     archs = {identifier.partition("-manylinux_")[2] for identifier in cibuildwheel()["build"]}
     assert {f"linux_{arch}" for arch in archs} == platforms
+
+
+@pytest.mark.parametrize("platform", ["x86_64", "aarch64"])
+def test_the_audit_reads_a_wheel_of_every_kind_torch_and_cuda(
+    tmp_path: Path, platform: str
+) -> None:
+    made = [wheel.path for wheel in Matrix().wheels([f"*{platform}.whl"])]
+    for path in made:
+        file = tmp_path / "dist" / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+    [words] = [words for _, words, _ in commands() if "audit" in words]
+    read = [
+        {file.relative_to(tmp_path / "dist").as_posix() for file in tmp_path.glob(pattern)}
+        for pattern in words[words.index("audit") + 1 :]
+    ]
+    assert all(read), "a pattern of nothing would be taken for the name of a file"
+
+    def without_python(paths: Iterable[str]) -> set[str]:
+        return {re.sub(r"-cp\d+-cp\d+t?-", "-", path) for path in paths}
+
+    assert without_python(made) == without_python(set().union(*read))
 
 
 def test_files_go_from_job_to_job_under_names_that_are_given_and_taken() -> None:
