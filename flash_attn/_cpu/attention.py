@@ -128,11 +128,12 @@ def _empty_s_dmask(call: Forward) -> Tensor:
 def _sdpa_computes(x: Operands) -> bool:
     """Whether torch's own flash kernel for CPUs computes this very thing.
 
-    Its causal mask is aligned to the first key, so it must be square.
+    Its causal mask is aligned to the first key, so it must be square, and it is -inf before the
+    scale, which must then be positive.
     """
     mask, scores = x.scores.mask, x.scores
     return (
-        (mask.is_full or (mask.is_causal and x.sq == x.sk))
+        (mask.is_full or (mask.is_causal and x.sq == x.sk and scores.softmax_scale > 0))
         and scores.rng_state is None
         and scores.softcap == 0
         and x.alibi_slopes is None
