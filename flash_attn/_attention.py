@@ -106,7 +106,8 @@ class Call(NamedTuple):
 
     forward: Forward
     backward: Callable[..., Tensor]
-    rules: tuple[Any, ...]  # what both take: lengths, dropout_p, ..., alibi_slopes
+    cu_seqlens: tuple[Tensor, ...]  # two, or none of a dense call
+    rules: tuple[Any, ...]  # what both take then: max_seqlens, dropout_p, ..., alibi_slopes
     options: tuple[Any, ...]  # what the forward operator takes after them
     has_dropout: bool
     is_paged: bool
@@ -151,9 +152,10 @@ class Attention(torch.autograd.Function):
         ctx: Any, a: Tensor, b: Optional[Tensor], c: Optional[Tensor], call: Call
     ) -> Union[Tensor, tuple[Tensor, Tensor, Tensor]]:
         q, k, v = split(_present(a, b, c))
-        forward, _, rules, options, has_dropout, _, _, return_attn_probs = call
-        out, lse, *rest = forward(q, k, v, *rules, *options)
-        ctx.save_for_backward(a, b, c, out, lse, rest[1] if has_dropout else None)
+        forward, _, cu_seqlens, rules, options, has_dropout, _, _, return_attn_probs = call
+        out, lse, *rest = forward(q, k, v, *cu_seqlens, *rules, *options)
+        # Saved, as autograd then refuses a backward pass with other boundaries than these.
+        ctx.save_for_backward(a, b, c, out, lse, rest[1] if has_dropout else None, *cu_seqlens)
         ctx.call = call
         if not return_attn_probs:
             return out
@@ -174,11 +176,11 @@ class Attention(torch.autograd.Function):
                 "attention over pages has no backward; detach q, k and v",
                 "a block_table",
             )
-        a, b, c, out, lse, rng_state = ctx.saved_tensors
+        a, b, c, out, lse, rng_state, *cu_seqlens = ctx.saved_tensors
         packed = _present(a, b, c)
         grads = tuple(torch.empty_like(x) for x in packed)
         tensors = (dout, *split(packed), out, lse, *split(grads))
-        call.backward(*tensors, *call.rules, call.deterministic, rng_state)
+        call.backward(*tensors, *cu_seqlens, *call.rules, call.deterministic, rng_state)
         return grads + (None,) * (4 - len(grads))
 
 
@@ -232,16 +234,18 @@ def attend(
     wants_all = return_attn_probs or dropout_p != 0
     is_plain = cuda.IS_DIRECT and packed[0].is_cuda and not (wants_all or is_watched)
     forward = operators.plain_forward if is_plain else operators.forward
-    rules = (*lengths, dropout_p, softmax_scale, causal, left, right, softcap, slopes)
+    cu_seqlens = lengths[:2]
+    rules = (*lengths[2:], dropout_p, softmax_scale, causal, left, right, softcap, slopes)
     return_softmax = return_attn_probs and dropout_p > 0
     choices = (return_softmax, block_table) if lengths else (return_softmax,)
     try:
         if not _is_differentiated(packed, is_grad_enabled):
-            results = forward(*split(packed), *rules, *choices)
+            results = forward(*split(packed), *cu_seqlens, *rules, *choices)
             return results[:3] if return_attn_probs else results[0]
         call = Call(
             forward,
             operators.backward,
+            cu_seqlens,
             rules,
             choices,
             dropout_p > 0,

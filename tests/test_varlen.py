@@ -40,6 +40,18 @@ def test_max_seqlen_may_exceed_the_longest_sequence(as_tensor: bool, device: str
     torch.testing.assert_close(loose, tight, rtol=0, atol=0)
 
 
+def test_boundaries_overwritten_before_backward_are_an_error(device: str) -> None:
+    """Gradients would silently be those of other sequences."""
+    tensors = ROW.tensors(device)
+    leaves = [x.requires_grad_() for x in tensors.leaves]
+    sequences = (tensors.cu_seqlens_q, tensors.cu_seqlens_k)
+    for cu_seqlens in sequences:
+        out = flash_attn.flash_attn_varlen_func(*leaves, *sequences, 50, 50, causal=True)
+        cu_seqlens[1] -= 1
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            out.sum().backward()
+
+
 def test_rows_outside_the_sequences_are_zero(device: str) -> None:
     """Totals may exceed the last offset, as when a batch is padded for CUDA graphs."""
     tensors = ROW.tensors(device)
