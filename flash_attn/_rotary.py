@@ -1,8 +1,8 @@
 """The rotation of rotary position embeddings (RoFormer, arXiv:2104.09864) in plain torch.
 
 A leaf module: it imports only torch, so the attention code (rotary on append to a KV cache) and
-`flash_attn.layers.rotary` share one formula, and one set of rules for its arguments. Pair `m` of a
-head at position `p` turns by the angle whose cosine and sine are `cos[p, m]` and `sin[p, m]`.
+`flash_attn.layers.rotary` share one formula. Pair `m` of a head at position `p` turns by the angle
+whose cosine and sine are `cos[p, m]` and `sin[p, m]`.
 """
 
 from __future__ import annotations
@@ -56,13 +56,13 @@ def batch_positions(sq: int, offsets: int | Tensor, device: torch.device) -> Ten
 def varlen_positions(total: int, cu_seqlens: Tensor, offsets: int | Tensor = 0) -> Tensor:
     """Positions (total,) of packed sequences: 0, 1, 2, ... from each boundary, plus its offset.
 
-    cu_seqlens: int (b + 1,). offsets: int, or (b,). Tokens behind the last boundary belong to no
-    sequence; they get position 0, which every table has.
+    cu_seqlens: int (b + 1,). offsets: int, or (b,). Tokens in front of the first boundary or behind
+    the last belong to no sequence; they get position 0, which every table has.
     """
     starts = cu_seqlens.to(torch.int64)
     tokens = torch.arange(total, device=cu_seqlens.device)
     owner = torch.searchsorted(starts[1:].contiguous(), tokens, right=True)
-    owned = owner < starts.numel() - 1
+    owned = (owner < starts.numel() - 1) & (tokens >= starts[0])
     owner = torch.where(owned, owner, torch.zeros_like(owner))
     positions = tokens - starts[owner]
     if isinstance(offsets, Tensor):
@@ -97,7 +97,7 @@ def check_tables(function: str, d: int, cos: Tensor, sin: Tensor) -> None:
 
 
 def check_length(function: str, seqlen: int, offsets: int | Tensor, seqlen_ro: int) -> None:
-    """Only what is known without reading a tensor; the lookup itself rejects the rest."""
+    """Only what is known without reading a tensor."""
     last = seqlen if isinstance(offsets, Tensor) else seqlen + offsets
     if last > seqlen_ro:
         raise ValueError(
@@ -120,39 +120,3 @@ def check_offsets(function: str, offsets: int | Tensor, b: int) -> None:
         raise TypeError(
             f"{function}: seqlen_offsets has dtype {offsets.dtype}; it must be int32 or int64"
         )
-
-
-def check_padded(function: str, x: Tensor, cos: Tensor, sin: Tensor, offsets: int | Tensor) -> None:
-    """Rules for x (b, s, ..., d)."""
-    check_tables(function, x.shape[-1], cos, sin)
-    check_offsets(function, offsets, x.shape[0])
-    check_length(function, x.shape[1], offsets, cos.shape[0])
-
-
-def check_call(
-    function: str,
-    x: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    offsets: int | Tensor,
-    cu_seqlens: Tensor | None,
-    max_seqlen: int | None,
-) -> None:
-    """Rules for x (b, s, h, d), or for packed (total, h, d)."""
-    if cu_seqlens is None:
-        if x.dim() != 4:
-            raise ValueError(f"{function}: x has shape {tuple(x.shape)}; it must be (b, s, h, d)")
-        check_padded(function, x, cos, sin, offsets)
-        return
-    if max_seqlen is None:
-        raise ValueError(
-            f"{function}: max_seqlen is None; "
-            "if cu_seqlens is passed in, then max_seqlen must be passed"
-        )
-    if x.dim() != 3:
-        raise ValueError(
-            f"{function}: x has shape {tuple(x.shape)}; with cu_seqlens it must be (total, h, d)"
-        )
-    check_tables(function, x.shape[-1], cos, sin)
-    check_offsets(function, offsets, cu_seqlens.shape[0] - 1)
-    check_length(function, max_seqlen, offsets, cos.shape[0])

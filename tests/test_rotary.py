@@ -101,8 +101,9 @@ def test_packed_sequences_restart_at_each_boundary(
         assert_rounded(out[rows], expected)
 
 
-def test_tokens_behind_the_last_boundary_have_a_position_in_the_table() -> None:
+def test_tokens_outside_the_boundaries_have_a_position_in_the_table() -> None:
     assert varlen_positions(5, torch.tensor([0, 1, 3]), 4).tolist() == [4, 4, 5, 0, 0]
+    assert varlen_positions(5, torch.tensor([2, 4]), 4).tolist() == [0, 0, 4, 5, 0]
     assert varlen_positions(2, torch.tensor([0])).tolist() == [0, 0]
     assert varlen_positions(0, torch.tensor([0, 0])).tolist() == []
 
@@ -349,6 +350,10 @@ def test_module_compiled_in_one_graph_equals_eager() -> None:
     assert_rounded(compiled(x), function(x))
 
 
+def packed(*boundaries: float) -> dict:
+    return {"x": (5, 3, 8), "cu_seqlens": torch.tensor(boundaries), "max_seqlen": 3}
+
+
 REJECTED = [
     ({"x": (2, 5, 8)}, ValueError, r"x has shape \(2, 5, 8\); it must be \(b, s, h, d\)"),
     ({"cos": (9, 5)}, ValueError, "cos has shape .* both must be"),
@@ -362,6 +367,21 @@ REJECTED = [
         {"cu_seqlens": torch.tensor([0, 2]), "max_seqlen": 2},
         ValueError,
         r"with cu_seqlens it must be \(total, h, d\)",
+    ),
+    (
+        {"seqlen_offsets": torch.tensor([0, -3])},
+        ValueError,
+        r"seqlen_offsets\[1\] is -3; it must lie between 0 and 4, the 9 positions of cos",
+    ),
+    ({"seqlen_offsets": torch.tensor([5, 0])}, ValueError, r"seqlen_offsets\[0\] is 5"),
+    (packed(0, 3, 99), ValueError, r"cu_seqlens\[2\] is 99; it must lie between 3 and 5"),
+    (packed(0, 4, 2, 5), ValueError, r"cu_seqlens\[2\] is 2; it must lie between 4 and 5"),
+    (packed(0, 1, 5), ValueError, r"max_seqlen is 3, but the longest sequence has 4 rows"),
+    (packed(0.0, 5.0), ValueError, r"cu_seqlens is torch.float32 of shape \(2,\); it must be"),
+    (
+        {**packed(0, 3, 5), "seqlen_offsets": torch.tensor([6, 8])},
+        ValueError,
+        r"seqlen_offsets\[1\] is 8; it must lie between 0 and 7",
     ),
 ]
 
@@ -385,5 +405,6 @@ def test_rejected_packed_shapes() -> None:
         apply_rotary_emb_kv_(randn(2, 5, 3, 1, 8), cos, sin)
     with pytest.raises(ValueError, match="dim is 7; it must be even"):
         RotaryEmbedding(7)
-    with pytest.raises(IndexError):
-        apply_rotary_emb(randn(2, 5, 1, 8), cos, sin, seqlen_offsets=torch.tensor([0, 6]))
+    for heads in (-2, 0, 8):
+        with pytest.raises(ValueError, match=f"num_heads_q is {heads}; it must be"):
+            apply_rotary_emb_qkv_(randn(2, 5, 6, 8), cos, sin, num_heads_q=heads)

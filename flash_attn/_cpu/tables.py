@@ -84,15 +84,16 @@ def spans(
         check_each(name, f"seqused_{side}", used, lengths, "the rows that its sequence has")
         lengths = used
     if cu_seqlens is not None:
-        _check_longest(name, side, lengths, max_seqlen)
+        check_longest(name, f"max_seqlen_{side}", lengths, max_seqlen)
     return starts, lengths
 
 
-def _check_longest(name: str, side: str, lengths: list[int], max_seqlen: Optional[int]) -> None:
+def check_longest(name: str, argument: str, lengths: list[int], max_seqlen: Optional[int]) -> None:
+    """ValueError unless `max_seqlen`, if given, bounds the lengths."""
     longest = max(lengths, default=0)
     if max_seqlen is not None and longest > max_seqlen:
         raise ValueError(
-            f"{name}: max_seqlen_{side} is {max_seqlen}, but the longest sequence has {longest} "
+            f"{name}: {argument} is {max_seqlen}, but the longest sequence has {longest} "
             f"rows (sequence {lengths.index(longest)}); it must be at least that"
         )
 
@@ -113,7 +114,7 @@ def paged_lengths(name: str, seqs: Sequences, k: Tensor, b: int) -> list[int]:
             check(name, what, length, 0, capacity, why)
     else:
         lengths = [capacity] * b
-    _check_longest(name, "k", lengths, seqs.max_seqlen_k)
+    check_longest(name, "max_seqlen_k", lengths, seqs.max_seqlen_k)
     return lengths
 
 

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flash_attn._rotary import check_call, check_padded, check_rotary_dim
-from flash_attn.ops.triton.rotary import apply_rotary
+from flash_attn._rotary import check_rotary_dim
+from flash_attn.ops.triton.rotary import apply_rotary, check_call, check_padded
 
 
 def rotate_half(x: Tensor, interleaved: bool = False) -> Tensor:
@@ -136,7 +136,12 @@ def apply_rotary_emb_qkv_(
     check_padded(function, qkv, cos, sin, seqlen_offsets)
     if qkv.dim() == 5 and qkv.shape[2] == 3:
         q, k = qkv[:, :, 0], qkv[:, :, 1]
-    elif qkv.dim() == 4 and num_heads_q is not None and (qkv.shape[2] - num_heads_q) % 2 == 0:
+    elif (
+        qkv.dim() == 4
+        and num_heads_q is not None
+        and 0 < num_heads_q <= qkv.shape[2]
+        and (qkv.shape[2] - num_heads_q) % 2 == 0
+    ):
         num_heads_k = (qkv.shape[2] - num_heads_q) // 2
         q, k = qkv[:, :, :num_heads_q], qkv[:, :, num_heads_q : num_heads_q + num_heads_k]
     else:
