@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -185,6 +187,36 @@ def test_gradients_of_the_packed_forms() -> None:
     assert check(lambda x: apply_rotary_emb_qkv_(x.clone(), cos, sin), qkv)
     assert check(gqa, randn(2, 2, 4, 4).requires_grad_())
     assert check(lambda x: apply_rotary_emb_kv_(x.clone(), cos, sin), kv)
+
+
+UNWRITABLE = {
+    "leaf": lambda x: x,
+    "view of a leaf": lambda x: x[:1],
+    "unbind": lambda x: (x * 2).unbind(0)[1][None],
+    "split": lambda x: (x * 2).split(1)[1],
+}
+
+
+@pytest.mark.parametrize("view", UNWRITABLE.values(), ids=UNWRITABLE)
+@pytest.mark.parametrize("form", ["one", "packed", "gqa", "kv"])
+def test_what_autograd_lets_nobody_write_is_rotated_in_place(form: str, view: Any) -> None:
+    """As published: its kernels write where autograd does not see it."""
+    cos, sin = tables(6, 4)
+    shape, turn = {
+        "one": ((3, 2, 4), lambda x: apply_rotary_emb(x, cos, sin, inplace=True)),
+        "packed": ((3, 3, 2, 4), lambda x: apply_rotary_emb_qkv_(x, cos, sin)),
+        "gqa": ((3, 4, 4), lambda x: apply_rotary_emb_qkv_(x, cos, sin, num_heads_q=2)),
+        "kv": ((3, 2, 2, 4), lambda x: apply_rotary_emb_kv_(x, cos, sin)),
+    }[form]
+    results = []
+    for given in (view, lambda x: view(x).clone()):
+        leaf = randn(2, *shape).requires_grad_()
+        x = given(leaf)
+        out = turn(x)
+        assert torch.equal(x, out)
+        results.append((out.detach(), *torch.autograd.grad(out.square().sum(), leaf)))
+    for got, expected in zip(*results):
+        assert_rounded(got, expected)
 
 
 def test_strided_views_are_rotated_in_place() -> None:

@@ -1,15 +1,18 @@
 """Rotary position embeddings (RoFormer, arXiv:2104.09864), also scaled (XPos, arXiv:2212.10554).
 
-The functions ending in `_` work in place, as published. Shapes: x (b, s, h, d), or (total, h, d)
-with cu_seqlens; cos, sin (seqlen_ro, rotary_dim / 2).
+The functions ending in `_` work in place, as published. Use what they return: of a leaf that
+requires grad, or a view by unbind or split, it alone has the gradient. Shapes: x (b, s, h, d), or
+(total, h, d) with cu_seqlens; cos, sin (seqlen_ro, rotary_dim / 2).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C import _autograd
 
 from flash_attn._rotary import check_rotary_dim
 from flash_attn.ops.triton.rotary import apply_rotary, check_call, check_padded
@@ -92,6 +95,29 @@ def _turn(
     return x.copy_(turned) if inplace else turned
 
 
+def _refuses_writes(x: Tensor) -> bool:
+    """Whether autograd lets nobody write to x: a leaf, a view of one, or one of several views that
+    a function returned (unbind, split).
+    """
+    if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and x.requires_grad):
+        return False
+    if x.is_leaf or x._base is None:
+        return x.is_leaf
+    default = _autograd.CreationMeta.DEFAULT
+    return x._base.is_leaf or bool(_autograd._get_creation_meta(x) != default)
+
+
+def _write(x: Tensor, turn: Callable[[Tensor], Any]) -> Tensor:
+    """x after `turn` in place. Where autograd refuses that, x gets the values alone, and a tensor
+    beside it, which is returned, the gradient.
+    """
+    turned = x.clone() if _refuses_writes(x) else x
+    turn(turned)
+    if turned is not x:
+        x.detach().copy_(turned.detach())
+    return turned
+
+
 def apply_rotary_emb(
     x: Tensor,
     cos: Tensor,
@@ -111,7 +137,10 @@ def apply_rotary_emb(
     in x. Raises ValueError or TypeError for shapes, lengths or dtypes that do not fit.
     """
     check_call("apply_rotary_emb", x, cos, sin, seqlen_offsets, cu_seqlens, max_seqlen)
-    return _turn(x, cos, sin, interleaved, inplace, seqlen_offsets, cu_seqlens, max_seqlen)
+    where = (seqlen_offsets, cu_seqlens, max_seqlen)
+    if not inplace:
+        return _turn(x, cos, sin, interleaved, False, *where)
+    return _write(x, lambda x: _turn(x, cos, sin, interleaved, True, *where))
 
 
 apply_rotary_emb_func = apply_rotary_emb
@@ -134,8 +163,9 @@ def apply_rotary_emb_qkv_(
     """
     function = "apply_rotary_emb_qkv_"
     check_padded(function, qkv, cos, sin, seqlen_offsets)
+    heads: tuple[Any, Any]
     if qkv.dim() == 5 and qkv.shape[2] == 3:
-        q, k = qkv[:, :, 0], qkv[:, :, 1]
+        heads = 0, 1
     elif (
         qkv.dim() == 4
         and num_heads_q is not None
@@ -143,7 +173,7 @@ def apply_rotary_emb_qkv_(
         and (qkv.shape[2] - num_heads_q) % 2 == 0
     ):
         num_heads_k = (qkv.shape[2] - num_heads_q) // 2
-        q, k = qkv[:, :, :num_heads_q], qkv[:, :, num_heads_q : num_heads_q + num_heads_k]
+        heads = slice(num_heads_q), slice(num_heads_q, num_heads_q + num_heads_k)
     else:
         raise ValueError(
             f"{function}: qkv has shape {tuple(qkv.shape)}, num_heads_q is {num_heads_q}; it must "
@@ -152,9 +182,12 @@ def apply_rotary_emb_qkv_(
     if cos_k is None or sin_k is None:
         cos_k, sin_k = cos, sin
     check_padded(function, qkv, cos_k, sin_k, seqlen_offsets)
-    _turn(q, cos, sin, interleaved, True, seqlen_offsets)
-    _turn(k, cos_k, sin_k, interleaved, True, seqlen_offsets)
-    return qkv
+
+    def turn(qkv: Tensor) -> None:
+        _turn(qkv[:, :, heads[0]], cos, sin, interleaved, True, seqlen_offsets)
+        _turn(qkv[:, :, heads[1]], cos_k, sin_k, interleaved, True, seqlen_offsets)
+
+    return _write(qkv, turn)
 
 
 def apply_rotary_emb_kv_(
@@ -169,8 +202,7 @@ def apply_rotary_emb_kv_(
     if kv.dim() != 5 or kv.shape[2] != 2:
         raise ValueError(f"{function}: kv has shape {tuple(kv.shape)}; it must be (b, s, 2, hk, d)")
     check_padded(function, kv, cos, sin, seqlen_offsets)
-    _turn(kv[:, :, 0], cos, sin, interleaved, True, seqlen_offsets)
-    return kv
+    return _write(kv, lambda kv: _turn(kv[:, :, 0], cos, sin, interleaved, True, seqlen_offsets))
 
 
 class RotaryEmbedding(nn.Module):
