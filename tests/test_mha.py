@@ -166,11 +166,26 @@ def test_plain_self_attention_leaves_padded_keys_out() -> None:
         torch.testing.assert_close(out[1:, :4], short)
 
 
+def test_causal_cross_attention_is_aligned_to_the_last_key_that_is_there() -> None:
+    q, kv, lengths = randn(3, 4, 4, 8), randn(3, 7, 2, 2, 8, seed=1), [7, 6, 4]
+    mask = torch.arange(7) < torch.tensor(lengths).unsqueeze(-1)
+    out = CrossAttention(causal=True)(q, kv, key_padding_mask=mask)
+    for i, length in enumerate(lengths):
+        short = CrossAttention(causal=True)(q[i : i + 1], kv[i : i + 1, :length])
+        torch.testing.assert_close(out[i : i + 1], short)
+
+
 def test_plain_attention_rejects_other_shapes() -> None:
     with pytest.raises(ValueError, match=r"key_padding_mask has shape \(6,\)"):
         SelfAttention()(randn(2, 6, 3, 2, 8), key_padding_mask=torch.ones(6).bool())
     with pytest.raises(ValueError, match="CrossAttention: q has 3 heads, kv has 2"):
         CrossAttention()(randn(2, 6, 3, 8), randn(2, 6, 2, 2, 8))
+    for kv in (randn(1, 6, 2, 2, 8), randn(2, 6, 2, 2, 4), randn(2, 6, 3, 2, 8), randn(2, 6, 2, 8)):
+        with pytest.raises(ValueError, match=r"CrossAttention: q has shape \(2, 6, 4, 8\), kv \("):
+            CrossAttention()(randn(2, 6, 4, 8), kv)
+    for qkv in (randn(2, 6, 2, 8), randn(2, 6, 2, 2, 8)):
+        with pytest.raises(ValueError, match="SelfAttention: qkv has shape"):
+            SelfAttention()(qkv)
 
 
 # --- MHA: with the functions as without ---
@@ -240,6 +255,18 @@ def test_residual_is_the_input() -> None:
     assert torch.equal(out, make({})(x))
 
 
+@pytest.mark.parametrize("options", [{}, {"num_heads_kv": 2}, {"cross_attn": True}], ids=str)
+@pytest.mark.parametrize("use_flash_attn", [False, True])
+def test_options_of_a_call_go_to_the_attention(
+    options: dict[str, Any], use_flash_attn: bool
+) -> None:
+    full, causal = (make({**options, "causal": x}, use_flash_attn=use_flash_attn) for x in (0, 1))
+    full, causal, x = full.eval(), causal.eval(), randn(2, 5, EMBED)
+    assert torch.equal(full(x, causal=True), causal(x))
+    with pytest.raises(TypeError, match="no_such_option"):
+        full(x, no_such_option=True)
+
+
 def test_mixer_subset_makes_queries_of_some_tokens() -> None:
     module, x = make({"cross_attn": True, "use_flash_attn": True}), randn(2, 5, EMBED)
     torch.testing.assert_close(module(x, mixer_subset=slice(0, 1)), module(x)[:, :1])
@@ -259,10 +286,11 @@ def test_cross_attention_of_packed_sequences() -> None:
     [
         {"causal": True},
         {"num_heads_kv": 2},
+        {"num_heads_kv": 2, "causal": True},
         {"rotary_emb_dim": 16, "causal": True},
         {"rotary_emb_dim": 8, "num_heads_kv": 2, "rotary_emb_scale_base": 64.0},
     ],
-    ids=["causal", "gqa", "rotary", "xpos-gqa"],
+    ids=["causal", "gqa", "gqa-causal", "rotary", "xpos-gqa"],
 )
 def test_packed_sequences_equal_a_padded_batch(options: dict[str, Any]) -> None:
     flash, plain = (make(options, use_flash_attn=use) for use in (True, False))
@@ -384,6 +412,7 @@ def test_update_kv_cache_appends_and_returns_all() -> None:
 
 BAD_OPTIONS = [
     ({"num_heads_kv": 3}, "num_heads must be divisible by num_heads_kv"),
+    ({"num_heads_kv": 0}, "num_heads_kv is 0; num_heads must be divisible by num_heads_kv"),
     ({"use_alibi": True}, "use_alibi needs use_flash_attn"),
     ({"window_size": (4, 0)}, "a local window needs use_flash_attn"),
     ({"cross_attn": True, "rotary_emb_dim": 16}, "does not support cross-attention"),
@@ -397,8 +426,9 @@ def test_rejected_options(options: dict[str, Any], message: str) -> None:
 
 
 def test_rejected_sizes_and_extensions() -> None:
-    with pytest.raises(ValueError, match="embed_dim must be divisible by num_heads"):
-        MHA(65, 4)
+    for size, heads in ((65, 4), (64, 0)):
+        with pytest.raises(ValueError, match="embed_dim must be divisible by num_heads"):
+            MHA(size, heads)
     with pytest.raises(ImportError, match="fused_dense is not installed"):
         make({"fused_bias_fc": True})
 
@@ -420,6 +450,7 @@ BAD_CALLS: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({"layer_idx": 0}, {"inference_params": True, "key_padding_mask": MASK}, "a KV cache excludes"),
     ({"layer_idx": 0, "dwconv": True}, {"inference_params": True}, "a KV cache excludes dwconv"),
     ({"cross_attn": True}, {"inference_params": True}, "a KV cache excludes cross_attn"),
+    ({"layer_idx": 0}, {"inference_params": True, "causal": True}, "a KV cache excludes causal"),
     ({}, {"inference_params": True}, "layer_idx is None"),
     ({"layer_idx": 0}, {"inference_params": MASK.sum(1)}, "lengths_per_sample needs use_flash"),
 ]

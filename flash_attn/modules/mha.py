@@ -154,13 +154,13 @@ class MHA(nn.Module):
             )
         hq, hk = self.num_heads, self.num_heads_kv
         _require(
-            self.embed_dim % hq == 0,
+            hq > 0 and self.embed_dim % hq == 0,
             "MHA",
             f"embed_dim is {self.embed_dim}, num_heads is {hq}; "
             "embed_dim must be divisible by num_heads",
         )
         _require(
-            hq % hk == 0,
+            hk > 0 and hq % hk == 0,
             "MHA",
             f"num_heads is {hq}, num_heads_kv is {hk}; num_heads must be divisible by num_heads_kv",
         )
@@ -212,6 +212,7 @@ class MHA(nn.Module):
         max_seqlen: int | None,
         mixer_subset: Tensor | None,
         inference_params: InferenceParams | None,
+        options: dict[str, Any],
     ) -> None:
         def require(holds: bool, message: str) -> None:
             _require(holds, "MHA.forward", message)
@@ -237,6 +238,7 @@ class MHA(nn.Module):
             )
             require(not self.dwconv, "a KV cache excludes dwconv, whose window it does not keep")
             require(not self.cross_attn, "a KV cache excludes cross_attn")
+            require(not options, f"a KV cache excludes {', '.join(options)}")
             require(
                 self.use_flash_attn or inference_params.lengths_per_sample is None,
                 "lengths_per_sample needs use_flash_attn=True",
@@ -253,21 +255,24 @@ class MHA(nn.Module):
         inference_params: InferenceParams | None = None,
         cu_seqlens_k: Tensor | None = None,
         max_seqlen_k: int | None = None,
+        **options: Any,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """x: (b, s, embed_dim), or (total, embed_dim) with cu_seqlens int32 (b + 1,), max_seqlen.
 
         x_kv: the source of keys and values, for cross_attn; None is x. key_padding_mask: bool
         (b, sk), True for keys to attend to, without use_flash_attn. mixer_subset: which tokens of x
         make queries, for cross_attn. inference_params: append to a KV cache and attend to all of
-        it. cu_seqlens_k, max_seqlen_k: those of x_kv where they differ. Returns what x is, or that
-        and x with return_residual. Raises ValueError for arguments that exclude each other.
+        it. cu_seqlens_k, max_seqlen_k: those of x_kv where they differ. options: others of the
+        attention module, such as causal. Returns what x is, or that and x with return_residual.
+        Raises ValueError for arguments that exclude each other.
         """
         self._check_call(
-            x_kv, key_padding_mask, cu_seqlens, max_seqlen, mixer_subset, inference_params
+            x_kv, key_padding_mask, cu_seqlens, max_seqlen, mixer_subset, inference_params, options
         )
-        extra: dict[str, Any] = {"key_padding_mask": key_padding_mask}
         if self.use_flash_attn:
-            extra = {"cu_seqlens": cu_seqlens, "max_seqlen": max_seqlen}
+            options |= {"cu_seqlens": cu_seqlens, "max_seqlen": max_seqlen}
+        else:
+            options["key_padding_mask"] = key_padding_mask
         if self.cross_attn:
             queries = x if mixer_subset is None else x[:, mixer_subset]
             q, kv = self._project_apart(queries, x if x_kv is None else x_kv)
@@ -279,12 +284,14 @@ class MHA(nn.Module):
             context = self._attend_with_cache(q, kv, inference_params)
         elif not self.cross_attn and self.num_heads == self.num_heads_kv:
             qkv = heads.unflatten(-2, (3, self.num_heads))
-            context = self._call(self.inner_attn, qkv, **extra)
+            context = self._call(self.inner_attn, qkv, **options)
         else:
             if cu_seqlens is not None:
-                extra["cu_seqlens_k"] = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
-                extra["max_seqlen_k"] = max_seqlen if max_seqlen_k is None else max_seqlen_k
-            context = self._call(self.inner_cross_attn, q, kv, **extra)
+                options["cu_seqlens_k"] = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
+                options["max_seqlen_k"] = max_seqlen if max_seqlen_k is None else max_seqlen_k
+            elif not self.use_flash_attn:
+                options["is_self"] = not self.cross_attn
+            context = self._call(self.inner_cross_attn, q, kv, **options)
         out = self.out_proj(context.flatten(-2))
         return (out, x) if self.return_residual else out
 
@@ -367,9 +374,8 @@ class MHA(nn.Module):
 class FlashMHA(MHA):
     """Multi-head self-attention by the flash functions (the FlashAttention-Plus class).
 
-    `MHA` with use_flash_attn: forward takes x (b, s, embed_dim) and returns the same shape; packed
-    sequences and a KV cache (with layer_idx) as there. Not the class of
-    `flash_attn.flash_attention`, which has the same name and returns a pair.
+    `MHA` with use_flash_attn; packed sequences and a KV cache (with layer_idx) as there. Not the
+    class of `flash_attn.flash_attention`, which has the same name and returns a pair.
     """
 
     def __init__(

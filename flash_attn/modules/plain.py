@@ -13,20 +13,26 @@ from torch import Tensor, nn
 _MASKED = -10000.0
 
 
-def _mask(q: Tensor, k: Tensor, causal: bool, key_padding_mask: Tensor | None) -> Tensor | None:
+def _mask(
+    q: Tensor, k: Tensor, causal: bool, key_padding_mask: Tensor | None, is_self: bool
+) -> Tensor | None:
     """What to add to the scores, broadcastable to (b, h, sq, sk)."""
     sq, sk = q.shape[1], k.shape[1]
-    mask = None
+    mask: Tensor | None = None
+    keys: int | Tensor = sk
     if key_padding_mask is not None:
         if key_padding_mask.shape != (k.shape[0], sk):
             raise ValueError(
                 f"attention: key_padding_mask has shape {tuple(key_padding_mask.shape)}; it must "
                 f"be (b, sk) = {(k.shape[0], sk)}, True for keys to attend to"
             )
-        mask = q.new_zeros(k.shape[0], 1, 1, sk)
-        mask = mask.masked_fill(~key_padding_mask.bool()[:, None, None], _MASKED)
+        is_key = key_padding_mask.bool()[:, None, None]
+        mask = q.new_zeros(is_key.shape).masked_fill(~is_key, _MASKED)
+        keys = sk if is_self else is_key.sum(-1, keepdim=True)
     if causal:
-        future = q.new_full((sq, sk), _MASKED).triu(sk - sq + 1)
+        row, column = (torch.arange(n, device=q.device) for n in (sq, sk))
+        is_future = column > row[:, None] + keys - sq
+        future = q.new_zeros(is_future.shape).masked_fill(is_future, _MASKED)
         mask = future if mask is None else mask + future
     return mask
 
@@ -34,7 +40,8 @@ def _mask(q: Tensor, k: Tensor, causal: bool, key_padding_mask: Tensor | None) -
 class CrossAttention(nn.Module):
     """softmax(q k^T * softmax_scale + mask) v in plain torch; dropout while training.
 
-    causal: the default for `forward`; bottom-right aligned. softmax_scale: None is d ** -0.5.
+    causal: the default for `forward`; aligned to the last key, under a key_padding_mask to as many
+    as are there. softmax_scale: None is d ** -0.5.
     """
 
     def __init__(
@@ -54,15 +61,22 @@ class CrossAttention(nn.Module):
         kv: Tensor,
         causal: bool | None = None,
         key_padding_mask: Tensor | None = None,
+        is_self: bool = False,
     ) -> Tensor:
         """q: (b, sq, hq, d). kv: (b, sk, 2, hk, d), hk divides hq. Returns (b, sq, hq, d).
 
-        key_padding_mask: bool (b, sk), True for keys to attend to. Raises ValueError for another
-        shape of it, or head counts that do not divide.
+        key_padding_mask: bool (b, sk), True for keys to attend to. is_self: q and kv are of the
+        same tokens, so query i stands beside key i whatever the mask says. Raises ValueError for
+        other shapes, or head counts that do not divide.
         """
+        if q.dim() != 4 or kv.shape != (q.shape[0], *kv.shape[1:2], 2, *kv.shape[3:4], q.shape[3]):
+            raise ValueError(
+                f"{type(self).__name__}: q has shape {tuple(q.shape)}, kv {tuple(kv.shape)}; they "
+                "must be (b, sq, hq, d) and (b, sk, 2, hk, d)"
+            )
         k, v = kv.unbind(2)
         hq, hk = q.shape[2], k.shape[2]
-        if hq % hk:
+        if hk == 0 or hq % hk:
             raise ValueError(
                 f"{type(self).__name__}: q has {hq} heads, kv has {hk}; "
                 "the heads of kv must divide those of q"
@@ -71,7 +85,8 @@ class CrossAttention(nn.Module):
             k, v = (x.repeat_interleave(hq // hk, dim=2) for x in (k, v))
         scale = q.shape[-1] ** -0.5 if self.softmax_scale is None else self.softmax_scale
         scores = torch.einsum("bqhd,bkhd->bhqk", q * scale, k)
-        mask = _mask(q, k, self.causal if causal is None else causal, key_padding_mask)
+        causal = self.causal if causal is None else causal
+        mask = _mask(q, k, causal, key_padding_mask, is_self)
         if mask is not None:
             scores = scores + mask
         attention = self.drop(torch.softmax(scores, dim=-1, dtype=v.dtype))
@@ -85,4 +100,9 @@ class SelfAttention(CrossAttention):
         self, qkv: Tensor, causal: bool | None = None, key_padding_mask: Tensor | None = None
     ) -> Tensor:
         """qkv: (b, s, 3, h, d). Returns (b, s, h, d). The rest is as in `CrossAttention`."""
-        return super().forward(qkv[:, :, 0], qkv[:, :, 1:], causal, key_padding_mask)
+        if qkv.dim() != 5 or qkv.shape[2] != 3:
+            raise ValueError(
+                f"{type(self).__name__}: qkv has shape {tuple(qkv.shape)}; it must be "
+                "(b, s, 3, h, d)"
+            )
+        return super().forward(qkv[:, :, 0], qkv[:, :, 1:], causal, key_padding_mask, is_self=True)
