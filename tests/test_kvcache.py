@@ -44,6 +44,18 @@ def test_the_append_writes_only_its_own_slots(device: str) -> None:
     assert torch.equal(changed, expected)
 
 
+def test_new_rows_may_be_rows_of_the_cache(device: str) -> None:
+    problem = CacheProblem(dtype=BF16, seqlens=(2, 0), s_new=1)
+    tensors = problem.tensors(device)
+    for name in ("k_cache", "v_cache"):
+        tensors[name].nan_to_num_(7.0)
+    rows = {name: tensors[f"{name}_cache"][:, :1] for name in ("k", "v")}
+    copies = {name: x.clone() for name, x in {**tensors, **rows}.items() if x is not None}
+    expected = flash_attn.flash_attn_with_kvcache(**{**tensors, **copies})
+    assert torch.equal(flash_attn.flash_attn_with_kvcache(**{**tensors, **rows}), expected)
+    assert torch.equal(tensors["k_cache"], copies["k_cache"])
+
+
 @pytest.mark.parametrize("num_splits", [1, 2, 3, 16, 128])
 def test_splits_change_rounding_only(num_splits: int, device: str) -> None:
     problem = CacheProblem(

@@ -22,6 +22,11 @@ def append_to_cache(call: Forward, name: str) -> Forward:
     plan, append = plan_append(call, name), call.append
     assert append is not None
     new_k, new_v = (x.flatten(0, 1) if x.dim() == 4 else x for x in (append.k, append.v))
+    caches = {x.untyped_storage().data_ptr() for x in (call.k, call.v)}
+    # Rows of the cache itself would be read after others were written.
+    new_k, new_v = (
+        x.clone() if x.untyped_storage().data_ptr() in caches else x for x in (new_k, new_v)
+    )
     for slot, start, stop, first in zip(plan.slots, plan.starts, plan.starts[1:], plan.first):
         positions = batch_positions(stop - start, first, first.device)
         call.k[slot] = _rotated(append, new_k[start:stop], positions)
