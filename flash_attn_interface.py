@@ -308,6 +308,9 @@ def flash_attn_combine(
     Returns:
         out (b, s, h, d) and softmax_lse (b, s, h) float32.
     """
+    name = "flash_attn_combine"
+    _arguments.check_tensors(name, out_partial=out_partial, lse_partial=lse_partial)
+    _arguments.check_optional_tensors(name, out=out)
     try:
         result: tuple[Tensor, Tensor] = (
             flash_attn_3_gpu._flash_attn_combine(out_partial, lse_partial, out_dtype)
@@ -315,9 +318,7 @@ def flash_attn_combine(
             else flash_attn_3_gpu.fwd_combine(out_partial, lse_partial, out)
         )
     except RuntimeError as error:
-        raise _arguments.renamed(
-            error, _ops_splits.COMBINE, "flash_attn_combine"
-        ) from error.__cause__
+        raise _arguments.renamed(error, _ops_splits.COMBINE, name) from error.__cause__
     return result
 
 
@@ -522,6 +523,7 @@ def _check_qkv(name: str, qkv: Tensor, num_heads_q: Optional[int]) -> None:
     if num_heads_q is None:
         _arguments.check_packed(name, "qkv", qkv, 3, 5)
         return
+    _arguments.check_int(name, "num_heads_q", num_heads_q, "an int or None")
     num_heads_kv = qkv.shape[-2] - num_heads_q if qkv.dim() == 4 else -1
     if num_heads_q < 1 or num_heads_kv < 2 or num_heads_kv % 2 != 0:
         _arguments.fail(

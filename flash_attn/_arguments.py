@@ -51,16 +51,23 @@ def check_optional_tensors(name: str, **arguments: Any) -> None:
 
 def window(name: str, window_size: Any) -> tuple[int, int]:
     """`window_size` as (left, right)."""
+    rule = "window_size must be (left, right), numbers of keys, -1 for no bound"
     try:
         left, right = window_size
     except (TypeError, ValueError):
-        fail(
-            name,
-            "window_size must be (left, right), numbers of keys, -1 for no bound",
-            repr(window_size),
-            ValueError,
-        )
+        fail(name, rule, repr(window_size), ValueError)
+    for bound in (left, right):
+        if not isinstance(bound, int) and not hasattr(bound, "__index__"):
+            fail(name, rule, repr(window_size), TypeError)
     return left, right
+
+
+def is_positive(name: str, argument: str, x: Any) -> bool:
+    """Whether a number that is compared before an operator's schema sees it lies above 0."""
+    try:
+        return bool(x > 0)
+    except TypeError:
+        fail(name, f"{argument} must be of type float", type(x).__name__, TypeError)
 
 
 def scale(given: Optional[float], q: Tensor, qv: Optional[Tensor] = None) -> float:

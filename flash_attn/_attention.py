@@ -227,6 +227,7 @@ def attend(
         is_grad_enabled,
     ) = options
     _check_packing(name, packed, is_varlen=len(lengths) > 0)
+    has_dropout = _arguments.is_positive(name, "dropout_p", dropout_p)
     softmax_scale = _arguments.scale(softmax_scale, packed[0])
     left, right = _arguments.window(name, window_size)
     operators = _VARLEN if lengths else _DENSE
@@ -236,7 +237,7 @@ def attend(
     forward = operators.plain_forward if is_plain else operators.forward
     cu_seqlens = lengths[:2]
     rules = (*lengths[2:], dropout_p, softmax_scale, causal, left, right, softcap, slopes)
-    return_softmax = return_attn_probs and dropout_p > 0
+    return_softmax = return_attn_probs and has_dropout
     choices = (return_softmax, block_table) if lengths else (return_softmax,)
     try:
         if not _is_differentiated(packed, is_grad_enabled):
@@ -248,7 +249,7 @@ def attend(
             cu_seqlens,
             rules,
             choices,
-            dropout_p > 0,
+            has_dropout,
             block_table is not None,
             deterministic,
             return_attn_probs,

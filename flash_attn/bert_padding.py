@@ -161,5 +161,11 @@ def unpad_input_for_concatenated_sequences(
 
 def pad_input(hidden_states: Tensor, indices: Tensor, batch: int, seqlen: int) -> Tensor:
     """Undo `unpad_input`: packed (total, ...) to padded (batch, seqlen, ...), zeros elsewhere."""
-    padded = index_put_first_axis(hidden_states, indices, batch * seqlen)
+    try:
+        padded = index_put_first_axis(hidden_states, indices, batch * seqlen)
+    except IndexError as error:
+        raise ValueError(
+            f"pad_input: indices must be {hidden_states.shape[0]} rows of the {batch} * {seqlen} "
+            f"that the padded batch has; {error}"
+        ) from None
     return padded.unflatten(0, (batch, seqlen))

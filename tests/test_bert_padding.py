@@ -150,3 +150,6 @@ def test_masks_and_indices_of_another_shape_are_rejected() -> None:
         index_first_axis(x, torch.tensor([[0, 1]]))
     with pytest.raises(ValueError, match=r"index_put_first_axis: indices has shape \(1, 2\)"):
         index_put_first_axis(x, torch.tensor([[0, 1]]), 4)
+    for indices in (torch.tensor([0, 6]), torch.tensor([0, -1]), torch.tensor([0, 1, 2])):
+        with pytest.raises(ValueError, match=r"^pad_input: indices must be 2 rows of the 2 \* 3"):
+            pad_input(torch.ones(2, 4), indices, 2, 3)
