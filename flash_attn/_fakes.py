@@ -25,8 +25,19 @@ def _round_up(n: int) -> int:
     return (n + step - 1) // step * step
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return_softmax = args[-1]
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dropout_p: float,
+    softmax_scale: float,
+    causal: bool,
+    window_size_left: int,
+    window_size_right: int,
+    softcap: float,
+    alibi_slopes: Optional[Tensor],
+    return_softmax: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     shape = (q.shape[0], q.shape[2], _round_up(q.shape[1]), _round_up(k.shape[1]))
     s_dmask = q.new_empty(shape if return_softmax else (0,))
     return (*out_and_lse(q, v), s_dmask, q.new_empty(2, dtype=torch.int64))

@@ -36,6 +36,10 @@ from torch import Tensor
 
 import flash_attn_2_cuda as flash_attn_gpu  # noqa: F401 (xformers and others take it from here)
 from flash_attn._attention import DENSE, attend, packed_lengths
+from flash_attn._fakes import backward as _flash_attn_backward_fake  # noqa: F401
+from flash_attn._fakes import forward as _flash_attn_forward_fake  # noqa: F401
+from flash_attn._fakes import varlen_backward as _flash_attn_varlen_backward_fake  # noqa: F401
+from flash_attn._fakes import varlen_forward as _flash_attn_varlen_forward_fake  # noqa: F401
 from flash_attn._kvcache import check_cache, check_fa2_cache, with_kvcache
 
 USE_TRITON_ROCM = False
