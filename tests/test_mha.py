@@ -306,7 +306,9 @@ def test_packed_sequences_equal_a_padded_batch(options: dict[str, Any]) -> None:
 CACHED: dict[str, dict[str, Any]] = {
     "plain": {},
     "plain-rotary-gqa": {"rotary_emb_dim": 16, "num_heads_kv": 2},
+    "plain-cross": {"cross_attn": True},
     "flash": {"use_flash_attn": True},
+    "flash-cross-gqa": {"use_flash_attn": True, "cross_attn": True, "num_heads_kv": 2},
     "flash-gqa": {"use_flash_attn": True, "num_heads_kv": 2},
     "flash-rotary": {"use_flash_attn": True, "rotary_emb_dim": 16},
     "flash-rotary-partial": {
@@ -449,7 +451,6 @@ BAD_CALLS: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ),
     ({"layer_idx": 0}, {"inference_params": True, "key_padding_mask": MASK}, "a KV cache excludes"),
     ({"layer_idx": 0, "dwconv": True}, {"inference_params": True}, "a KV cache excludes dwconv"),
-    ({"cross_attn": True}, {"inference_params": True}, "a KV cache excludes cross_attn"),
     ({"layer_idx": 0}, {"inference_params": True, "causal": True}, "a KV cache excludes causal"),
     ({}, {"inference_params": True}, "layer_idx is None"),
     ({"layer_idx": 0}, {"inference_params": MASK.sum(1)}, "lengths_per_sample needs use_flash"),

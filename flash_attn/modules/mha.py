@@ -237,7 +237,6 @@ class MHA(nn.Module):
                 "a KV cache excludes key_padding_mask and cu_seqlens",
             )
             require(not self.dwconv, "a KV cache excludes dwconv, whose window it does not keep")
-            require(not self.cross_attn, "a KV cache excludes cross_attn")
             require(not options, f"a KV cache excludes {', '.join(options)}")
             require(
                 self.use_flash_attn or inference_params.lengths_per_sample is None,
