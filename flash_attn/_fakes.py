@@ -7,8 +7,7 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
-from flash_attn import _support
-from flash_attn._problem import lse_dtype, out_dtype
+from flash_attn._problem import lse_dtype, out_dtype, round_up, softmax_d_shape
 
 
 def out_and_lse(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -17,12 +16,6 @@ def out_and_lse(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     is_packed = q.dim() == 3
     shape = (q.shape[1], q.shape[0]) if is_packed else (q.shape[0], q.shape[2], q.shape[1])
     return out, q.new_empty(shape, dtype=lse_dtype(q.dtype))
-
-
-def _round_up(n: int) -> int:
-    """n rounded up as in the shapes of S_dmask and softmax_d."""
-    step = _support.ROUND_TO
-    return (n + step - 1) // step * step
 
 
 def forward(
@@ -38,7 +31,7 @@ def forward(
     alibi_slopes: Optional[Tensor],
     return_softmax: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    shape = (q.shape[0], q.shape[2], _round_up(q.shape[1]), _round_up(k.shape[1]))
+    shape = (q.shape[0], q.shape[2], round_up(q.shape[1]), round_up(k.shape[1]))
     s_dmask = q.new_empty(shape if return_softmax else (0,))
     return (*out_and_lse(q, v), s_dmask, q.new_empty(2, dtype=torch.int64))
 
@@ -63,17 +56,14 @@ def varlen_forward(
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     b = cu_seqlens_q.shape[0] - 1
-    shape = (b, q.shape[1], _round_up(max_seqlen_q), _round_up(max_seqlen_k))
+    shape = (b, q.shape[1], round_up(max_seqlen_q), round_up(max_seqlen_k))
     s_dmask = q.new_empty(shape if return_softmax else (0,))
     return (*out_and_lse(q, v), s_dmask, q.new_empty(2, dtype=torch.int64))
 
 
 def softmax_d(q: Tensor, cu_seqlens_q: Optional[Tensor]) -> Tensor:
-    """Shape of softmax_d: (b, hq, round128(sq)), or (hq, total_q + 128 b) if packed."""
-    shape: tuple[int, ...] = (q.shape[0], q.shape[-2], _round_up(q.shape[1]))
-    if cu_seqlens_q is not None:
-        shape = (q.shape[1], q.shape[0] + _support.ROUND_TO * (cu_seqlens_q.shape[0] - 1))
-    return q.new_empty(shape, dtype=lse_dtype(q.dtype))
+    b = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
+    return q.new_empty(softmax_d_shape(q, b), dtype=lse_dtype(q.dtype))
 
 
 def backward(dout: Tensor, q: Tensor, *args: Any, **kwargs: Any) -> Tensor:

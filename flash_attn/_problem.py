@@ -20,8 +20,21 @@ def out_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def lse_dtype(dtype: torch.dtype) -> torch.dtype:
-    """softmax_lse and softmax_d are float32, and float64 for float64 inputs."""
+    """softmax_lse, softmax_d and sums on the CPU are float32, and float64 for float64 inputs."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def round_up(n: int) -> int:
+    """n rounded up as in the shapes of S_dmask and softmax_d."""
+    step = _support.ROUND_TO
+    return (n + step - 1) // step * step
+
+
+def softmax_d_shape(q: Tensor, b: int) -> tuple[int, ...]:
+    """(b, hq, round128(sq)), or (hq, total_q + 128 b) of b packed sequences."""
+    if q.dim() == 3:
+        return q.shape[1], q.shape[0] + _support.ROUND_TO * b
+    return b, q.shape[2], round_up(q.shape[1])
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,15 @@ from flash_attn._cpu.append import append_to_cache
 from flash_attn._cpu.blockwise import Operands
 from flash_attn._cpu.pieces import Piece, cut
 from flash_attn._cpu.tables import batch_size
-from flash_attn._problem import Backward, Descale, Forward, out_dtype
+from flash_attn._problem import (
+    Backward,
+    Descale,
+    Forward,
+    lse_dtype,
+    out_dtype,
+    round_up,
+    softmax_d_shape,
+)
 
 
 @torch.no_grad()
@@ -29,7 +37,7 @@ def forward(call: Forward, name: str) -> tuple[Tensor, Tensor, Tensor]:
     shape = (*q.shape[:-1], call.v.shape[-1])
     out = q.new_empty(shape, dtype=out_dtype(q.dtype)) if call.out is None else call.out
     lse_shape = (q.shape[-2], q.shape[0]) if q.dim() == 3 else (q.shape[0], q.shape[2], q.shape[1])
-    lse = q.new_full(lse_shape, torch.inf, dtype=blockwise.accumulation_dtype(q.dtype))
+    lse = q.new_full(lse_shape, torch.inf, dtype=lse_dtype(q.dtype))
     s_dmask = _empty_s_dmask(call)
     if not call.sequences.is_dense:
         out.zero_()  # rows that belong to no sequence
@@ -52,11 +60,8 @@ def backward(call: Backward, name: str) -> Tensor:
     sequences (hq, total_q + 128 b) where sequence i starts at 128 * ((cu_seqlens_q[i] + 128 i) //
     128).
     """
-    step = _support.ROUND_TO
-    q, hq = call.q, call.q.shape[-2]
-    is_packed = q.dim() == 3
-    b = batch_size(q, call.sequences)
-    shape = (hq, q.shape[0] + step * b) if is_packed else (b, hq, _round_up(q.shape[1]))
+    step, q = _support.ROUND_TO, call.q
+    shape = softmax_d_shape(q, batch_size(q, call.sequences))
     softmax_d = q.new_zeros(shape, dtype=call.softmax_lse.dtype)
     if not call.sequences.is_dense:
         for grad in (call.dq, call.dk, call.dv):
@@ -65,7 +70,7 @@ def backward(call: Backward, name: str) -> Tensor:
         x = _operands(call, piece, None, Descale())
         dout, out = piece.queries(call.dout), piece.queries(call.out)
         delta = (dout.to(x.dtype) * out.to(x.dtype)).sum(dim=-1).transpose(1, 2)
-        if is_packed:
+        if q.dim() == 3:
             at = (piece.rows_q.start + step * piece.start) // step * step
             softmax_d[:, at : at + x.sq] = delta[0]
         else:
@@ -112,17 +117,13 @@ def _operands(
     )
 
 
-def _round_up(n: int) -> int:
-    return -(-n // _support.ROUND_TO) * _support.ROUND_TO
-
-
 def _empty_s_dmask(call: Forward) -> Tensor:
     if not call.return_softmax:
         return call.q.new_empty(0)
     seqs, q, k = call.sequences, call.q, call.k
     sq = q.shape[1] if seqs.max_seqlen_q is None else seqs.max_seqlen_q
     sk = k.shape[1] if seqs.max_seqlen_k is None else seqs.max_seqlen_k
-    return q.new_zeros(batch_size(q, seqs), q.shape[-2], _round_up(sq), _round_up(sk))
+    return q.new_zeros(batch_size(q, seqs), q.shape[-2], round_up(sq), round_up(sk))
 
 
 def _sdpa_computes(x: Operands) -> bool:

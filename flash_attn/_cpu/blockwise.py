@@ -20,16 +20,11 @@ import torch
 from torch import Tensor
 
 from flash_attn._cpu.philox import keep_mask
-from flash_attn._problem import Mask, Scores
+from flash_attn._problem import Mask, Scores, lse_dtype
 
 _BLOCK_ENTRIES = 1 << 18
 _KEY_BLOCK = 512
 _MIN_ROW_BLOCK = 16
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of scores, sums and softmax_lse."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +60,7 @@ class Operands:
 
     @property
     def dtype(self) -> torch.dtype:
-        return accumulation_dtype(self.q.dtype)
+        return lse_dtype(self.q.dtype)
 
     def rows(self, x: Tensor, rows: range, descale: Optional[Tensor] = None) -> Tensor:
         """Rows of a tensor with q's or k's layout as (B, hk, g * len(rows), d), g = h / hk."""

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flash_attn import _support
-from flash_attn._problem import Backward, Forward, Scores, Sequences
+from flash_attn._problem import Backward, Forward, Scores, Sequences, round_up, softmax_d_shape
 from flash_attn._triton.append import append_to_cache, cache_arguments
 from flash_attn._triton.backward import delta_kernel, keys_kernel, queries_kernel
 from flash_attn._triton.combine import combine_kernel
@@ -120,7 +119,7 @@ def _s_dmask(call: Forward) -> Tensor:
     rows, columns = longest(q, seqs.max_seqlen_q), k.shape[1]
     if seqs.max_seqlen_k is not None:
         columns = seqs.max_seqlen_k
-    s_dmask = q.new_zeros(b, hq, _round_up(rows), _round_up(columns))
+    s_dmask = q.new_zeros(b, hq, round_up(rows), round_up(columns))
     args = {
         "q": q, "k": k, "s_dmask": s_dmask, **strides("q", q), **strides("k", k),
         "s_b": s_dmask.stride(0), "s_h": s_dmask.stride(1), "s_s": s_dmask.stride(2),
@@ -143,9 +142,7 @@ def backward(call: Backward) -> Tensor:
     """softmax_d; the call's dq, dk and dv are written in place."""
     q, k, v, seqs = call.q, call.k, call.v, call.sequences
     b, hq, hk, d, dv = batch_size(q, seqs), q.shape[-2], k.shape[-2], q.shape[-1], v.shape[-1]
-    is_packed = q.dim() == 3
-    padding = _support.ROUND_TO * b
-    shape = (hq, q.shape[0] + padding) if is_packed else (b, hq, _round_up(q.shape[1]))
+    shape = softmax_d_shape(q, b)
     is_filled = seqs.is_dense and shape[-1] == q.shape[1]
     delta = (q.new_empty if is_filled else q.new_zeros)(shape, dtype=torch.float32)
     if not seqs.is_dense:  # rows that belong to no sequence
@@ -181,10 +178,6 @@ def backward(call: Backward) -> Tensor:
     tiles = configs("queries", d, dv)
     launch(queries_kernel, tiles, "rows", rows_q, hq * b, q.device, {**shared, **of_queries})
     return delta
-
-
-def _round_up(n: int) -> int:
-    return -(-n // _support.ROUND_TO) * _support.ROUND_TO
 
 
 def sequence_arguments(q: Tensor, k: Tensor, seqs: Sequences) -> dict[str, Any]:
