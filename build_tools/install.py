@@ -86,11 +86,23 @@ def make(folder: Path) -> None:
 
 
 def place(made: Path, package: Path) -> None:
-    """Copies what was made into a package, in place of what stood there."""
-    package.mkdir(parents=True, exist_ok=True)
+    """Copies what was made into a package; what stood there goes once all of it is copied."""
+    fresh = package / f"{KERNELS.name}.new"
+    shutil.rmtree(fresh, ignore_errors=True)
+    try:
+        for source in made.rglob("*"):
+            if source.is_file():
+                target = fresh / source.relative_to(made)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(source, target)
+    except OSError:
+        shutil.rmtree(fresh, ignore_errors=True)
+        raise
     for old in (*package.glob("*.so"), package / KERNELS.name):
         shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
-    shutil.copytree(made, package, dirs_exist_ok=True)
+    for new in fresh.iterdir():
+        new.replace(package / new.name)
+    fresh.rmdir()
 
 
 class BinaryDistribution(Distribution):
@@ -136,7 +148,9 @@ class BuildNative(Command):
             if not torch_here().is_stable:
                 version = "{}.{}".format(*torch_here().version)
                 announce(f"what was compiled serves torch {version} alone. {AGAIN}")
-        place(STAGE, PACKAGE if self.editable_mode else Path(self.build_lib or "", PACKAGE.name))
+            place(
+                STAGE, PACKAGE if self.editable_mode else Path(self.build_lib or "", PACKAGE.name)
+            )
 
     def get_source_files(self) -> list[str]:
         return []  # MANIFEST.in names them

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import pytest
 from native_tools import ROOT, codegen, native, needs
-from setuptools.errors import OptionError
+from setuptools.errors import ExecError, OptionError
 from test_house import project_files
 
 from build_tools import arch, backend, compilers, install, ninja, prebuilt
@@ -153,6 +153,46 @@ def test_an_old_nvrtc_is_passed_over(decide: pytest.MonkeyPatch, tmp_path: Path)
     versions.update(b=(12, 4), c=(11, 8))
     with pytest.raises(FileNotFoundError, match=r"12\.8 or later"):
         compilers.find_nvrtc()
+
+
+def test_kernels_stay_where_new_ones_cannot_be_copied(
+    decide: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    made, package = tmp_path / "made", tmp_path / "package"
+    for folder, text in ((made, "new"), (package, "old")):
+        for name in (f"kernels/sm_90/{text}.cubin", "kernels/index.txt", f"_shim_{text}.so"):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text(text, "utf-8")
+
+    def files() -> list[str]:
+        found = [path for path in package.rglob("*") if path.is_file()]
+        return sorted(f"{x.relative_to(package)} {x.read_text('utf-8')}" for x in found)
+
+    before, copy, room = files(), shutil.copy, [1]
+
+    def on_a_full_disk(source: Path, target: Path) -> None:
+        if not room:
+            raise OSError(28, "No space left on device", str(target))
+        copy(source, target)
+        room.pop()
+
+    def run() -> None:
+        command = install.BuildNative(install.BinaryDistribution())
+        command.editable_mode = True
+        command.run()
+
+    decide.setattr(install, "make", lambda folder: None)
+    decide.setattr(install, "torch_here", lambda: native.Torch((2, 10), made, made, True))
+    decide.setattr(install, "STAGE", made)
+    decide.setattr(install, "PACKAGE", package)
+    with decide.context() as full:
+        full.setattr(install.shutil, "copy", on_a_full_disk)
+        with pytest.raises(ExecError, match=r"kernels cannot be built: \[Errno 28\] No space left"):
+            run()
+    assert files() == before
+    run()
+    assert files() == ["_shim_new.so new", "kernels/index.txt new", "kernels/sm_90/new.cubin new"]
+    assert not (package / "kernels.new").exists()
 
 
 class Tree:
