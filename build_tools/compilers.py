@@ -123,6 +123,8 @@ class Nvcc:
             raise RuntimeError(f"{self.path} does not tell its version: {told}")
         self.version = (int(found[1]), int(found[2]))
         self._full_version = found[3]
+        # Read here, so that a wrong one is told before anything is compiled.
+        self._threads = env.NVCC_THREADS.count() or 1
 
     @property
     def identity(self) -> str:
@@ -141,7 +143,7 @@ class Nvcc:
             unit, code = Path(folder, "unit.cu"), Path(folder, f"unit.{arch.form}")
             unit.write_text(source, "utf-8")
             command = [str(self.path), f"--{arch.form}", f"-arch={arch.flag}", *FLAGS, *NVCC_FLAGS]
-            command += [f"--threads={env.NVCC_THREADS.count() or 1}"]
+            command += [f"--threads={self._threads}"]
             command += [f"-I{path}" for path in INCLUDE_DIRS] + ["-o", str(code), str(unit)]
             child = subprocess.run(command, capture_output=True, text=True, check=False)
             if child.returncode:

@@ -148,9 +148,8 @@ class BuildNative(Command):
             if not torch_here().is_stable:
                 version = "{}.{}".format(*torch_here().version)
                 announce(f"what was compiled serves torch {version} alone. {AGAIN}")
-            place(
-                STAGE, PACKAGE if self.editable_mode else Path(self.build_lib or "", PACKAGE.name)
-            )
+            built = Path(self.build_lib or "", PACKAGE.name)
+            place(STAGE, PACKAGE if self.editable_mode else built)
 
     def get_source_files(self) -> list[str]:
         return []  # MANIFEST.in names them

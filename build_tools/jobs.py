@@ -65,6 +65,8 @@ def choose(option: Optional[int], peaks_mb: Iterable[int]) -> int:
     Args:
         peaks_mb: peak memory of processes measured before; the largest one counts.
     """
+    if option is not None and option < 1:
+        raise ValueError(f"--jobs is {option}; it must be a positive number")
     asked = option or env.MAX_JOBS.count()
     if asked:
         return asked

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -12,11 +13,16 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Optional
 
+from build_tools.compile_part import TOLD
 from build_tools.compilers import TO_INSTALL
 from build_tools.parts import Part
 from build_tools.paths import ROOT
 
 _STATUS = re.compile(r"^@(\d+)/(\d+)@ (.*)$")
+# What ninja says of parts that failed: the reason stands elsewhere.
+_OF_NINJA = re.compile(r"ninja: (?!error:|fatal:)|FAILED: |.* -m build_tools\.compile_part ")
+# What the shell around a part says of one that ended badly.
+_ENDED = re.compile(r"^@ended (\d+)@$")
 
 
 class BuildError(RuntimeError):
@@ -34,8 +40,8 @@ def find_ninja() -> str:
 def build(parts: list[Part], compiler: str, path: Optional[str], folder: Path, jobs: int) -> None:
     """Compiles what is missing of `parts`; BuildError if some of it does not compile.
 
-    A process that dies without a word was most likely killed for memory: the rest is tried again
-    with half as many jobs.
+    A process that is killed most likely took too much memory: the rest is tried again with half as
+    many jobs.
     """
     missing = [part for part in parts if not part.is_built]
     while missing:
@@ -57,10 +63,11 @@ def build(parts: list[Part], compiler: str, path: Optional[str], folder: Path, j
 
 
 def _write(parts: list[Part], compiler: str, path: Optional[str], folder: Path) -> Path:
+    command = f"{_quoted(sys.executable)} -m build_tools.compile_part $in"
     lines = [
         f"builddir = {_escaped(folder)}",
         "rule part",
-        f"  command = {_quoted(sys.executable)} -m build_tools.compile_part $in",
+        f'  command = {command} || {{ s=$$?; echo "@ended $$s@"; exit $$s; }}',
         "  description = $label",
     ]
     for part in parts:
@@ -82,7 +89,8 @@ def _write(parts: list[Part], compiler: str, path: Optional[str], folder: Path) 
 
 
 def _quoted(text: str) -> str:
-    return subprocess.list2cmdline([text]) if " " in text else text
+    """A word of a shell's command as ninja reads it."""
+    return shlex.quote(text).replace("$", "$$")
 
 
 def _escaped(path: Path) -> str:
@@ -90,6 +98,7 @@ def _escaped(path: Path) -> str:
 
 
 def _run(file: Path, folder: Path, jobs: int) -> None:
+    """Runs ninja; BuildError if a part ends otherwise than made, refused or killed."""
     command = [find_ninja(), "-f", str(file), "-j", str(jobs), "-k", "0"]
     # env(1) hands ninja its status line without touching this process's environment.
     status = "NINJA_STATUS=@%f/%t@ "
@@ -102,18 +111,33 @@ def _run(file: Path, folder: Path, jobs: int) -> None:
         cwd=ROOT,
     ) as child:
         assert child.stdout is not None
-        show(child.stdout, start)
+        said, ended = show(child.stdout, start)
+    is_odd = any(status <= 128 for status in ended - {TOLD})
+    if is_odd or (child.returncode > 0 and not ended):
+        words = "\n".join(said[-10:]) or f"ninja ended with status {child.returncode}"
+        raise BuildError(f"compiling failed: {words}")
 
 
-def show(lines: Iterable[str], start: float) -> None:
-    """Prints ninja's lines, each with the time it should take from here."""
-    for line in lines:
-        found = _STATUS.match(line.rstrip())
+def show(lines: Iterable[str], start: float) -> tuple[list[str], set[int]]:
+    """Prints ninja's lines, each with the time it should take from here.
+
+    Returns:
+        (what was said besides progress, statuses of parts that ended badly).
+    """
+    said: list[str] = []
+    ended: set[int] = set()
+    for line in map(str.rstrip, lines):
+        found = _STATUS.match(line)
         if found is None:
-            if not line.startswith(("ninja:", "FAILED:")) and "compile_part" not in line:
-                print(line.rstrip(), flush=True)
+            failed = _ENDED.match(line)
+            if failed is not None:
+                ended.add(int(failed[1]))
+            elif not _OF_NINJA.match(line):
+                said.append(line)
+                print(line, flush=True)
             continue
         done, total, what = int(found[1]), int(found[2]), found[3]
         spent = time.monotonic() - start
         left = spent / done * (total - done) if done else 0.0
         print(f"[{done}/{total}] {spent:4.0f} s, {left:4.0f} s to go  {what}", flush=True)
+    return said, ended

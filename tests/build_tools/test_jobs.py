@@ -63,6 +63,9 @@ def test_jobs_fit_cores_and_measured_memory(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_wrong_number_of_jobs_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in (0, -3):
+        with pytest.raises(ValueError, match=f"--jobs is {number}; it must be a positive number"):
+            jobs.choose(number, [])
     monkeypatch.setenv("MAX_JOBS", "many")
     with pytest.raises(ValueError, match="MAX_JOBS is set to 'many'; it must be a positive number"):
         jobs.choose(None, [])

@@ -14,6 +14,7 @@ from native_tools import ROOT, Arch, codegen, kernels
 
 from build_tools import compilers, ninja, parts
 from build_tools.arch import parse_list
+from build_tools.compile_part import KILLED, TOLD
 from build_tools.compile_part import main as compile_part
 from build_tools.paths import support
 
@@ -251,5 +252,108 @@ def test_sources_that_change_while_building_are_told(tmp_path: Path) -> None:
         f'"folder": "{tmp_path}", "stem": "before"}}',
         "utf-8",
     )
-    assert compile_part(str(job)) == 1
+    assert compile_part(str(job)) == TOLD
     assert (tmp_path / "before.error").read_text("utf-8") == "sources changed while building"
+
+
+@pytest.fixture
+def part(tmp_path: Path) -> parts.Part:
+    """One that is not built yet, in a folder of its own."""
+    (tmp_path / "parts").mkdir()
+    return parts.make_part(codegen.units()[0], Arch.parse("90"), "c", tmp_path / "parts")
+
+
+def fake_python(file: Path, script: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What parts are compiled by, in place of Python; the job is its `$3`."""
+    file.write_text(f"#!/bin/sh\n{script}\n", "utf-8")
+    file.chmod(0o755)
+    found = ninja.find_ninja()
+    monkeypatch.setattr(ninja, "find_ninja", lambda: found)
+    monkeypatch.setattr(ninja.sys, "executable", str(file))
+
+
+@pytest.mark.parametrize(
+    ("script", "words"),
+    [
+        ("kill -9 $$", r"^compiling \w+-sm_90-\w+ is killed each time: too little memory\?$"),
+        ("exit 137", "too little memory"),
+        ('echo refused > "${3%.job}.error"; exit 3', r"^1 units do not compile\.\n(.|\n)*refused"),
+        ("echo no room >&2; exit 1", r"^compiling failed: no room$"),
+        ("exit 9", r"^compiling failed: ninja ended with status [19]$"),
+    ],
+)
+def test_only_a_compiler_that_is_killed_found_too_little_memory(
+    part: parts.Part, monkeypatch: pytest.MonkeyPatch, script: str, words: str
+) -> None:
+    fake_python(part.folder / "python", script, monkeypatch)
+    with pytest.raises(ninja.BuildError, match=words):
+        ninja.build([part], "nvrtc", None, part.folder, jobs=1)
+
+
+def test_what_ninja_has_to_say_is_told(part: parts.Part, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = part.folder / "ninja"
+    program.write_text("#!/bin/sh\necho ninja: error: no luck\nexit 1\n", "utf-8")
+    program.chmod(0o755)
+    monkeypatch.setattr(ninja, "find_ninja", lambda: str(program))
+    with pytest.raises(ninja.BuildError, match=r"^compiling failed: ninja: error: no luck$"):
+        ninja.build([part], "nvrtc", None, part.folder, jobs=1)
+
+
+@pytest.mark.parametrize("name", ["py thon", "py$HOME", "py'thon", 'py"thon'])
+def test_a_python_may_stand_anywhere(
+    part: parts.Part, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    fake_python(part.folder / name, "echo as named; exit 1", monkeypatch)
+    with pytest.raises(ninja.BuildError, match=r"^compiling failed: as named$"):
+        ninja.build([part], "nvrtc", None, part.folder, jobs=1)
+
+
+class Failing(OldCompiler):
+    """Fails otherwise than by refusing a source."""
+
+    def __init__(self, error: Exception) -> None:
+        self._error = error
+
+    def compile(self, source: str, arch: Arch) -> tuple[bytes, str]:
+        raise self._error
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "told"),
+    [
+        (OSError(28, "No space left on device"), TOLD, "OSError: [Errno 28] No space left on"),
+        (compilers.CompileError("no such thing"), TOLD, "no such thing"),
+        (MemoryError(), KILLED, ""),
+    ],
+)
+def test_a_part_tells_what_kept_it_from_being_made(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+    status: int,
+    told: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(compilers, "make", lambda name, path: Failing(error))
+    part = parts.make_part(codegen.units()[0], Arch.parse("90"), Failing.identity, tmp_path)
+    ninja._write([part], "nvrtc", None, tmp_path)
+    job = str(tmp_path / f"{part.stem}.job")
+    assert compile_part(job) == status
+    assert (part.error.read_text("utf-8") if part.error.exists() else "").startswith(told)
+    if status == TOLD:
+        part.error.unlink()
+        part.error.symlink_to("/dev/full")
+        assert compile_part(job) == 1
+        assert f"{part.stem}: {told}" in capsys.readouterr().err
+
+
+def test_settings_of_nvcc_are_checked_before_it_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text("#!/bin/sh\necho release 12.8, V12.8.93\n", "utf-8")
+    nvcc.chmod(0o755)
+    assert compilers.make("nvcc", str(nvcc)).identity == "nvcc 12.8.93"
+    monkeypatch.setenv("NVCC_THREADS", "abc")
+    with pytest.raises(ValueError, match="NVCC_THREADS is set to 'abc'; it must be a positive"):
+        compilers.make("nvcc", str(nvcc))
