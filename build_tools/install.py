@@ -7,15 +7,17 @@ finished wheel is taken instead, by prebuilt.py, none of this runs.
 
 from __future__ import annotations
 
+import errno
 import re
 import shutil
 import sys
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar, Optional
+from typing import IO, Any, ClassVar, Optional
 
 from setuptools import Command, Distribution
 from setuptools.command.bdist_wheel import bdist_wheel
@@ -25,7 +27,12 @@ from setuptools.errors import ExecError, OptionError
 from build_tools import arch, kernels, native, prebuilt
 from build_tools.messages import announce
 from build_tools.ninja import BuildError, find_ninja
-from build_tools.paths import BUILD, KERNELS, PACKAGE, env
+from build_tools.paths import BUILD, KERNELS, PACKAGE, ROOT, env
+
+if sys.platform == "win32":
+    import msvcrt
+else:
+    import fcntl
 
 STAGE = BUILD / "stage"
 WITHOUT = f"{env.FLASH_ATTENTION_SKIP_CUDA_BUILD.name}=TRUE installs the package without kernels."
@@ -72,6 +79,35 @@ def torch_here() -> native.Torch:
     found = native.find_torch()
     is_forced = env.FLASH_ATTENTION_FORCE_CXX11_ABI.is_true()
     return replace(found, cxx11_abi=True) if is_forced else found
+
+
+@cache
+def take_turn() -> IO[bytes]:
+    """Waits until no other installation builds in this checkout; the turn ends with this process.
+
+    They share folders under `build`, which each empties when it begins.
+    """
+    with suppress(FileExistsError):
+        BUILD.mkdir()
+    file = (BUILD / "lock").open("wb")
+    if not _is_locked(file):
+        announce(f"another installation builds in {ROOT}; waiting for it to end")
+        while not _is_locked(file):
+            time.sleep(0.2)
+    return file
+
+
+def _is_locked(file: IO[bytes]) -> bool:
+    """Whether this process has the lock now; no other will while it keeps the file open."""
+    try:
+        if sys.platform == "win32":
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        # Of a file system without locks nobody can tell; it shall not wait for ever.
+        return error.errno not in (errno.EAGAIN, errno.EACCES)
+    return True
 
 
 def make(folder: Path) -> None:
@@ -167,6 +203,8 @@ class Build(build):
     sub_commands: ClassVar = [("build_native", lambda _: builds_kernels()), *build.sub_commands]
 
     def run(self) -> None:
+        with telling() if builds_kernels() else nullcontext():
+            take_turn()
         shutil.rmtree(self.build_lib, ignore_errors=True)
         super().run()
 

@@ -222,6 +222,38 @@ class Tree:
         )
 
 
+def test_two_installations_from_one_checkout_take_turns(tmp_path: Path) -> None:
+    tree = Tree(tmp_path)
+    environment = {**os.environ, "FLASH_ATTENTION_SKIP_CUDA_BUILD": "TRUE"}
+
+    def start(program: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "-c", program, str(tmp_path)],
+            cwd=tree.source,
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    holder = "from build_tools import install; install.take_turn(); print('mine', flush=True)"
+    with start(f"{holder}; input()") as first:
+        assert first.stdout is not None
+        assert first.stdout.readline() == "mine\n"
+        second = start(
+            "import sys; from build_tools import backend as b; b.build_wheel(sys.argv[1])"
+        )
+        assert second.stderr is not None
+        words = f"another installation builds in {tree.source}; waiting for it to end"
+        assert any(words in line for line in second.stderr)
+        assert not list(tmp_path.glob("*.whl"))
+        first.communicate("\n")
+    _, said = second.communicate(timeout=60)
+    assert second.returncode == 0, said
+    assert [path.name for path in tmp_path.glob("*.whl")] == ["flash_attn-2.8.3-py3-none-any.whl"]
+
+
 class Wheels(NamedTuple):
     """What one tree gave, one after the other."""
 
