@@ -25,7 +25,7 @@ NVCC_FLAGS = ("--expt-relaxed-constexpr",)
 INCLUDE_DIRS = (CSRC, CSRC / "device")
 # Older ones spill registers where these do not, and know no architecture after 9.0.
 OLDEST_NVRTC = (12, 8)
-TO_INSTALL = "pip install nvidia-cuda-nvrtc-cu12 ninja"
+TO_INSTALL = "pip install 'nvidia-cuda-nvrtc-cu12>={}.{}' ninja".format(*OLDEST_NVRTC)
 
 
 class CompileError(RuntimeError):
@@ -166,14 +166,18 @@ def find_nvrtc() -> Path:
         for path in Path(folder, "nvidia").glob(pattern)
     ]
     toolkit = Path(env.CUDA_HOME.text() or "/usr/local/cuda")
+    newest = 0, 0
     for found in (packages, [*toolkit.glob("lib64/libnvrtc.so.*")]):
         versions = {path.resolve(): version_of(path) for path in found if ".alt." not in path.name}
         served = [path for path, version in versions.items() if version >= OLDEST_NVRTC]
         if served:
             return max(served, key=lambda path: versions[path])
+        newest = max([newest, *versions.values()])
     oldest = ".".join(map(str, OLDEST_NVRTC))
+    older = ", only {}.{}".format(*newest) if any(newest) else ""
     raise FileNotFoundError(
-        f"NVRTC {oldest} or later, the compiler of the kernels, is not installed: `{TO_INSTALL}`"
+        f"NVRTC {oldest} or later, the compiler of the kernels, is not installed{older}: "
+        f"`{TO_INSTALL}`"
     )
 
 

@@ -131,7 +131,7 @@ def test_packages_that_an_isolated_build_hides_are_found() -> None:
 def test_what_to_install_is_told_word_for_word(decide: pytest.MonkeyPatch, tmp_path: Path) -> None:
     decide.setenv("CUDA_HOME", str(tmp_path))
     decide.setattr(compilers, "package_folders", list)
-    command = re.escape("`pip install nvidia-cuda-nvrtc-cu12 ninja`")
+    command = re.escape("`pip install 'nvidia-cuda-nvrtc-cu12>=12.8' ninja`")
     with pytest.raises(FileNotFoundError, match=rf"^NVRTC 12\.8 or later, .* {command}$"):
         compilers.find_nvrtc()
     decide.setattr(ninja.shutil, "which", lambda name: None)
@@ -151,7 +151,7 @@ def test_an_old_nvrtc_is_passed_over(decide: pytest.MonkeyPatch, tmp_path: Path)
     decide.setenv("CUDA_HOME", str(tmp_path / "none"))
     assert compilers.find_nvrtc().parents[3].name == "b"
     versions.update(b=(12, 4), c=(11, 8))
-    with pytest.raises(FileNotFoundError, match=r"12\.8 or later"):
+    with pytest.raises(FileNotFoundError, match=r"12\.8 or later, .* installed, only 12\.4: `pip"):
         compilers.find_nvrtc()
 
 
