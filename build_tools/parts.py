@@ -67,17 +67,24 @@ class Part:
 
     @property
     def is_built(self) -> bool:
-        return self.code.exists() and self.facts_file.exists()
+        """Whether it stands whole: a machine that went down may leave files without contents."""
+        try:
+            return self.code.stat().st_size == self.facts().code_bytes
+        except (OSError, ValueError, TypeError):  # no such files, no JSON, other facts
+            return False
 
     def facts(self) -> Facts:
         return Facts(**json.loads(self.facts_file.read_text("utf-8")))
 
     def store(self, code: bytes, facts: Facts) -> None:
         """Writes the part so that a process that dies leaves none or a whole one."""
-        self.facts_file.write_text(json.dumps(asdict(facts)), "utf-8")
         half = self.code.with_suffix(".half")
-        half.write_bytes(code)
-        half.replace(self.code)
+        for file, data in (
+            (self.facts_file, json.dumps(asdict(facts)).encode()),
+            (self.code, code),
+        ):
+            half.write_bytes(data)
+            half.replace(file)
 
 
 def make_part(unit: Unit, arch: Arch, identity: str, folder: Path) -> Part:

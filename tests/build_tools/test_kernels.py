@@ -195,6 +195,10 @@ def test_one_kernel_compiles_for_each_architecture(tmp_path: Path) -> None:
     times = [part.code.stat().st_mtime_ns for part in made]
     ninja.build(made, "nvrtc", None, tmp_path, jobs=2)
     assert [part.code.stat().st_mtime_ns for part in made] == times
+    # One whose code was lost is compiled again.
+    made[0].code.write_bytes(b"")
+    ninja.build(made, "nvrtc", None, tmp_path, jobs=2)
+    assert made[0].is_built
     assert f"{len(made)} images" in kernels.report(made)
 
 
@@ -270,6 +274,21 @@ def fake_python(file: Path, script: str, monkeypatch: pytest.MonkeyPatch) -> Non
     found = ninja.find_ninja()
     monkeypatch.setattr(ninja, "find_ninja", lambda: found)
     monkeypatch.setattr(ninja.sys, "executable", str(file))
+
+
+def test_a_damaged_part_is_not_built(part: parts.Part) -> None:
+    def store() -> None:
+        part.store(b"code", parts.Facts(1, 0, 0, 0, 0.1, 1, len(b"code")))
+
+    assert not part.is_built
+    for file in (part.code, part.facts_file):
+        for text in ("", "cod", "{}", '{"registers": 1}'):
+            store()
+            assert part.is_built
+            file.write_text(text, "utf-8")
+            assert not part.is_built
+    store()
+    assert {path.suffix for path in part.folder.iterdir()} == {".cubin", ".json"}
 
 
 @pytest.mark.parametrize(
