@@ -199,7 +199,8 @@ def universal(folder: Path, store: Path) -> str:
     matrix, here = Matrix(), make_parts.platform_of_compiler()
     if here not in matrix.facts.platform:
         known = ", ".join(matrix.facts.platform)
-        raise BuildError(f"{native.compiler()} compiles for {here}; there are wheels for {known}")
+        cxx = " ".join(native.compiler())
+        raise BuildError(f"{cxx} compiles for {here}; there are wheels for {known}")
     wheel = matrix.universal(matrix.facts.platform[here])
     build([wheel], store, lambda wheel: folder / str(wheel.name))
     return str(wheel.name)

@@ -129,8 +129,9 @@ def _check_that_it_is_made_here(part: Part, store: Path) -> None:
             "yet; `build --only '*linux*'` leaves its wheels out"
         )
     if here != there:
+        cxx = " ".join(native.compiler())
         raise BuildError(
-            f"{part.name} cannot be made here: {native.compiler()} compiles for {here}. Make it "
+            f"{part.name} cannot be made here: {cxx} compiles for {here}. Make it "
             f"where one compiles for {there}, by `python -m build_tools part {part.name}`, and "
             f"copy {store.name}/{part.name} from there, or let CXX name a compiler for it"
         )
@@ -138,7 +139,7 @@ def _check_that_it_is_made_here(part: Part, store: Path) -> None:
 
 def platform_of_compiler() -> str:
     """What the C++ compiler compiles for, by the names of the matrix."""
-    command = [native.compiler(), "-dumpmachine"]
+    command = [*native.compiler(), "-dumpmachine"]
     told = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
     words = told.split("-")
     return f"linux_{words[0]}" if "linux" in words else told or "an unknown machine"
@@ -146,7 +147,7 @@ def platform_of_compiler() -> str:
 
 def compiler_version() -> str:
     """The first line of what the C++ compiler says of itself."""
-    command = [native.compiler(), "--version"]
+    command = [*native.compiler(), "--version"]
     told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return told.splitlines()[0]
 
@@ -205,5 +206,5 @@ def _stubs(platform: Platform) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for name in STUBS:
         options = ["-shared", "-nostdlib", "-x", "c", f"-Wl,-soname,{name}", "/dev/null"]
-        native.run([native.compiler(), *options, "-o", str(folder / name)])
+        native.run([*native.compiler(), *options, "-o", str(folder / name)])
     return folder

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import subprocess
 import sys
@@ -41,13 +42,22 @@ class Torch:
         return self.version >= STABLE_SINCE
 
 
-def compiler() -> str:
-    """The C++ compiler: CXX, else the first of the usual names."""
+def compiler() -> list[str]:
+    """The C++ compiler with its options: CXX, else the first of the usual names."""
     asked = env.CXX.text()
-    found = asked or shutil.which("g++") or shutil.which("clang++") or shutil.which("c++")
+    if asked:
+        words = shlex.split(asked)
+        if shutil.which(words[0]) is None:
+            name = env.CXX.name
+            raise BuildError(
+                f"{name} is set to {asked!r}, and there is no program {words[0]!r}; it must be a "
+                "C++ compiler, with options after it"
+            )
+        return words
+    found = shutil.which("g++") or shutil.which("clang++") or shutil.which("c++")
     if not found:
         raise BuildError("no C++ compiler: install g++ or clang, or set CXX")
-    return found
+    return [found]
 
 
 def run(command: Sequence[str]) -> None:
@@ -73,7 +83,7 @@ def host(target: Path = PACKAGE / HOST_LIBRARY, cxx: Optional[str] = None) -> Pa
         # built. -lgcc holds helpers of the compiler itself; it is static and hidden.
         libraries = ["-lpthread", "-Wl,--no-as-needed,-l:libdl.so.2,--as-needed", "-lc", "-lgcc"]
     target.parent.mkdir(parents=True, exist_ok=True)
-    run([cxx or compiler(), *flags, *sources("host"), "-o", str(target), *libraries])
+    run([*([cxx] if cxx else compiler()), *flags, *sources("host"), "-o", str(target), *libraries])
     return target
 
 
@@ -88,11 +98,12 @@ def find_torch(python: str = sys.executable) -> Torch:
     for options in ((), ("-E",)):
         command = [python, *options, "-c", program]
         child = subprocess.run(command, capture_output=True, text=True, check=False)
-        if child.returncode == 0:
+        told = child.stdout.strip().split("\n")[-3:]
+        if child.returncode == 0 and len(told) == 3:
             break
     else:
         raise BuildError(f"{python} cannot import torch, whose headers the shim needs")
-    version, abi, base = child.stdout.strip().split("\n")[-3:]
+    version, abi, base = told
     major, minor = version.split(".")[:2]
     return Torch((int(major), int(minor)), Path(base, "include"), Path(base, "lib"), abi == "1")
 
@@ -136,15 +147,15 @@ def shim(
     # along.
     for folder in (torch.include, torch.include.resolve()):
         flags.append(f"-ffile-prefix-map={folder}/=")
-    cxx = cxx or compiler()
+    command = [cxx] if cxx else compiler()
     objects = BUILD / "shim" / target.stem
     objects.mkdir(parents=True, exist_ok=True)
     made = {source: objects / f"{Path(source).stem}.o" for source in sources("torch")}
     with ThreadPoolExecutor(2) as pool:
-        commands = [[cxx, *flags, "-c", src, "-o", str(obj)] for src, obj in made.items()]
+        commands = [[*command, *flags, "-c", src, "-o", str(obj)] for src, obj in made.items()]
         list(pool.map(run, commands))
     run([
-        cxx, "-shared", *map(str, made.values()), "-o", str(target),
+        *command, "-shared", *map(str, made.values()), "-o", str(target),
         f"-L{host_library.parent}", f"-l:{host_library.name}", "-Wl,-rpath,$ORIGIN",
         f"-L{torch.lib}", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu",
         *([] if torch.is_stable else ["-lc10"]),

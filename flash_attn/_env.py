@@ -229,7 +229,11 @@ NVCC_THREADS = BuildVariable(
     doc="nvcc's `--threads` for each process; with NVRTC it has no meaning.",
 )
 
-CXX = BuildVariable(name="CXX", doc="The C++ compiler of the host library and the shims.")
+CXX = BuildVariable(
+    name="CXX",
+    doc="The C++ compiler of the host library and the shims, with options after it, e.g. "
+    "`ccache g++`.",
+)
 
 CUDA_HOME = BuildVariable(
     name="CUDA_HOME",

@@ -19,6 +19,8 @@ from native_tools import (
     needs,
 )
 
+from build_tools.ninja import BuildError
+
 PREAMBLE = """
 import ctypes, sys, threading
 host = ctypes.CDLL({host!r})
@@ -731,6 +733,14 @@ def test_a_driver_that_refuses_hoppers_kernel_gets_another_and_is_asked_once(
     assert [x.kernel for x in found] == ["flash_fwd_sm80_d64_bf16"] * 2
     # Any of five widths would serve, of two families; none is tried twice.
     assert (len(lines_of(log, "load")), len(lines_of(log, "unload"))) == (10 + 1, 10)
+
+
+def test_the_compiler_may_have_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", f"env NOTHING= '{needs('g++')}' -g0")
+    assert native.host(tmp_path / native.HOST_LIBRARY).exists()
+    monkeypatch.setenv("CXX", "no-such-program g++")
+    with pytest.raises(BuildError, match=r"CXX is set to 'no-such-program g\+\+', and there is no"):
+        native.compiler()
 
 
 @pytest.mark.parametrize("cxx", ["g++", "clang++"])
