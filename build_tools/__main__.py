@@ -85,6 +85,9 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     except (BuildError, OSError, ValueError) as error:
         print(f"build_tools: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("build_tools: interrupted; run again it goes on where it stopped", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

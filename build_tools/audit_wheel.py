@@ -18,7 +18,7 @@ from build_tools.matrix_facts import Platform, numbers
 from build_tools.matrix_facts import Torch as TorchFacts
 from build_tools.sbom import Piece, pieces_of
 from build_tools.wheel_name import WheelName
-from build_tools.zip_file import DateTime, Entries, read
+from build_tools.zip_file import DAMAGE, DateTime, Entries, read
 
 
 class Broken(Exception):
@@ -54,7 +54,7 @@ class AuditedWheel:
         try:
             with zipfile.ZipFile(self.path) as opened:
                 return read(opened), [info.date_time for info in opened.infolist()]
-        except (OSError, zipfile.BadZipFile) as error:
+        except (OSError, *DAMAGE) as error:
             raise Broken(f"it cannot be read: {error}") from None
 
     @property

@@ -61,6 +61,8 @@ class Nvrtc:
         ]
         self._lib = ctypes.CDLL(str(self.path))
         self.version = version_of(self.path)
+        if not any(self.version):
+            raise ValueError(f"{self.path} is no NVRTC: it does not tell its version")
 
     @property
     def identity(self) -> str:
@@ -116,11 +118,11 @@ class Nvcc:
     def __init__(self, program: Optional[Path] = None) -> None:
         self.path = program or find_nvcc()
         told = subprocess.run(
-            [str(self.path), "--version"], capture_output=True, text=True, check=True
+            [str(self.path), "--version"], capture_output=True, text=True, check=False
         ).stdout
         found = re.search(r"release (\d+)\.(\d+), V([\d.]+)", told)
         if found is None:
-            raise RuntimeError(f"{self.path} does not tell its version: {told}")
+            raise ValueError(f"{self.path} is no nvcc: it does not tell its version")
         self.version = (int(found[1]), int(found[2]))
         self._full_version = found[3]
         # Read here, so that a wrong one is told before anything is compiled.
@@ -182,11 +184,11 @@ def find_nvrtc() -> Path:
 
 
 def version_of(library: Path) -> tuple[int, int]:
-    """The version of an NVRTC; (0, 0) of one that does not load here."""
+    """The version of an NVRTC; (0, 0) of one that does not load here, or is none."""
     major, minor = ctypes.c_int(), ctypes.c_int()
     try:
         ctypes.CDLL(str(library)).nvrtcVersion(ctypes.byref(major), ctypes.byref(minor))
-    except OSError:
+    except (OSError, AttributeError):
         return 0, 0
     return major.value, minor.value
 

@@ -90,6 +90,8 @@ def add_parser(commands: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    if not 0 <= options.port < 1 << 16:
+        raise ValueError(f"--port is {options.port}; it must be 0 to {(1 << 16) - 1}")
     with server(options.folder, options.bind, options.port) as made:
         url = f"http://{options.bind}:{made.server_address[1]}"
         wanted = f"{PROJECT}=={truth('_version').__version__}"

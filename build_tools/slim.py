@@ -21,7 +21,7 @@ from build_tools.matrix_facts import Facts, load, numbers
 from build_tools.sbom import Piece, pieces_of
 from build_tools.wheel_name import WheelName
 from build_tools.wheel_parts import Wheel
-from build_tools.zip_file import read
+from build_tools.zip_file import DAMAGE, read
 
 
 class SlimError(ValueError):
@@ -31,7 +31,10 @@ class SlimError(ValueError):
 def open_wheel(path: Path) -> tuple[WheelName, Contents]:
     """A wheel of this project's making, taken apart."""
     name = WheelName.parse(path.name)
-    modules, info = split(read(path))
+    try:
+        modules, info = split(read(path))
+    except DAMAGE as error:
+        raise SlimError(f"{path.name} is damaged, fetch or build it again: {error}") from None
     if SBOM not in info or INDEX not in modules:
         raise SlimError(f"{path.name} has no kernels, or was not made by `build`")
     pieces = pieces_of(info[SBOM].data.decode())

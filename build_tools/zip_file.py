@@ -26,6 +26,10 @@ from build_tools.paths import env
 DateTime = tuple[int, int, int, int, int, int]
 # The earliest that a zip file can say.
 EARLIEST: DateTime = (1980, 1, 1, 0, 0, 0)
+# And the first second that none can, 2108-01-01.
+TOO_LATE = 4354819200
+# What reading one that was damaged raises: bad tables, streams, or methods that nobody has.
+DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError)
 LEVEL = 9
 _LOCAL = struct.Struct("<4sHHHHHIIIHH")
 _CENTRAL = struct.Struct("<4sBBHHHHHIIIHHHHHII")
@@ -72,9 +76,9 @@ def date_time() -> DateTime:
     text = env.SOURCE_DATE_EPOCH.text()
     if text is None:
         return EARLIEST
-    if not text.isdecimal():
+    if not text.isdecimal() or int(text) >= TOO_LATE:
         name = env.SOURCE_DATE_EPOCH.name
-        raise ValueError(f"{name} is set to {text!r}; it must be seconds since 1970")
+        raise ValueError(f"{name} is set to {text!r}; it must be seconds since 1970, before 2108")
     now = time.gmtime(int(text))
     asked = now.tm_year, now.tm_mon, now.tm_mday, now.tm_hour, now.tm_min, now.tm_sec
     return max(EARLIEST, asked)

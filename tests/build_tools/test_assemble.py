@@ -254,9 +254,12 @@ def test_every_file_bears_the_time_that_a_build_is_told(monkeypatch: pytest.Monk
     assert zip_file.write(entries, entries) != plain
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "0")
     assert zip_file.write(entries, entries) == plain
-    monkeypatch.setenv("SOURCE_DATE_EPOCH", "yesterday")
-    with pytest.raises(ValueError, match="SOURCE_DATE_EPOCH is set to 'yesterday'; it must be"):
-        zip_file.date_time()
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", str(zip_file.TOO_LATE - 1))
+    assert zip_file.date_time() == (2107, 12, 31, 23, 59, 59)
+    for wrong in ("yesterday", str(zip_file.TOO_LATE), "9" * 30):
+        monkeypatch.setenv("SOURCE_DATE_EPOCH", wrong)
+        with pytest.raises(ValueError, match=f"SOURCE_DATE_EPOCH is set to '{wrong}'; it must be"):
+            zip_file.date_time()
 
 
 def test_what_is_written_any_reader_of_zip_files_reads(tmp_path: Path) -> None:

@@ -229,6 +229,32 @@ def test_a_file_that_is_no_wheel_is_told_once(tmp_path: Path, factory: Factory, 
     assert states(tmp_path / name, factory) == {audit.READABLE: BROKEN}
 
 
+def damaged(wheel: Path, folder: Path) -> Path:
+    """A copy with a stream that nobody can unpack."""
+    data = bytearray(wheel.read_bytes())
+    with zipfile.ZipFile(wheel) as archive:
+        info = next(x for x in archive.infolist() if x.filename.endswith("/METADATA"))
+    start = info.header_offset + 30 + len(info.filename)
+    data[start : start + 8] = b"\xff" * 8
+    (folder / wheel.name).write_bytes(data)
+    return folder / wheel.name
+
+
+def test_a_damaged_wheel_is_told(
+    wheel: Path, factory: Factory, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spoilt = damaged(wheel, tmp_path)
+    assert states(spoilt, factory) == {audit.READABLE: BROKEN}
+    cut = tmp_path / "cut" / wheel.name
+    cut.parent.mkdir()
+    cut.write_bytes(wheel.read_bytes()[:-1000])
+    for file in (spoilt, cut):
+        assert main(["slim", str(file), "--arch", "90", "--to", str(tmp_path / "to")]) == 1
+        told = capsys.readouterr().err
+        assert told.startswith(f"build_tools: {wheel.name} is damaged, fetch or build it again: ")
+        assert told.count("\n") == 1
+
+
 def test_the_command_tells_every_rule_and_ends_by_them(
     wheel: Path,
     factory: Factory,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes.util
 import io
 import json
 import re
@@ -13,6 +14,7 @@ import pytest
 from native_tools import ROOT, Arch, codegen, kernels
 
 from build_tools import compilers, ninja, parts
+from build_tools.__main__ import main
 from build_tools.arch import parse_list
 from build_tools.compile_part import KILLED, TOLD
 from build_tools.compile_part import main as compile_part
@@ -138,6 +140,44 @@ def test_a_build_of_nothing_is_told(
     with pytest.raises(ninja.BuildError, match=r"^there is no kernel with xyz in its name to "):
         kernels.build("80", only="xyz", target=tmp_path / "kernels", folder=tmp_path)
     assert not (tmp_path / "kernels").exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (
+            "kernels --compiler nvcc --compiler-path /bin/false",
+            "/bin/false is no nvcc: it does not",
+        ),
+        ("kernels --compiler-path {libc}", "{libc} is no NVRTC: it does not tell its version"),
+        ("kernels --arch 90 --jobs -3", "--jobs is -3; it must be a positive number"),
+        ("shim --python /bin/true", "/bin/true cannot import torch, whose headers the shim needs"),
+        ("serve . --port 99999", "--port is 99999; it must be 0 to 65535"),
+    ],
+)
+def test_a_command_with_wrong_options_is_told_in_a_line(
+    command: str, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if "jobs" in command:
+        nvrtc()
+    libc = ctypes.util.find_library("c") or pytest.skip("there is no libc to find")
+    assert main(command.format(libc=libc).split()) == 1
+    told = capsys.readouterr().err
+    assert told.startswith(f"build_tools: {words.format(libc=libc)}")
+    assert told.count("\n") == 1
+
+
+def test_an_interrupted_build_is_told_in_a_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*arguments: object) -> list[parts.Part]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(kernels, "build", interrupted)
+    assert main(["kernels"]) == 130
+    assert capsys.readouterr().err == (
+        "build_tools: interrupted; run again it goes on where it stopped\n"
+    )
 
 
 def test_the_table_has_a_row_for_each_image(tmp_path: Path) -> None:
