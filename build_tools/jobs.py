@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Optional
@@ -42,13 +43,17 @@ def memory_mb(cgroup: Path = CGROUP, meminfo: Path = Path("/proc/meminfo")) -> O
     for line in _read(meminfo).splitlines():
         if line.startswith("MemAvailable:"):
             free.append(int(line.split()[1]) // 1024)
-    for limit, used in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    for limit, used, stat in (
+        ("memory.max", "memory.current", "memory.stat"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"),
     ):
         most, now = _read(cgroup / limit), _read(cgroup / used)
         if most.isdecimal() and now.isdecimal():
-            free.append((int(most) - int(now)) >> 20)
+            # Files that were read count as used, until somebody needs the room.
+            cached = re.search(
+                r"^(?:total_)?inactive_file (\d+)$", _read(cgroup / stat), re.MULTILINE
+            )
+            free.append((int(most) - int(now) + (int(cached[1]) if cached else 0)) >> 20)
     return max(0, min(free)) if free else None
 
 

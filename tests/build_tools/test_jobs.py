@@ -47,6 +47,9 @@ def test_memory_is_what_the_machine_and_the_container_leave(tmp_path: Path) -> N
     (tmp_path / "memory.max").write_text(str(3000 << 20), "utf-8")
     (tmp_path / "memory.current").write_text(str(1000 << 20), "utf-8")
     assert jobs.memory_mb(tmp_path, meminfo) == 2000
+    # Page cache is given up where memory is needed.
+    (tmp_path / "memory.stat").write_text(f"file 9\ninactive_file {500 << 20}\n", "utf-8")
+    assert jobs.memory_mb(tmp_path, meminfo) == 2500
     (tmp_path / "memory.max").write_text("max", "utf-8")
     assert jobs.memory_mb(tmp_path, tmp_path / "absent") is None
 
