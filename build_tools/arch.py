@@ -9,6 +9,18 @@ from typing import Optional
 
 from build_tools.paths import env
 
+# Names that torch's list takes, of what kernels serve.
+NAMES = {
+    "ampere": "8.0 8.6+PTX",
+    "ampere+tegra": "8.7",
+    "ada": "8.9+PTX",
+    "hopper": "9.0+PTX",
+    "blackwell": "10.0 10.3 12.0 12.1+PTX",
+    "blackwell+tegra": "11.0",
+}
+# What a driver has to answer in; one that hangs would take the build along.
+TIMEOUT = 60.0
+
 
 @dataclass(frozen=True)
 class Arch:
@@ -47,12 +59,13 @@ class Arch:
 def parse_list(text: str) -> Optional[list[Arch]]:
     """Architectures between commas, semicolons or blanks; None for `all`.
 
-    As in torch's list, `9.0+PTX` asks for code and PTX.
+    As in torch's list, `9.0+PTX` asks for code and PTX, and `Hopper` is a name for that.
     """
     if text.strip().lower() == "all":
         return None
     archs = []
-    for word in re.split(r"[,;\s]+", text.strip()):
+    found = [NAMES.get(word.lower(), word) for word in re.split(r"[,;\s]+", text) if word]
+    for word in " ".join(found).split() or [text]:
         arch = Arch.parse(word)
         if arch.is_ptx and "." in word:
             archs.append(Arch(arch.number, arch.suffix))
@@ -61,18 +74,27 @@ def parse_list(text: str) -> Optional[list[Arch]]:
 
 
 def local_gpus() -> list[Arch]:
-    """Architectures of the GPUs of this machine; none where the driver's tool is not there."""
+    """Architectures of the GPUs of this machine; none where the driver's tool is not there.
+
+    A GPU that is ill has `[N/A]` for its own, and is left out.
+    """
     command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
     try:
-        child = subprocess.run(command, capture_output=True, text=True, check=True)
-        return sorted({Arch.parse(line) for line in child.stdout.split()})
-    except (OSError, subprocess.CalledProcessError, ValueError):
+        child = subprocess.run(command, capture_output=True, text=True, check=True, timeout=TIMEOUT)
+    except (OSError, subprocess.SubprocessError):
         return []
+    return sorted(map(Arch.parse, set(re.findall(r"(?m)^\d+\.\d$", child.stdout))))
 
 
 def wanted(option: Optional[str]) -> Optional[list[Arch]]:
     """What to build for: the option, the environment, or the GPUs here; None for all."""
-    text = option or env.FLASH_ATTN_CUDA_ARCHS.text()
-    if text is not None:
+    if option:
+        return parse_list(option)
+    setting = env.FLASH_ATTN_CUDA_ARCHS.setting()
+    if setting is None:
+        return local_gpus() or None
+    name, text = setting
+    try:
         return parse_list(text)
-    return local_gpus() or None
+    except ValueError as error:
+        raise ValueError(f"{name} is set to {text!r}: {error}") from None

@@ -126,13 +126,18 @@ class BuildVariable:
     doc: str
     aliases: tuple[str, ...] = ()
 
-    def text(self) -> Optional[str]:
-        """The text set, or None; an empty one counts as unset."""
+    def setting(self) -> Optional[tuple[str, str]]:
+        """The name it is set under and the text set, or None; an empty one counts as unset."""
         for name in (self.name, *self.aliases):
             text = os.environ.get(name, "").strip()
             if text:
-                return text
+                return name, text
         return None
+
+    def text(self) -> Optional[str]:
+        """The text set, or None."""
+        found = self.setting()
+        return None if found is None else found[1]
 
     def count(self) -> Optional[int]:
         """The positive number set, or None; ValueError for anything else."""
@@ -214,8 +219,8 @@ FLASH_ATTN_LOCAL_VERSION = BuildVariable(
 
 FLASH_ATTN_CUDA_ARCHS = BuildVariable(
     name="FLASH_ATTN_CUDA_ARCHS",
-    doc="Architectures to build kernels for, e.g. `80;90` or `8.0;9.0+PTX`; `all` takes every one "
-    "that the compiler knows. Unset: those of the GPUs here, else all.",
+    doc="Architectures to build kernels for, e.g. `80;90`, `8.0;9.0+PTX` or `Hopper`; `all` takes "
+    "every one that the compiler knows. Unset: those of the GPUs here, else all.",
     aliases=("TORCH_CUDA_ARCH_LIST",),
 )
 

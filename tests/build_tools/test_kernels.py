@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes.util
 import io
 import json
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any, Optional
 import pytest
 from native_tools import ROOT, Arch, codegen, kernels
 
-from build_tools import compilers, ninja, parts
+from build_tools import arch, compilers, ninja, parts
 from build_tools.__main__ import main
 from build_tools.arch import parse_list
 from build_tools.compile_part import KILLED, TOLD
@@ -80,6 +81,9 @@ def test_an_address_depends_on_source_headers_arch_and_compiler(
         ("8.0;9.0+PTX", ["80", "90", "90+ptx"]),
         ("sm_90a 80+ptx", ["90a", "80+ptx"]),
         ("10.0 12.0", ["100", "120"]),
+        ("8.0;9.0;", ["80", "90"]),
+        ("Hopper", ["90", "90+ptx"]),
+        ("Ampere;Ampere+Tegra;12.0", ["80", "86", "86+ptx", "87", "120"]),
     ],
 )
 def test_architectures_are_read_in_every_usual_spelling(text: str, archs: list[str]) -> None:
@@ -87,9 +91,41 @@ def test_architectures_are_read_in_every_usual_spelling(text: str, archs: list[s
 
 
 def test_a_misspelt_architecture_is_told() -> None:
-    with pytest.raises(ValueError, match="'hopper' is no CUDA architecture"):
-        parse_list("80,hopper")
+    for text, word in (("80,hoper", "hoper"), (";", ";")):
+        with pytest.raises(ValueError, match=f"^'{word}' is no CUDA architecture"):
+            parse_list(text)
     assert parse_list("ALL") is None
+
+
+def test_what_is_wanted_is_told_by_the_name_of_its_variable(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("FLASH_ATTN_CUDA_ARCHS", raising=False)
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "Ada;Volta")
+    with pytest.raises(ValueError, match=r"^TORCH_CUDA_ARCH_LIST is set to 'Ada;Volta': 'Volta' "):
+        arch.wanted(None)
+    assert arch.wanted("90") == [Arch(90)]
+
+
+@pytest.mark.parametrize(
+    ("script", "gpus"),
+    [
+        ("echo 9.0; echo 8.6; echo 9.0", ["86", "90"]),
+        ("echo 8.6; echo '[N/A]'", ["86"]),
+        ("echo '[Insufficient Permissions]'", []),
+        ("echo 8.6; exit 9", []),
+        ("exec sleep 60", []),
+    ],
+)
+def test_gpus_that_the_driver_tells_are_built_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, gpus: list[str]
+) -> None:
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text(f"#!/bin/sh\n{script}\n", "utf-8")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(arch, "TIMEOUT", 1.0)
+    assert [str(gpu) for gpu in arch.local_gpus()] == gpus
 
 
 @pytest.mark.parametrize(

@@ -106,7 +106,7 @@ def test_a_published_name_becomes_a_plain_wheel(factory: Factory, tmp_path: Path
     [
         ("", "say what to keep: --arch, --torch or both"),
         ("--arch 75", "none of its kernels runs on 75: they are for 80, 86, 89, 90, 90a, 100"),
-        ("--arch hopper", "'hopper' is no CUDA architecture"),
+        ("--arch hoper", "'hoper' is no CUDA architecture"),
         ("--torch 2", "--torch is '2'; it takes a minor version such as 2.11"),
         ("--torch 2.11.0", "--torch is '2.11.0'; it takes a minor version such as 2.11"),
         ("--torch 2.3", "it has no shim for torch 2.3; it has those for: 2.4, 2.5, 2.6, 2.7"),

@@ -348,7 +348,10 @@ for capability in ((9, 0), (8, 0)):
     ("settings", "message"),
     [
         ({"CXX": "no-such-compiler"}, "no-such-compiler"),
-        ({"FLASH_ATTN_CUDA_ARCHS": "hopper"}, "'hopper' is no CUDA architecture"),
+        (
+            {"FLASH_ATTN_CUDA_ARCHS": "hoper"},
+            "FLASH_ATTN_CUDA_ARCHS is set to 'hoper': 'hoper' is no CUDA architecture",
+        ),
         ({"MAX_JOBS": "many"}, "MAX_JOBS is set to 'many'; it must be a positive number"),
     ],
     ids=["compiler", "architecture", "jobs"],
