@@ -67,6 +67,7 @@ def versions() -> dict[str, Optional[str]]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "CUDA of torch": torch.version.cuda or "none",
+        "CUDA kernels": cuda.installed(),
         "platform": platform.platform(),
     }
     for package in ("triton", "einops"):
@@ -125,6 +126,8 @@ def advice() -> list[str]:
                 f"{cuda.REMEDY}, or {triton.REMEDY}. Until then run attention on CPU tensors, or "
                 "use torch.nn.functional.scaled_dot_product_attention on this device."
             )
+    if cuda.is_damaged():
+        told.append(f"CUDA kernels: {cuda.installed()}. Remedy: {cuda.REMEDY}.")
     if cuda.LOADER_SAID:
         told.append(f"The system's loader said of the CUDA backend: {cuda.LOADER_SAID}")
     if torch.version.cuda and not torch.cuda.is_available():

@@ -179,6 +179,19 @@ print(tuple(flash_attn.flash_attn_func(q, q, q).shape))
     assert run("-c", program, cwd=target, pythonpath=target) == "(1, 5, 2, 8)\n"
 
 
+@pytest.mark.parametrize("words", [("-m", "flash_attn"), ("-c", "import flash_attn")])
+def test_a_missing_torch_is_told_with_the_remedy(target: Path, words: tuple[str, str]) -> None:
+    # -S: nothing but the standard library and the package.
+    child = subprocess.run(
+        [sys.executable, "-S", *words], cwd=target, capture_output=True, text=True, check=False
+    )
+    assert child.returncode == 1
+    told = child.stderr.splitlines()
+    remedy = "flash_attn needs torch 2.4 or later, which is not installed: `pip install torch`"
+    assert remedy in told[-1]
+    assert len(told) == 1 or "-c" in words
+
+
 def test_consumers_find_the_distribution_behind_the_module(target: Path) -> None:
     program = """
 import importlib.metadata as m

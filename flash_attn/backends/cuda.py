@@ -151,6 +151,21 @@ _HOST, _WHY_NOT_LOADED, LOADER_SAID = _load()
 IS_DIRECT = _HOST is not None and _serves_directly()
 
 
+def installed() -> str:
+    """What this installation has compiled, in words, or why none of it can be used."""
+    if _HOST is None:
+        return f"none: {_WHY_NOT_LOADED}"
+    rows = [line.split() for line in (_KERNELS / "index.txt").read_text("utf-8").splitlines()[1:]]
+    archs = sorted({(form == "ptx", int(re.sub(r"\D", "", cc)), cc) for *_, cc, form, _, _ in rows})
+    names = ", ".join(f"{cc}+ptx" if is_ptx else cc for is_ptx, _, cc in archs)
+    return f"for {names or 'no architecture'}; torch {_served_torches()}"
+
+
+def is_damaged() -> bool:
+    """Whether something compiled stands here and none of it can be used."""
+    return _HOST is None and (_KERNELS.exists() or any(_PACKAGE.glob("*.so")))
+
+
 def remedy(problem: Problem) -> str:
     """What a user may do where this backend does not run a problem."""
     if _is_elsewhere(problem):

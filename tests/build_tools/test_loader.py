@@ -145,6 +145,66 @@ def test_a_library_that_does_not_load_is_told_in_a_sentence(
     ] * bool(said)
 
 
+def no_kernels(package: Path) -> None:
+    shutil.rmtree(package / "kernels")
+
+
+def empty_table(package: Path) -> None:
+    (package / "kernels" / "index.txt").write_text("", "utf-8")
+
+
+def host_gone(package: Path) -> None:
+    (package / native.HOST_LIBRARY).unlink()
+
+
+def shim_for_another_torch(package: Path) -> None:
+    cuda.shim_file("2.7.1", False).rename(package / "_shim_stable.so")
+
+
+def nothing_compiled(package: Path) -> None:
+    for file in (*package.glob("*.so"), package / "kernels"):
+        shutil.rmtree(file) if file.is_dir() else file.unlink()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (None, "for 80, 90, 90a, 80+ptx; torch 2.7 (cxx11abi FALSE)"),
+        (no_kernels, "none: the compiled kernels cannot be used: "),
+        (empty_table, "none: the compiled kernels cannot be used: "),
+        (host_gone, f"none: this installation is damaged: {native.HOST_LIBRARY} is missing"),
+        (shim_for_another_torch, "none: this installation has kernels for torch 2.10 and later, "),
+        (nothing_compiled, "none: this installation has no compiled kernels for torch 2.7.1"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_what_is_installed_is_told_without_a_gpu(
+    package: Path, stub: Stub, spoil: object, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shim = cuda.shim_file("2.7.1", False)
+    break_nothing_of_host(stub, shim)
+    lay_out_kernels(package / "kernels", ("80", "90a", "80+ptx", "90"))
+    # What csrc/torch has of this function, less the operators.
+    text = (
+        'extern "C" int flash_open(const char*); extern "C" const char* flash_last_error();'
+        'extern "C" const char* flash_attn_serve(const char* folder, int) {'
+        "  return flash_open(folder) ? nullptr : flash_last_error(); }"
+    )
+    compile_library(shim, text, str(package / native.HOST_LIBRARY))
+    if callable(spoil):
+        spoil(package)
+    host, why, said = cuda._load()
+    for name, value in (("_HOST", host), ("_WHY_NOT_LOADED", why), ("LOADER_SAID", said)):
+        monkeypatch.setattr(cuda, name, value)
+    monkeypatch.setattr(info, "devices", lambda: [info.Device("cpu", "a CPU")])
+    row = info.versions()["CUDA kernels"]
+    assert row is not None
+    assert row.startswith(words)
+    is_well = spoil in (None, nothing_compiled)
+    advice = [line for line in info.advice() if line.startswith("CUDA kernels: ")]
+    assert advice == ([] if is_well else [f"CUDA kernels: {row}. Remedy: {cuda.REMEDY}."])
+
+
 def test_a_device_without_kernels_is_told_with_the_remedy(
     package: Path, stub: Stub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
