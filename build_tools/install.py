@@ -180,6 +180,7 @@ class BuildNative(Command):
         gpus = ", ".join(map(str, arch.local_gpus()))
         announce(f"compiling CUDA kernels for {asked or gpus or 'every architecture'}. {WITHOUT}")
         with telling():
+            take_turn()  # an editable install does not run `Build`
             make(STAGE)
             if not torch_here().is_stable:
                 version = "{}.{}".format(*torch_here().version)

@@ -181,7 +181,9 @@ def test_kernels_stay_where_new_ones_cannot_be_copied(
         command.editable_mode = True
         command.run()
 
-    decide.setattr(install, "make", lambda folder: None)
+    turns: list[int] = []
+    decide.setattr(install, "take_turn", lambda: turns.append(1))
+    decide.setattr(install, "make", lambda folder: turns[0])
     decide.setattr(install, "torch_here", lambda: native.Torch((2, 10), made, made, True))
     decide.setattr(install, "STAGE", made)
     decide.setattr(install, "PACKAGE", package)
