@@ -61,8 +61,6 @@ def builds_kernels() -> bool:
         mode = prebuilt.mode()
     except ValueError as error:
         raise OptionError(str(error)) from None
-    if is_skipped and is_forced:
-        raise OptionError(f"{skip.name} and {force.name} are both TRUE; one of them can be")
     if is_skipped or mode == prebuilt.PREBUILT:
         return False
     is_asked = is_forced or mode == prebuilt.SOURCE or env.FLASH_ATTN_CUDA_ARCHS.text() is not None

@@ -49,6 +49,7 @@ def decide(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
         ("FLASH_ATTENTION_SKIP_CUDA_BUILD=TRUE", "90", False),
         ("FLASH_ATTENTION_SKIP_CUDA_BUILD=true FLASH_ATTN_CUDA_ARCHS=90", "", False),
         ("FLASH_ATTENTION_SKIP_CUDA_BUILD=TRUE FLASH_ATTN_BUILD=source", "90", False),
+        ("FLASH_ATTENTION_SKIP_CUDA_BUILD=TRUE FLASH_ATTENTION_FORCE_BUILD=TRUE", "", False),
         ("FLASH_ATTENTION_SKIP_CUDA_BUILD=FALSE", "90", True),
     ],
 )
@@ -66,7 +67,6 @@ def test_kernels_are_built_on_request_or_for_a_gpu_here(
     [
         ("SKIP_CUDA_BUILD=yes", "FLASH_ATTENTION_SKIP_CUDA_BUILD is set to 'yes'; it must be TRUE"),
         ("FORCE_BUILD=2", "FLASH_ATTENTION_FORCE_BUILD is set to '2'; it must be TRUE or FALSE"),
-        ("SKIP_CUDA_BUILD=TRUE FORCE_BUILD=TRUE", "are both TRUE; one of them can be"),
     ],
 )
 def test_a_wrong_switch_is_told(decide: pytest.MonkeyPatch, settings: str, message: str) -> None:
