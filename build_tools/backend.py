@@ -81,7 +81,8 @@ def build_wheel(
         if name is not None:
             return name
         tell_of_no_kernels()
-        return build_meta.build_wheel(wheel_directory, config_settings, metadata_directory)
+        with install.turn():
+            return build_meta.build_wheel(wheel_directory, config_settings, metadata_directory)
 
 
 def build_editable(
@@ -93,7 +94,8 @@ def build_editable(
         heed(config_settings)
         check_that_no_wheel_is_asked_for()  # without isolation nobody asked what is required
         tell_of_no_kernels()
-        return build_meta.build_editable(wheel_directory, config_settings, metadata_directory)
+        with install.turn():
+            return build_meta.build_editable(wheel_directory, config_settings, metadata_directory)
 
 
 def check_that_no_wheel_is_asked_for() -> None:

@@ -13,7 +13,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -79,24 +79,24 @@ def torch_here() -> native.Torch:
     return replace(found, cxx11_abi=True) if is_forced else found
 
 
-@cache
-def take_turn() -> IO[bytes]:
-    """Waits until no other installation builds in this checkout; the turn ends with this process.
+@contextmanager
+def turn() -> Iterator[None]:
+    """Waits until no other installation builds in this checkout, and keeps others waiting.
 
     They share folders under `build`, which each empties when it begins.
     """
     with suppress(FileExistsError):
         BUILD.mkdir()
-    file = (BUILD / "lock").open("wb")
-    if not _is_locked(file):
-        announce(f"another installation builds in {ROOT}; waiting for it to end")
-        while not _is_locked(file):
-            time.sleep(0.2)
-    return file
+    with (BUILD / "lock").open("wb") as file:
+        if not _is_locked(file):
+            announce(f"another installation builds in {ROOT}; waiting for it to end")
+            while not _is_locked(file):
+                time.sleep(0.2)
+        yield
 
 
 def _is_locked(file: IO[bytes]) -> bool:
-    """Whether this process has the lock now; no other will while it keeps the file open."""
+    """Whether the lock is had now; nobody else will have it while the file is open."""
     try:
         if sys.platform == "win32":
             msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
@@ -178,7 +178,6 @@ class BuildNative(Command):
         gpus = ", ".join(map(str, arch.local_gpus()))
         announce(f"compiling CUDA kernels for {asked or gpus or 'every architecture'}. {WITHOUT}")
         with telling():
-            take_turn()  # an editable install does not run `Build`
             make(STAGE)
             if not torch_here().is_stable:
                 version = "{}.{}".format(*torch_here().version)
@@ -202,8 +201,6 @@ class Build(build):
     sub_commands: ClassVar = [("build_native", lambda _: builds_kernels()), *build.sub_commands]
 
     def run(self) -> None:
-        with telling() if builds_kernels() else nullcontext():
-            take_turn()
         shutil.rmtree(self.build_lib, ignore_errors=True)
         super().run()
 

@@ -18,6 +18,7 @@ from typing import Any, Optional
 from build_tools import kernel_index
 from build_tools.arch import Arch
 from build_tools.wheel_name import PROJECT, WheelName
+from build_tools.zip_file import DAMAGE
 
 FILE, SCHEMA = "wheels.json", 1
 INDEX = "whl"
@@ -151,7 +152,7 @@ def read_wheel(file: Path, name: str, path: Optional[str] = None) -> Contents:
                 if re.fullmatch(r"[^/]+\.dist-info/(METADATA|WHEEL|sboms/[^/]+)", entry)
                 or entry == "flash_attn/kernels/index.txt"
             }
-    except (zipfile.BadZipFile, OSError, EOFError) as error:
+    except (OSError, *DAMAGE) as error:
         raise ManifestError(f"{name} cannot be read as a wheel: {error}") from None
     parsed = WheelName.parse(name)
     info = f"flash_attn-{parsed.version}.dist-info"

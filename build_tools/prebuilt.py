@@ -133,7 +133,7 @@ def environment() -> Here:
     local = env.FLASH_ATTN_LOCAL_VERSION.text()
     version = truth("_version").__version__ + (f"+{local}" if local else "")
     named = env.FLASH_ATTN_CUDA_ARCHS.text()
-    gpus = arch.local_gpus() if named is None else arch.parse_list(named) or []
+    gpus = arch.wanted(None) or []
     # Containers list every GPU that torch is built for; what no kernel serves cannot be asked for.
     served = [gpu for gpu in gpus if kernels.is_served(gpu)]
     if named is not None and gpus and not served:

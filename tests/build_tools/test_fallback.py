@@ -259,6 +259,9 @@ def test_gpus_that_no_kernel_serves_are_refused(decide: pytest.MonkeyPatch, made
     decide.setenv("FLASH_ATTN_CUDA_ARCHS", "7.5")
     with pytest.raises(BuildError, match=r"no kernel runs on 7\.5"):
         prebuilt.offers(True)
+    decide.setenv("FLASH_ATTN_CUDA_ARCHS", "hoper")
+    with pytest.raises(ValueError, match="FLASH_ATTN_CUDA_ARCHS is set to 'hoper'"):
+        prebuilt.offers(True)
 
 
 def test_windows_takes_wheels_for_the_gpus_that_are_named(

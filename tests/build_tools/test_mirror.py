@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -288,9 +290,16 @@ def test_what_is_no_wheel_of_the_project_is_told(
     assert "left out: einops-0.8.1" in told
     assert "as its build number says, and left out: flash_attn-2.8.3-0torch2.8-" in told
     assert "has no wheel of flash-attn that fits" in told
-    (folder / "flash_attn-2.8.3-py3-none-any.whl").write_text("no zip", "utf-8")
-    assert main(command) == 1
-    assert "cannot be read as a wheel" in capsys.readouterr().err
+    metadata = "flash_attn-2.8.3.dist-info/METADATA"
+    whole = io.BytesIO()
+    with zipfile.ZipFile(whole, "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr(metadata, "Name: flash-attn")
+    start = 30 + len(metadata)
+    bad_stream = whole.getvalue()[:start] + b"\xff" * 8 + whole.getvalue()[start + 8 :]
+    for data in (b"no zip", bad_stream):
+        (folder / "flash_attn-2.8.3-py3-none-any.whl").write_bytes(data)
+        assert main(command) == 1
+        assert "cannot be read as a wheel" in capsys.readouterr().err
     assert main(["verify", str(tmp_path / "to")]) == 1
     assert "is no mirror" in capsys.readouterr().err
 
