@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 import small_wheels
-from native_tools import codegen, kernels, native
+from native_tools import kernels, native
 from small_wheels import FEW, HERE, MATRIX, TORCH, Factory
 
 from build_tools import (
@@ -229,7 +229,7 @@ def test_what_cannot_be_made_is_told_before_anything_is(
 def test_kernels_whose_products_wait_are_not_released(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    unit = next(unit for unit in codegen.units() if unit.family == "sm90")
+    unit = next(unit for unit in FEW if unit.kind == "forward")
     image = parts.make_part(unit, Arch.parse("90a"), "c", tmp_path)
     remark = "(C7515) Potential Performance Loss: wgmma.mma_async instructions are serialized"
     image.store(b"abc", parts.facts_of_log(f"ptxas info    : {remark}\n", 1.0, 100, b"abc"))
