@@ -13,7 +13,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -85,9 +85,13 @@ def turn() -> Iterator[None]:
 
     They share folders under `build`, which each empties when it begins.
     """
-    with suppress(FileExistsError):
-        BUILD.mkdir()
-    with (BUILD / "lock").open("wb") as file:
+    try:
+        BUILD.mkdir(exist_ok=True)
+        file = (BUILD / "lock").open("wb")
+    except OSError:  # the build itself says what it cannot write
+        yield
+        return
+    with file:
         if not _is_locked(file):
             announce(f"another installation builds in {ROOT}; waiting for it to end")
             while not _is_locked(file):
