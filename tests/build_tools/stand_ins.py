@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import io
 import threading
 import zipfile
 from collections.abc import Iterator
@@ -81,6 +82,14 @@ def make_mirror(folder: Path, wheels: dict[str, str]) -> Path:
         make_wheel(folder / "dist", path, torch, text=path)
     mirror.mirror(str(folder / "dist"), folder / "mirror")
     return folder / "mirror"
+
+
+def with_a_bad_stream(wheel: bytes) -> bytes:
+    """The wheel, with a METADATA that nobody can unpack."""
+    with zipfile.ZipFile(io.BytesIO(wheel)) as archive:
+        info = next(x for x in archive.infolist() if x.filename.endswith("/METADATA"))
+    start = info.header_offset + 30 + len(info.filename)
+    return wheel[:start] + b"\xff" * 8 + wheel[start + 8 :]
 
 
 def _digest(data: bytes) -> str:

@@ -15,6 +15,7 @@ import small_wheels
 import spoiled_wheels
 from small_wheels import HERE, MATRIX, TORCH, Factory
 from spoiled_wheels import SPOILED, Draft, Spoil, spoiled
+from stand_ins import with_a_bad_stream
 
 from build_tools import audit, audit_files, audit_tools, elf, fetch
 from build_tools.__main__ import main
@@ -229,21 +230,11 @@ def test_a_file_that_is_no_wheel_is_told_once(tmp_path: Path, factory: Factory, 
     assert states(tmp_path / name, factory) == {audit.READABLE: BROKEN}
 
 
-def damaged(wheel: Path, folder: Path) -> Path:
-    """A copy with a stream that nobody can unpack."""
-    data = bytearray(wheel.read_bytes())
-    with zipfile.ZipFile(wheel) as archive:
-        info = next(x for x in archive.infolist() if x.filename.endswith("/METADATA"))
-    start = info.header_offset + 30 + len(info.filename)
-    data[start : start + 8] = b"\xff" * 8
-    (folder / wheel.name).write_bytes(data)
-    return folder / wheel.name
-
-
 def test_a_damaged_wheel_is_told(
     wheel: Path, factory: Factory, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    spoilt = damaged(wheel, tmp_path)
+    spoilt = tmp_path / wheel.name
+    spoilt.write_bytes(with_a_bad_stream(wheel.read_bytes()))
     assert states(spoilt, factory) == {audit.READABLE: BROKEN}
     cut = tmp_path / "cut" / wheel.name
     cut.parent.mkdir()

@@ -238,6 +238,13 @@ def test_fp8_values_are_turned_without_a_look_at_the_lane(
     assert machine_code.count(loop, r"S2R|BRA\.DIV") == 0
 
 
+def test_of_the_forward_kernels_one_keeps_one_word_in_memory() -> None:
+    # 16 bytes: three stores, of which one is in the loop, and one load.
+    assert {key: has for key, has in SPILLS.items() if key[0] == "forward"} == {
+        ("forward", 128): {"100": 16}
+    }
+
+
 @pytest.mark.parametrize("arch", ["80", "90"])
 @pytest.mark.parametrize("symbol", ["flash_fwd_sm80_d128_bf16", "flash_bwd_sm80_d64_bf16"])
 def test_nvrtc_and_nvcc_make_the_same_arithmetic(

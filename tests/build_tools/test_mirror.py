@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import re
 import shutil
 import subprocess
 import sys
-import zipfile
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from stand_ins import SBOM, UNIVERSAL, make_wheel, serving
+from stand_ins import SBOM, UNIVERSAL, make_wheel, serving, with_a_bad_stream
 
 from build_tools import download, manifest, matrix_facts, mirror, serve
 from build_tools.__main__ import main
@@ -290,12 +288,7 @@ def test_what_is_no_wheel_of_the_project_is_told(
     assert "left out: einops-0.8.1" in told
     assert "as its build number says, and left out: flash_attn-2.8.3-0torch2.8-" in told
     assert "has no wheel of flash-attn that fits" in told
-    metadata = "flash_attn-2.8.3.dist-info/METADATA"
-    whole = io.BytesIO()
-    with zipfile.ZipFile(whole, "w", zipfile.ZIP_DEFLATED) as file:
-        file.writestr(metadata, "Name: flash-attn")
-    start = 30 + len(metadata)
-    bad_stream = whole.getvalue()[:start] + b"\xff" * 8 + whole.getvalue()[start + 8 :]
+    bad_stream = with_a_bad_stream(make_wheel(tmp_path).read_bytes())
     for data in (b"no zip", bad_stream):
         (folder / "flash_attn-2.8.3-py3-none-any.whl").write_bytes(data)
         assert main(command) == 1
