@@ -31,7 +31,7 @@ from typing import Any, Optional, Union
 import torch
 from torch import Tensor
 
-from flash_attn import _arguments, _fakes, _ops_splits, _support
+from flash_attn import _arguments, _fakes, _ops_fa3, _ops_splits, _support
 from flash_attn._attention_fa3 import attend
 from flash_attn._kvcache import check_cache, with_kvcache
 from flash_attn.flash_attn_interface import maybe_contiguous, round_multiple
@@ -315,7 +315,7 @@ def flash_attn_combine(
         result: tuple[Tensor, Tensor] = (
             flash_attn_3_gpu._flash_attn_combine(out_partial, lse_partial, out_dtype)
             if out is None
-            else flash_attn_3_gpu.fwd_combine(out_partial, lse_partial, out)
+            else _ops_splits.fwd_combine(out_partial, lse_partial, out)
         )
     except RuntimeError as error:
         raise _arguments.renamed(error, _ops_splits.COMBINE, name) from error.__cause__
@@ -352,7 +352,7 @@ def get_scheduler_metadata(
     """
     name = "get_scheduler_metadata"
     try:
-        result: Tensor = flash_attn_3_gpu.get_scheduler_metadata(
+        result: Tensor = _ops_splits.get_scheduler_metadata(
             batch_size,
             max_seqlen_q,
             max_seqlen_k,
@@ -423,10 +423,8 @@ def _flash_attn_forward(
     With `k_new`, k and v are a cache that grows in place; `out_` is written in place. Those two are
     for eager use; without them this is the operator that compilers trace.
     """
-    if k_new is None and out_ is None:
-        op = flash_attn_3_gpu._flash_attn_forward
-    else:
-        op = flash_attn_3_gpu.fwd
+    is_traced = k_new is None and out_ is None
+    op = flash_attn_3_gpu._flash_attn_forward if is_traced else _ops_fa3.fwd
     result: tuple[Tensor, Tensor, Tensor, Tensor] = op(
         q,
         k,

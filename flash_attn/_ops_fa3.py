@@ -18,6 +18,7 @@ from flash_attn._checks import check_forward
 from flash_attn._kvcache import with_kvcache
 from flash_attn._ops_splits import check_metadata
 from flash_attn._problem import Descale, Forward, Mask, Scores, Sequences
+from flash_attn._registration import define, define_shared
 
 FORWARD, BACKWARD = "flash_attn_3::_flash_attn_forward", "flash_attn_3::_flash_attn_backward"
 FWD, BWD = "flash_attn_3::fwd", "flash_attn_3::bwd"
@@ -371,9 +372,7 @@ def _bwd(
 
 
 _LIBRARY = torch.library.Library("flash_attn_3", "FRAGMENT")
-_ops.define(_LIBRARY, FORWARD, SCHEMAS[FORWARD], _forward, _fakes.forward_fa3, _flops.forward_fa3)
-_ops.define(
-    _LIBRARY, BACKWARD, SCHEMAS[BACKWARD], _backward, _fakes.backward_fa3, _flops.backward_fa3
-)
-_ops.define(_LIBRARY, FWD, SCHEMAS[FWD], _fwd, flops=_flops.forward_fa3)
-_ops.define(_LIBRARY, BWD, SCHEMAS[BWD], _bwd)
+define(_LIBRARY, FORWARD, SCHEMAS[FORWARD], _forward, _fakes.forward_fa3, _flops.forward_fa3)
+define(_LIBRARY, BACKWARD, SCHEMAS[BACKWARD], _backward, _fakes.backward_fa3, _flops.backward_fa3)
+fwd = define_shared(_LIBRARY, FWD, SCHEMAS[FWD], _fwd, flops=_flops.forward_fa3)
+define_shared(_LIBRARY, BWD, SCHEMAS[BWD], _bwd)

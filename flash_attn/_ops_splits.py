@@ -11,7 +11,8 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from flash_attn import _arguments, _checks, _fakes, _ops, _support, backends
+from flash_attn import _arguments, _checks, _fakes, _support, backends
+from flash_attn._registration import define, define_shared
 
 COMBINE = "flash_attn_3::fwd_combine"
 COMBINE_PARTS = "flash_attn_3::_flash_attn_combine"
@@ -126,8 +127,8 @@ def _get_scheduler_metadata(
 
 
 _LIBRARY = torch.library.Library("flash_attn_3", "FRAGMENT")
-_ops.define(_LIBRARY, COMBINE, SCHEMAS[COMBINE], _fwd_combine)
-_ops.define(_LIBRARY, COMBINE_PARTS, SCHEMAS[COMBINE_PARTS], _combine, _fakes.combine)
-_ops.define(
+fwd_combine = define_shared(_LIBRARY, COMBINE, SCHEMAS[COMBINE], _fwd_combine)
+define(_LIBRARY, COMBINE_PARTS, SCHEMAS[COMBINE_PARTS], _combine, _fakes.combine)
+get_scheduler_metadata = define_shared(
     _LIBRARY, METADATA, SCHEMAS[METADATA], _get_scheduler_metadata, _fakes.get_scheduler_metadata
 )

@@ -9,6 +9,8 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -304,6 +306,34 @@ def test_pytorch_core_calls_the_fa3_operators_by_position() -> None:
     )  # fmt: skip
     assert len(result) == 8
     gradients_agree(grads, dout, [q, k, v], softmax_scale=SCALE, causal=True)
+
+
+BESIDE_ANOTHER_FLASH_ATTENTION_3 = """
+import torch
+other = torch.library.Library("flash_attn_3", "DEF")
+for name in ("fwd", "bwd", "fwd_combine", "get_scheduler_metadata"):
+    other.define(f"{name}(Tensor theirs) -> Tensor")
+import flash_attn_interface as fa3
+for name in ("fwd", "bwd", "fwd_combine", "get_scheduler_metadata"):
+    assert getattr(torch.ops.flash_attn_3, name).default._schema.arguments[0].name == "theirs"
+q, k, v = torch.randn(3, 2, 9, 2, 16, requires_grad=True)
+out = fa3.flash_attn_func(q, k, v, causal=True)
+assert torch.autograd.grad(out.sum(), v)[0].shape == v.shape
+q, k, v = q.detach(), k.detach(), v.detach()
+into = torch.empty_like(q)
+assert fa3._flash_attn_forward(q, k, v, out_=into, causal=True)[0] is not None
+assert torch.equal(into, out)
+lse = fa3.flash_attn_func(q, k, v, return_attn_probs=True)[1].transpose(1, 2).contiguous()
+merged = fa3.flash_attn_combine(q[None], lse[None], into)[0]
+assert torch.allclose(merged, q) and torch.equal(merged, into)
+lengths = torch.tensor([9, 9], dtype=torch.int32)
+assert fa3.get_scheduler_metadata(2, 1, 9, 2, 2, 16, lengths).tolist() == [1, 1]
+"""
+
+
+def test_another_copy_of_fa3s_extension_may_be_loaded_first() -> None:
+    """xformers has one, and registers the same names."""
+    subprocess.run([sys.executable, "-c", BESIDE_ANOTHER_FLASH_ATTENTION_3], check=True)
 
 
 class SeenOperators(TorchDispatchMode):

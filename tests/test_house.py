@@ -24,7 +24,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("_env", "_support", "_version"),
     ("_arguments", "_problem", "_rotary", "_flops"),
     ("_checks", "_fakes"),
-    ("_cpu", "_triton"),
+    ("_cpu", "_registration", "_triton"),
     ("backends",),
     ("_ops",),
     ("_kvcache", "_ops_splits"),

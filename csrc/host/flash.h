@@ -177,7 +177,7 @@ struct BackwardParams {
   int32_t hq, hk;
   int32_t d, dv;
   // Sums of dQ, rows as in delta, of dq_cols (the kernel's head dim) floats each; within a tile of
-  // rows the order is the kernel's own. The delta kernel zeroes all copies.
+  // rows the order is the kernel's own. The delta kernel zeroes all copies of heads_zeroed heads.
   float* dq_accum;
   int64_t dq_accum_copy;
   int32_t dq_cols;
@@ -199,13 +199,17 @@ struct BackwardParams {
   // CTAs of the main kernel take block after block of keys by this counter, and those of the kernel
   // behind it tiles or blocks of dQ by the next; null: each block has its CTA.
   uint64_t* next_block;
-  // [b, hk] blocks of turn_keys keys whose shares of dQ are in the sums, counted by each who adds.
-  // The delta kernel clears these and the counters above.
+  // [b, hk] blocks of turn_keys keys whose shares of dQ are in the sums, counted by each who adds;
+  // and [b, hk] blocks that have zeroed their part of a section's sums, where its first head
+  // stands. The delta kernel clears these and the counters above.
   int32_t* finished;
   // [b + 1, 2] where sequences have lengths: those of most queries first. Of each its index, and
   // the blocks of turn_keys keys of all heads in front of it; then those of all. The delta kernel
   // fills it in.
   uint32_t* order;
+  // Of all sequences' key-value heads those that the delta kernel zeroes sums for: all, or those of
+  // the first section. Then the blocks of a section do it for the next.
+  int32_t heads_zeroed;
 };
 
 // A backward call whose operands come and go by the tensor memory accelerator.

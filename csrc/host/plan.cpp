@@ -315,6 +315,16 @@ int choose_section(const BackwardParams& params, const Shape& shape, const Devic
   return static_cast<int>(best);
 }
 
+int choose_zeroed(const BackwardParams& params, const Shape& shape) {
+  const int heads = params.hk * params.seqs.b;
+  if (!shape.takes_blocks || !shape.makes_sums || has_lengths(params.seqs)) return heads;
+  // Of short heads, blocks would wait for zeros; where they are of unlike length, of longer ones
+  // too. Measured on an H100 (docs/kernels/sm90_backward.md).
+  const int64_t blocks = ceil_div(params.seqs.sk, shape.block_n);
+  const bool waits = blocks < (grows(params.scores) ? 16 : 8);
+  return waits || params.heads_per_section > heads ? heads : params.heads_per_section;
+}
+
 int choose_columns(const BackwardParams& params, const Shape& shape, const Device& device) {
   const int64_t blocks = ceil_div(params.seqs.sk, shape.block_n);
   const int64_t heads = int64_t{params.hk} * params.seqs.b;

@@ -111,6 +111,7 @@ bool plan_backward(const Device& on, int dtype, BackwardParams* params, FlashWor
   const bool in_columns = params->deterministic && shape.box_m == 0;
   params->dq_copies = in_columns ? choose_columns(*params, shape, on) : shape.makes_sums;
   params->heads_per_section = choose_section(*params, shape, on);
+  params->heads_zeroed = choose_zeroed(*params, shape);
   const int64_t heads = int64_t{params->hq} * (params->seqs.cu_seqlens_q ? 1 : params->seqs.b);
   params->dq_accum_copy = heads * params->delta_head * params->dq_cols;
   *workspace = {};
@@ -126,7 +127,7 @@ bool plan_backward(const Device& on, int dtype, BackwardParams* params, FlashWor
     if (shape.makes_sums) {
       const int64_t turns = 2 * (heads * params->delta_head / shape.box_m + 1);
       workspace->turns = params->deterministic ? turns : 0;
-      workspace->finished = int64_t{params->seqs.b} * params->hk;
+      workspace->finished = 2 * int64_t{params->seqs.b} * params->hk;
       if (has_lengths(params->seqs)) workspace->order = 2 * (params->seqs.b + 1);
     }
   }

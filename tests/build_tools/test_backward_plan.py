@@ -82,11 +82,29 @@ def test_shared_memory_is_what_the_page_says(
 ) -> None:
     _, main, _ = launched(f"backward({d})")
     # K, twice where dQ is multiplied later, and V; Q and dO, lse and delta of some steps; dS, or P
-    # in float, twice; dQ, all or what two consumers have of it; bounds of keys; barriers.
+    # in float, twice; dQ, all or what two consumers have of it, and zeros for its sums; bounds of
+    # keys; barriers.
+    zeros = 512 if d <= 128 else 0
     operands = (of_keys * block_n + 2 * steps * block_m) * columns * 2
     passed_on = 2 * block_m * block_n * exchanged + 4 * leaving
-    assert main.smem == operands + passed_on + steps * block_m * 8 + block_n * 8 + 512
+    assert main.smem == operands + passed_on + steps * block_m * 8 + block_n * 8 + zeros + 512
     assert main.smem <= 227 * 1024
+
+
+def test_blocks_of_long_heads_zero_sums_of_dq(launched: Launched) -> None:
+    zeroed_before = {
+        "backward(64, sk=2048, hk=4)": 2,  # 16 blocks: two heads fill the device
+        "backward(128, sk=2048, hk=4, window=(-1, 0), deterministic=True)": 2,
+        "backward(64, sk=1920, hk=4, window=(-1, 0))": 8,  # 15 blocks of unlike length
+        "backward(64, sk=1024, hk=4)": 4,
+        "backward(64, sk=896, hk=4)": 8,
+        "backward(64, sk=2048, hk=4, used=[300, 7])": 8,
+        "backward(192, sk=2048, hk=4)": 8,
+    }
+    found = launched(*zeroed_before, STUB_SMS="40")
+    deltas = [launch.params for launch in found if "delta" in launch.kernel]
+    heads_zeroed = [int.from_bytes(params[-8:-4], "little") for params in deltas]
+    assert heads_zeroed == list(zeroed_before.values())  # the last of BackwardParams
 
 
 @pytest.mark.parametrize(("d", "buffers"), [(192, 4), (256, 3)])

@@ -123,6 +123,11 @@ CASES = {
     "deterministic_packed": (
         "packed({d}, (130, 0, 200), (130, 50, 333), causal=True, deterministic=True)"
     ),
+    # Of several sections, whose sums are zeroed by the blocks of the one in front.
+    "long": "dense({d}, 100, 1100, b=2, hq=2, hk=2)",
+    "long_causal": "dense({d}, 270, 2000, b=3, hq=2, hk=1, causal=True)",
+    "long_window": "dense({d}, 200, 1024, b=3, hq=1, window=(300, 20))",
+    "long_in_turn": "dense({d}, 150, 1030, b=3, hq=1, window=(-1, 64), deterministic=True)",
 }
 
 

@@ -3,8 +3,9 @@
 
 namespace flash::common {
 
-constexpr int kDeltaRows = 64;
-constexpr int kDeltaThreads = 256;
+// A warp takes 32 rows.
+constexpr int kDeltaRows = 256;
+constexpr int kDeltaThreads = kDeltaRows;
 
 constexpr int kCombineWarps = 4;
 constexpr int kCombineThreads = 32 * kCombineWarps;

@@ -1,12 +1,13 @@
 // First step of the backward pass: delta = rowsum(dout * o), and zeroed sums for dQ. Where the main
 // kernel wants them, statistics and turns too (host/flash.h).
 //
-// A CTA takes kDeltaRows rows of one head, 8 lanes a row with 16-byte loads; rows behind the
-// sequence, up to where the next one starts, get zero. Bound by memory: reads o and dout, writes
-// dq_accum.
+// A CTA takes kDeltaRows rows of one head, a warp 32 of them, 8 lanes a row with 16-byte loads;
+// rows behind the sequence, up to where the next one starts, get zero. Bound by memory: reads o and
+// dout, writes dq_accum.
 #pragma once
 
 #include "attn/mask.cuh"
+#include "attn/schedule.cuh"
 #include "attn/sequence.cuh"
 #include "attn/softmax.cuh"
 #include "common/config.h"
@@ -28,6 +29,21 @@ __device__ inline float dot(uint4 a, uint4 b) {
     sum += x.x * y.x + x.y * y.y;
   }
   return sum;
+}
+
+// Over eight lanes, of each of their eight sums: a lane gets the one whose place is its own.
+__device__ inline float add_up(float (&sums)[8], int lane) {
+#pragma unroll
+  for (int half = 4; half > 0; half /= 2) {
+    const bool is_upper = lane & half;
+#pragma unroll
+    for (int i = 0; i < half; ++i) {
+      const float given = is_upper ? sums[i] : sums[half + i];
+      sums[i] = is_upper ? sums[half + i] : sums[i];
+      sums[i] += __shfl_xor_sync(0xffffffffu, given, half);
+    }
+  }
+  return sums[0];
 }
 
 // What the main kernel takes of a row: its log-sum-exp in base 2, such that P is 0 where there is
@@ -80,63 +96,62 @@ __device__ inline void delta(const BackwardParams& params) {
   }
 
   if (params.finished && block == 0 && threadIdx.x == 0 && head < params.hk) {
-    params.finished[seq.index * params.hk + head] = 0;
+    const int at = seq.index * params.hk + head;
+    params.finished[at] = params.finished[params.seqs.b * params.hk + at] = 0;
   }
   if (params.order && block == 0 && head == 0 && threadIdx.x < 32) find_place(params, seq);
+  const int key_head = attn::key_head(head, params.hq, params.hk);
+  const bool zeroes = seq.index * params.hk + key_head < params.heads_zeroed;
+  constexpr int kTileRows = 64;                     // of statistics and turns
+  const int end_used = (seq.sq + 127) / 128 * 128;  // by the main kernel
   for (int first = block * kDeltaRows; first < padded.count; first += blocks * kDeltaRows) {
     const int end = min(first + kDeltaRows, padded.count);
-    for (int copy = 0; copy < params.dq_copies; ++copy) {
+    for (int copy = 0; zeroes && copy < params.dq_copies; ++copy) {
       float* sums =
           params.dq_accum + copy * params.dq_accum_copy + (padded.first + first) * params.dq_cols;
       for (int at = 4 * threadIdx.x; at < (end - first) * params.dq_cols; at += 4 * kDeltaThreads) {
         *reinterpret_cast<float4*>(sums + at) = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
       }
     }
-    const bool is_used = first < (seq.sq + 127) / 128 * 128;  // by the main kernel
     // All loads are under way before the first is waited for.
-    constexpr int kRowsPerPass = kDeltaThreads / 8;
-    constexpr int kPasses = kDeltaRows / kRowsPerPass;
-    const int own = first + threadIdx.x / 8;
-    float lse[kPasses];
-    float sum[kPasses] = {};
-#pragma unroll
-    for (int pass = 0; pass < kPasses; ++pass) {
-      if (lane == 0 && statistics && is_used) {
-        lse[pass] = lse_of_row(params, seq, head, own + pass * kRowsPerPass);
-      }
-    }
+    constexpr int kPasses = 8, kRowsPerPass = 4;
+    const int first_of_warp = first + threadIdx.x / 32 * (kPasses * kRowsPerPass);
+    const int first_of_lane = first_of_warp + threadIdx.x % 32 / 8;
+    const int own = first_of_lane + lane * kRowsPerPass;
+    const bool is_used = statistics && own < end_used;
+    const float lse = is_used ? lse_of_row(params, seq, head, own) : 0.0f;
+    float sums_of_rows[kPasses] = {};
     for (int col = 8 * lane; col < params.dv; col += 64) {
       uint4 left[kPasses] = {};
       uint4 right[kPasses] = {};
 #pragma unroll
       for (int pass = 0; pass < kPasses; ++pass) {
-        const int row = own + pass * kRowsPerPass;
+        const int row = first_of_lane + pass * kRowsPerPass;
         if (row < seq.sq) {
           left[pass] = *reinterpret_cast<const uint4*>(o + row * params.o.row + col);
           right[pass] = *reinterpret_cast<const uint4*>(dout + row * params.dout.row + col);
         }
       }
 #pragma unroll
-      for (int pass = 0; pass < kPasses; ++pass) sum[pass] += dot<T>(left[pass], right[pass]);
-    }
-#pragma unroll
-    for (int pass = 0; pass < kPasses; ++pass) {
-      const int row = own + pass * kRowsPerPass;
-      float& x = sum[pass];
-#pragma unroll
-      for (int step = 1; step < 8; step *= 2) x += __shfl_xor_sync(0xffffffffu, x, step);
-      if (lane == 0 && row < end) params.delta[padded.first + row] = x;
-      if (lane == 0 && statistics && is_used) {
-        float* const tile = statistics + 2 * first + row % kDeltaRows;
-        tile[0] = lse[pass];
-        tile[kDeltaRows] = -x;
+      for (int pass = 0; pass < kPasses; ++pass) {
+        sums_of_rows[pass] += dot<T>(left[pass], right[pass]);
       }
     }
-    if (params.turns && is_used && threadIdx.x < 2) {
-      const int last_row = (first / params.turn_rows + 1) * params.turn_rows - 1;
-      const attn::Mask mask(params.scores, seq.sq, seq.sk);
-      params.turns[(padded.first + first) / kDeltaRows * 2 + threadIdx.x] =
-          (mask.highest(last_row) - 1) / params.turn_keys;
+    const float x = add_up(sums_of_rows, lane);
+    if (own < end) params.delta[padded.first + own] = x;
+    if (is_used) {
+      float* const tile = statistics + 2 * (own / kTileRows * kTileRows) + own % kTileRows;
+      tile[0] = lse;
+      tile[kTileRows] = -x;
+    }
+    if (params.turns && threadIdx.x < 2 * kDeltaRows / kTileRows) {
+      const int row = first + static_cast<int>(threadIdx.x) / 2 * kTileRows;
+      if (row < end_used) {
+        const int last_row = (row / params.turn_rows + 1) * params.turn_rows - 1;
+        const attn::Mask mask(params.scores, seq.sq, seq.sk);
+        params.turns[(padded.first + row) / kTileRows * 2 + threadIdx.x % 2] =
+            (mask.highest(last_row) - 1) / params.turn_keys;
+      }
     }
   }
 }

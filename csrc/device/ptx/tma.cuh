@@ -81,6 +81,12 @@ __device__ inline void bulk_add(float* gmem, uint32_t smem, int bytes) {
       : "memory");
 }
 
+__device__ inline void bulk_store(void* gmem, uint32_t smem, int bytes) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(gmem), "r"(smem),
+               "r"(bytes)
+               : "memory");
+}
+
 __device__ inline void tma_store_commit() {
   asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 }

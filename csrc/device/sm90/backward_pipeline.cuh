@@ -3,6 +3,7 @@
 #pragma once
 
 #include "attn/sequence.cuh"
+#include "ptx/tma.cuh"
 #include "sm90/pipeline.cuh"
 
 namespace flash::sm90 {
@@ -66,6 +67,22 @@ __device__ inline void place_sequence(Block& block, const Sequences& seqs,
   block.batch_k = seqs.cu_seqlens_k ? 0 : seq.index;
 }
 
+// Whether the delta kernel leaves sums of dQ to blocks of keys (BackwardParams::heads_zeroed); how
+// many blocks a section has; and how many of these zero sums of the next one: the first half, so
+// that blocks that are taken at one time seldom wait for each other.
+template <class Cfg>
+__device__ inline bool leaves_zeros(const BackwardParams& params) {
+  return Cfg::kByKeys && params.heads_zeroed < params.hk * params.seqs.b;
+}
+template <class Cfg>
+__device__ inline int blocks_of_section(const BackwardParams& params) {
+  return params.heads_per_section * ((params.seqs.sk + Cfg::kBlockN - 1) / Cfg::kBlockN);
+}
+template <class Cfg>
+__device__ inline int blocks_that_zero(const BackwardParams& params) {
+  return (blocks_of_section<Cfg>(params) + 1) / 2;
+}
+
 //   keys, values:    full: TMA has brought them       empty: no product needs them any more, and
 //                                                     what left through them is gone
 //   queries, douts:  full: TMA has brought the block  empty (queries only): all warps are done
@@ -91,7 +108,8 @@ struct BackwardPipeline {
   static constexpr int kOuts = kP + 2 * Cfg::kTile.p_bytes();
   static constexpr int kStatistics = kOuts + Cfg::kOutBuffers * Cfg::kTile.out_bytes();
   static constexpr int kBounds = kStatistics + Cfg::kTile.statistics_bytes();
-  static constexpr int kBarriers = kBounds + Cfg::kTile.bounds_bytes();
+  static constexpr int kZeros = kBounds + Cfg::kTile.bounds_bytes();
+  static constexpr int kBarriers = kZeros + Cfg::kTile.zeros_bytes();
   using KeyRing = Ring<kKeyBuffers>;
   using ValueRing = Ring<1>;
   using QueryRing = Ring<Cfg::kStages>;
@@ -143,6 +161,7 @@ struct BackwardPipeline {
 
   // The first query that sees a key, and the one behind the last.
   __device__ uint32_t bounds(int key) const { return smem + kBounds + key * 8; }
+  __device__ uint32_t zeros() const { return smem + kZeros; }
 
   __device__ KeyRing keys() const { return {smem + kBarriers}; }
   __device__ ValueRing values() const { return {keys().barriers + KeyRing::kBytes}; }
@@ -160,6 +179,10 @@ struct BackwardPipeline {
 
   // By all threads.
   __device__ void init() const {
+    if (threadIdx.x < Cfg::kTile.zeros_bytes() / sizeof(uint4)) {
+      reinterpret_cast<uint4*>(storage + kZeros)[threadIdx.x] = make_uint4(0, 0, 0, 0);
+      ptx::fence_async_proxy();
+    }
     if (threadIdx.x == 0) {
       keys().init(1, 4 * (Cfg::kConsumers + Cfg::kHasSummer));
       values().init(1, 4 * Cfg::kConsumers);

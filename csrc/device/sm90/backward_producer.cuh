@@ -45,12 +45,12 @@ struct KeySchedule {
   }
   __device__ uint32_t first() const {
     if (is_shared() && params.order) ptx::wait_for_kernel_in_front();
-    return is_shared() && is_in_turn() ? next() : blockIdx.x;
+    return is_shared() && waits_for_others() ? next() : blockIdx.x;
   }
   __device__ uint32_t next() const {
     if (!is_shared()) return ~0u;
     ptx::wait_for_kernel_in_front();  // which clears the counter
-    const uint32_t own = is_in_turn() ? 0 : ptx::opaque(static_cast<int>(gridDim.x));
+    const uint32_t own = waits_for_others() ? 0 : ptx::opaque(static_cast<int>(gridDim.x));
     return own + static_cast<uint32_t>(ptx::atomic_add(params.next_block, 1));
   }
 
@@ -88,6 +88,7 @@ struct KeySchedule {
   }
   // Sums of dQ have one order.
   __device__ bool is_in_turn() const { return Cfg::kByKeys && params.deterministic; }
+  __device__ bool waits_for_others() const { return is_in_turn() || leaves_zeros<Cfg>(params); }
 
   __device__ void place(KeyBlock& block, const attn::Sequence& seq) const {
     const Sequences& seqs = params.seqs;
@@ -132,6 +133,50 @@ struct KeySchedule {
   }
 };
 
+// The count of blocks that have zeroed their part of a section, of which `first` is the first head.
+__device__ inline int32_t* zeroed(const BackwardParams& params, uint32_t first) {
+  return params.finished + params.hk * params.seqs.b + first;
+}
+
+// Until blocks of the section in front have zeroed what this block's dQ is added to.
+template <class Cfg>
+__device__ inline void wait_for_zeros(const BackwardParams& params, const KeyBlock& block) {
+  const uint32_t section = params.heads_per_section;
+  const uint32_t head = block.sequence * params.hk + block.head;
+  if (head < params.heads_zeroed) return;
+  ptx::wait_until_equal(zeroed(params, head / section * section), blocks_that_zero<Cfg>(params));
+}
+
+// Zeroes the part of block `index` in the sums of the next section: they are in L2 when they are
+// added to, which those that the delta kernel zeroes seldom are.
+template <class Cfg>
+__device__ inline void zero_sums(const BackwardParams& params, const BackwardPipeline<Cfg>& pipe,
+                                 uint32_t index) {
+  if (!leaves_zeros<Cfg>(params)) return;
+  constexpr int kBytes = Cfg::kTile.zeros_bytes();
+  constexpr int kPiecesOf128Rows = 128 * Cfg::kHeadDim * 4 / kBytes;
+  const uint32_t section = params.heads_per_section;
+  const uint32_t blocks = blocks_of_section<Cfg>(params);
+  const uint32_t heads = params.hk * params.seqs.b;
+  const uint32_t first = (index / blocks + 1) * section;
+  const uint32_t place = index % blocks;
+  const uint32_t sharing = blocks_that_zero<Cfg>(params);
+  if (first >= heads || place >= sharing) return;
+  const uint32_t rows = static_cast<uint32_t>(params.delta_head) * (params.hq / params.hk);
+  const uint32_t of_head = rows / 128 * kPiecesOf128Rows;
+  const uint32_t all = min(section, heads - first) * of_head;
+  const uint32_t each = (all + sharing - 1) / sharing;
+  const uint32_t begin = place * each;
+  char* to = reinterpret_cast<char*>(params.dq_accum) + (int64_t{first} * of_head + begin) * kBytes;
+#pragma unroll 1
+  for (uint32_t end = min(begin + each, all), at = begin; at < end; ++at, to += kBytes) {
+    ptx::bulk_store(to, pipe.zeros(), kBytes);
+  }
+  ptx::tma_store_commit();
+  ptx::tma_store_wait();
+  ptx::red_release_add(zeroed(params, first), 1);
+}
+
 // One lane's work: what the CTA does in each round, and the loads of K. No block is taken before
 // the one in front is about to end: another CTA may be free sooner.
 template <class Cfg>
@@ -149,11 +194,14 @@ __device__ inline void plan_blocks(const TmaBackwardParams& params,
     pipe.blocks().arrive_full(again());
     if (block.is_last) return;
     if (block.begin < block.end) {
+      // dQ is made of K: so nothing is added to sums that are not zero yet.
+      if constexpr (Cfg::kByKeys) wait_for_zeros<Cfg>(params.call, block);
       pipe.keys().wait_empty(keys);
       load_tile<TileK>(pipe.k_buffer(keys), params.k, pipe.keys().full(keys), TileK::kCols / 64,
                        block.first_k + block.first, block.head, block.batch_k);
       ++keys;
     }
+    if constexpr (Cfg::kByKeys) zero_sums<Cfg>(params.call, pipe, block.index);
     pipe.loads().wait_full(again());
   }
 }

@@ -191,12 +191,14 @@ struct BackwardTile {
   constexpr int key_buffers() const { return share == kByKeys ? 2 : 1; }
   constexpr int statistics_bytes() const { return stages * block_m * 2 * 4; }
   constexpr int bounds_bytes() const { return block_n * 2 * 4; }
+  // By which sums of dQ are zeroed.
+  constexpr int zeros_bytes() const { return share == kByKeys ? 512 : 0; }
   // K and V; Q and dO in stages; two buffers of dS, or of P; what leaves; lse and delta; which
-  // queries see a key; barriers and records.
+  // queries see a key; zeros; barriers and records.
   constexpr int smem_bytes() const {
     return ((key_buffers() + 1) * block_n + 2 * stages * block_m) * columns() * 2 +
            2 * (ds_bytes() + p_bytes()) + out_buffers() * out_bytes() + statistics_bytes() +
-           bounds_bytes() + 512;
+           bounds_bytes() + zeros_bytes() + 512;
   }
 };
 

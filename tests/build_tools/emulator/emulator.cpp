@@ -460,6 +460,18 @@ void bulk_add(float* gmem, uint32_t smem, int bytes) {
   });
 }
 
+void bulk_store(void* gmem, uint32_t smem, int bytes) {
+  if ((reinterpret_cast<uintptr_t>(gmem) | smem | bytes) % 16 != 0) {
+    stop("bytes that are stored at once are not aligned");
+  }
+  const unsigned thread = threadIdx.x;
+  ++g_cta->stores[thread];
+  g_cta->copies.push_back([=] {
+    memcpy(gmem, at(smem, bytes), bytes);
+    --g_cta->stores[thread];
+  });
+}
+
 void tma_store_wait() {
   const unsigned thread = threadIdx.x;
   wait_until([thread] { return g_cta->stores[thread] == 0; }, "its stores");

@@ -89,6 +89,7 @@ void tma_load(uint32_t smem, const flash::TensorMap& map, uint32_t barrier, cons
               unsigned ctas = 0);
 void tma_store(uint32_t smem, const flash::TensorMap& map, const int (&place)[4]);
 void bulk_add(float* gmem, uint32_t smem, int bytes);
+void bulk_store(void* gmem, uint32_t smem, int bytes);
 void tma_store_wait();
 
 // What elements of products are.

@@ -30,6 +30,9 @@ inline void tma_store_if(bool is_due, const TensorMap& map, uint32_t smem, int c
 inline void bulk_add(float* gmem, uint32_t smem, int bytes) {
   emulator::bulk_add(gmem, smem, bytes);
 }
+inline void bulk_store(void* gmem, uint32_t smem, int bytes) {
+  emulator::bulk_store(gmem, smem, bytes);
+}
 inline void tma_store_commit() {}
 template <int kCommitted = 0>
 inline void tma_store_wait_read() {
