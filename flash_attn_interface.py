@@ -311,6 +311,7 @@ def flash_attn_combine(
     name = "flash_attn_combine"
     _arguments.check_tensors(name, out_partial=out_partial, lse_partial=lse_partial)
     _arguments.check_optional_tensors(name, out=out)
+    _arguments.check_optional_float_dtype(name, out_dtype=out_dtype)
     try:
         result: tuple[Tensor, Tensor] = (
             flash_attn_3_gpu._flash_attn_combine(out_partial, lse_partial, out_dtype)

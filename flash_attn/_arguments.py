@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from typing import Any, NoReturn, Optional
 
+import torch
 from torch import Tensor
 
 
@@ -78,6 +79,12 @@ def scale(given: Optional[float], q: Tensor, qv: Optional[Tensor] = None) -> flo
     if qv is not None and qv.dim() > 0:
         head_dim += qv.shape[-1]
     return float(head_dim**-0.5) if head_dim > 0 else 1.0  # 1: the shape is refused later
+
+
+def check_optional_float_dtype(name: str, **arguments: Any) -> None:
+    for argument, x in arguments.items():
+        if x is not None and not (isinstance(x, torch.dtype) and x.is_floating_point):
+            fail(name, f"{argument} must be a torch dtype of floats or None", repr(x), TypeError)
 
 
 def check_packed(name: str, argument: str, x: Tensor, count: int, rank: int) -> None:
