@@ -116,18 +116,21 @@ void choose_clusters(ForwardParams* params, const Shape& shape, const Device& de
 
 namespace {
 
+// Of so many keys those that a query sees, on average, or of queries those that see a key.
+int64_t seen(const Scores& scores, int64_t rows) {
+  if (scores.window_left >= 0 && scores.window_right >= 0) {
+    const int64_t width = int64_t{scores.window_left} + scores.window_right + 1;
+    return rows < width ? rows : width;
+  }
+  return has_mask(scores) ? rows / 2 : rows;
+}
+
 // Multiprocessors that are left to the conversion of dQ. A row is rounded in a time of its own, and
 // computed in one that grows with the keys that it sees.
 int num_converting(const BackwardParams& params, const Device& device) {
   const Sequences& seqs = params.seqs;
-  const Scores& scores = params.scores;
-  int64_t keys = seqs.cu_seqlens_k == nullptr ? seqs.sk : seqs.total_k / seqs.b;
-  if (scores.window_left >= 0 && scores.window_right >= 0) {
-    const int64_t width = int64_t{scores.window_left} + scores.window_right + 1;
-    if (keys > width) keys = width;
-  } else if (has_mask(scores)) {
-    keys /= 2;
-  }
+  const int64_t keys =
+      seen(params.scores, seqs.cu_seqlens_k == nullptr ? seqs.sk : seqs.total_k / seqs.b);
   // So many keys take one multiprocessor.
   const int64_t of_one = params.d <= 64 ? 6144 : 4096;
   return clamp((of_one + keys / 2) / (keys < 1 ? 1 : keys), 0, device.num_sms / 8);
@@ -318,10 +321,12 @@ int choose_section(const BackwardParams& params, const Shape& shape, const Devic
 int choose_zeroed(const BackwardParams& params, const Shape& shape) {
   const int heads = params.hk * params.seqs.b;
   if (!shape.takes_blocks || !shape.makes_sums || has_lengths(params.seqs)) return heads;
-  // Of short heads, blocks would wait for zeros; where they are of unlike length, of longer ones
-  // too. Measured on an H100 (docs/kernels/sm90_backward.md).
-  const int64_t blocks = ceil_div(params.seqs.sk, shape.block_n);
-  const bool waits = blocks < (grows(params.scores) ? 16 : 8);
+  // Blocks that take no longer wait for zeros, of others, or with long parts of their own. Measured
+  // on an H100 (docs/kernels/sm90_backward.md).
+  constexpr int kLeastBlocks = 8, kLeastQueries = 1024;
+  const int64_t queries = seen(params.scores, params.seqs.sq) * (params.hq / params.hk);
+  const bool waits =
+      queries < kLeastQueries || params.seqs.sk <= (kLeastBlocks - 1) * shape.block_n;
   return waits || params.heads_per_section > heads ? heads : params.heads_per_section;
 }
 

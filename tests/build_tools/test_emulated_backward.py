@@ -124,10 +124,10 @@ CASES = {
         "packed({d}, (130, 0, 200), (130, 50, 333), causal=True, deterministic=True)"
     ),
     # Of several sections, whose sums are zeroed by the blocks of the one in front.
-    "long": "dense({d}, 100, 1100, b=2, hq=2, hk=2)",
-    "long_causal": "dense({d}, 270, 2000, b=3, hq=2, hk=1, causal=True)",
-    "long_window": "dense({d}, 200, 1024, b=3, hq=1, window=(300, 20))",
-    "long_in_turn": "dense({d}, 150, 1030, b=3, hq=1, window=(-1, 64), deterministic=True)",
+    "long": "dense({d}, 130, 1000, hq=24, hk=3)",
+    "long_causal": "dense({d}, 260, 930, b=2, hq=8, causal=True)",
+    "long_window": "dense({d}, 200, 1024, b=3, hq=8, window=(300, 20))",
+    "long_in_turn": "dense({d}, 140, 900, b=2, hq=16, window=(-1, 64), deterministic=True)",
 }
 
 
