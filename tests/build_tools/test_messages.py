@@ -33,6 +33,7 @@ FOREIGN = {
     "Killed signal terminated program cc1plus",
     "version 'GLIBC_2.32' not found",
     "GLIBCXX_3.4.30 not found",
+    "Tried to register an operator (flash_attn_3::fwd...",
     "Filename too long",
     "Stat(...): Filename longer than 260 characters",
     "Microsoft Visual C++ 14.0 or greater is required",

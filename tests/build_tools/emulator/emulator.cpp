@@ -433,43 +433,47 @@ void tma_load(uint32_t smem, const flash::TensorMap& map, uint32_t address, cons
   for (unsigned rank = 0; rank < ctas; ++rank) running_cta(rank).copies.push_back(copy);
 }
 
-void tma_store(uint32_t smem, const flash::TensorMap& map, const int (&place)[4]) {
-  const Map read = read_map(map);
-  const std::vector<int> where(place, place + 4);
+namespace {
+
+// What leaves shared memory some turns later; a thread may wait for its own.
+template <class Copy>
+void start_store(Copy copy) {
   const unsigned thread = threadIdx.x;
   ++g_cta->stores[thread];
   g_cta->copies.push_back([=] {
-    copy_box(read, {where[0], where[1], where[2], where[3]}, smem, false);
+    copy();
     --g_cta->stores[thread];
   });
 }
 
-void bulk_add(float* gmem, uint32_t smem, int bytes) {
+template <class Copy>
+void start_bulk_store(void* gmem, uint32_t smem, int bytes, Copy copy) {
   if ((reinterpret_cast<uintptr_t>(gmem) | smem | bytes) % 16 != 0) {
-    stop("floats that are added at once are not aligned");
+    stop("what leaves shared memory at once is not aligned");
   }
-  const unsigned thread = threadIdx.x;
-  ++g_cta->stores[thread];
-  g_cta->copies.push_back([=] {
+  start_store(copy);
+}
+
+}  // namespace
+
+void tma_store(uint32_t smem, const flash::TensorMap& map, const int (&place)[4]) {
+  const Map read = read_map(map);
+  const std::vector<int> where(place, place + 4);
+  start_store([=] { copy_box(read, {where[0], where[1], where[2], where[3]}, smem, false); });
+}
+
+void bulk_add(float* gmem, uint32_t smem, int bytes) {
+  start_bulk_store(gmem, smem, bytes, [=] {
     for (int i = 0; i < bytes / 4; ++i) {
       float x;
       memcpy(&x, at(smem + 4 * i, 4), 4);
       gmem[i] += x;
     }
-    --g_cta->stores[thread];
   });
 }
 
 void bulk_store(void* gmem, uint32_t smem, int bytes) {
-  if ((reinterpret_cast<uintptr_t>(gmem) | smem | bytes) % 16 != 0) {
-    stop("bytes that are stored at once are not aligned");
-  }
-  const unsigned thread = threadIdx.x;
-  ++g_cta->stores[thread];
-  g_cta->copies.push_back([=] {
-    memcpy(gmem, at(smem, bytes), bytes);
-    --g_cta->stores[thread];
-  });
+  start_bulk_store(gmem, smem, bytes, [=] { memcpy(gmem, at(smem, bytes), bytes); });
 }
 
 void tma_store_wait() {
