@@ -42,8 +42,10 @@ class Torch:
         return self.version >= STABLE_SINCE
 
 
-def compiler() -> list[str]:
-    """The C++ compiler with its options: CXX, else the first of the usual names."""
+def compiler(program: Optional[str] = None) -> list[str]:
+    """The C++ compiler with its options: `program`, CXX, else the first of the usual names."""
+    if program:
+        return [program]
     asked = env.CXX.text()
     if asked:
         words = shlex.split(asked)
@@ -83,7 +85,7 @@ def host(target: Path = PACKAGE / HOST_LIBRARY, cxx: Optional[str] = None) -> Pa
         # built. -lgcc holds helpers of the compiler itself; it is static and hidden.
         libraries = ["-lpthread", "-Wl,--no-as-needed,-l:libdl.so.2,--as-needed", "-lc", "-lgcc"]
     target.parent.mkdir(parents=True, exist_ok=True)
-    run([*([cxx] if cxx else compiler()), *flags, *sources("host"), "-o", str(target), *libraries])
+    run([*compiler(cxx), *flags, *sources("host"), "-o", str(target), *libraries])
     return target
 
 
@@ -147,7 +149,7 @@ def shim(
     # along.
     for folder in (torch.include, torch.include.resolve()):
         flags.append(f"-ffile-prefix-map={folder}/=")
-    command = [cxx] if cxx else compiler()
+    command = compiler(cxx)
     objects = BUILD / "shim" / target.stem
     objects.mkdir(parents=True, exist_ok=True)
     made = {source: objects / f"{Path(source).stem}.o" for source in sources("torch")}

@@ -58,7 +58,7 @@ def window(name: str, window_size: Any) -> tuple[int, int]:
     except (TypeError, ValueError):
         fail(name, rule, repr(window_size), ValueError)
     for bound in (left, right):
-        if not isinstance(bound, int) and not hasattr(bound, "__index__"):
+        if not _is_int(bound):
             fail(name, rule, repr(window_size), TypeError)
     return left, right
 
@@ -98,8 +98,12 @@ def check_packed(name: str, argument: str, x: Tensor, count: int, rank: int) -> 
         )
 
 
+def _is_int(x: Any) -> bool:
+    return isinstance(x, int) or hasattr(x, "__index__")
+
+
 def check_int(name: str, argument: str, x: Any, kind: str = "an int") -> None:
-    if not isinstance(x, int) and not hasattr(x, "__index__"):
+    if not _is_int(x):
         fail(name, f"{argument} must be {kind}", type(x).__name__, TypeError)
 
 

@@ -85,7 +85,7 @@ _VARLEN = Operators(
 )
 
 
-def _is_watched(packed: tuple[Tensor, ...]) -> bool:
+def is_watched(packed: tuple[Tensor, ...]) -> bool:
     """Whether a compiler, a transform, a mode or a kind of tensor may want the published operator,
     which it knows by name.
     """
@@ -188,10 +188,10 @@ class Attention(torch.autograd.Function):
 _bare_apply = super(torch.autograd.Function, Attention).apply
 
 
-def _differentiably(packed: tuple[Tensor, ...], call: Call, is_watched: bool) -> Any:
+def _differentiably(packed: tuple[Tensor, ...], call: Call, watched: bool) -> Any:
     """The result of `Attention`."""
     others = (None,) * (3 - len(packed))
-    if is_watched:
+    if watched:
         return Attention.apply(*distinct(packed), *others, call)
     return _bare_apply(*map(unwrap_if_dead, packed), *others, call)
 
@@ -231,9 +231,9 @@ def attend(
     softmax_scale = _arguments.scale(softmax_scale, packed[0])
     left, right = _arguments.window(name, window_size)
     operators = _VARLEN if lengths else _DENSE
-    is_watched = _is_watched(packed)
+    watched = is_watched(packed)
     wants_all = return_attn_probs or dropout_p != 0
-    is_plain = cuda.IS_DIRECT and packed[0].is_cuda and not (wants_all or is_watched)
+    is_plain = cuda.IS_DIRECT and packed[0].is_cuda and not (wants_all or watched)
     forward = operators.plain_forward if is_plain else operators.forward
     cu_seqlens = lengths[:2]
     rules = (*lengths[2:], dropout_p, softmax_scale, causal, left, right, softcap, slopes)
@@ -254,7 +254,7 @@ def attend(
             deterministic,
             return_attn_probs,
         )
-        return _differentiably(packed, call, is_watched)
+        return _differentiably(packed, call, watched)
     except (ImportError, RuntimeError, TypeError, ValueError) as error:
         raise _arguments.renamed(error, operators.name, name) from error.__cause__
 

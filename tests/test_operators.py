@@ -285,7 +285,7 @@ def test_only_calls_that_nobody_sees_are_unwatched() -> None:
     seen: dict[str, bool] = {}
 
     def noting(name: str, *packed: Tensor) -> Tensor:
-        seen[name] = _attention._is_watched(packed)
+        seen[name] = _attention.is_watched(packed)
         return packed[0]
 
     noting("eager", q, k, v)
@@ -306,9 +306,7 @@ def test_only_calls_that_nobody_sees_are_unwatched() -> None:
     torch.jit.trace(lambda x: noting("a tracer", x), (q,), check_trace=False)
     assert all(seen.values()), seen
     assert len(seen) == 7
-    assert torch.compile(lambda x: x + _attention._is_watched((x,)), backend="eager")(q).equal(
-        q + 1
-    )
+    assert torch.compile(lambda x: x + _attention.is_watched((x,)), backend="eager")(q).equal(q + 1)
 
 
 def test_a_tensor_that_escaped_a_transform_has_its_gradient() -> None:

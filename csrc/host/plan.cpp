@@ -327,7 +327,7 @@ int choose_zeroed(const BackwardParams& params, const Shape& shape) {
   const int64_t queries = seen(params.scores, params.seqs.sq) * (params.hq / params.hk);
   const bool waits =
       queries < kLeastQueries || params.seqs.sk <= (kLeastBlocks - 1) * shape.block_n;
-  return waits || params.heads_per_section > heads ? heads : params.heads_per_section;
+  return waits ? heads : params.heads_per_section;
 }
 
 int choose_columns(const BackwardParams& params, const Shape& shape, const Device& device) {

@@ -81,6 +81,7 @@ __device__ inline void bulk_add(float* gmem, uint32_t smem, int bytes) {
       : "memory");
 }
 
+// Copies bytes in the same way.
 __device__ inline void bulk_store(void* gmem, uint32_t smem, int bytes) {
   asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(gmem), "r"(smem),
                "r"(bytes)

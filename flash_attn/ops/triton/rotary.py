@@ -10,7 +10,7 @@ from typing import Any, Optional, Union
 import torch
 from torch import Tensor
 
-from flash_attn._attention import _is_watched
+from flash_attn._attention import is_watched
 from flash_attn._cpu import tables
 from flash_attn._rotary import check_length, check_offsets, check_tables, positions_of, rotate
 from flash_attn.backends import triton
@@ -28,7 +28,7 @@ def __getattr__(name: str) -> Any:
 def _are_readable(*positions: Union[int, Tensor]) -> bool:
     """Whether values can be read without waiting for a device, and without a tracer to see it."""
     tensors = tuple(x for x in positions if isinstance(x, Tensor))
-    return all(x.device.type == "cpu" for x in tensors) and not _is_watched(tensors)
+    return all(x.device.type == "cpu" for x in tensors) and not is_watched(tensors)
 
 
 def _check_offsets_hold(function: str, offsets: Tensor, lengths: list[int], seqlen_ro: int) -> None:
