@@ -3,34 +3,34 @@
     python benchmarks/builds.py FOLDER FOLDER... [--only PATTERN] [--passes fwd bwd] [--rounds N]
 
 Each FOLDER is a checkout after `python -m build_tools all`, or a copy of its modules; others are
-compared with the first. Builds take turns in processes of their own, which do the same cases in the
-same order, so that clocks and temperature weigh on all alike: one that does more in front of a case
-looks 1 to 3 % slower in it. The fastest round of each case counts. Writes nothing.
+compared with the first. Each build has a process of its own for the whole run. They take turns at
+each case, a round of some milliseconds at a time, and another one is first in each round, so that
+clocks and temperature weigh on all alike. Writes nothing.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
+from statistics import median
+from typing import Any, TextIO
 
 import fp8
 import gpu
 import peers
-from peer_methods import OURS, Case, FlashAttn, Inputs
+from peer_methods import Case, FlashAttn, Inputs
 
 PASSES = ("fwd", "bwd")
 WARM_UP_MS, TOTAL_MS = 4.0, 15.0
 
 Call = Callable[[], Any]
-Times = dict[str, list[float]]
 
 
 def cases(passes: Sequence[str]) -> Iterator[tuple[str, Callable[[], Call]]]:
@@ -54,36 +54,75 @@ def call_of_fp8(case: fp8.Case) -> Call:
     return fp8.captured(partial(fp8.flash_attn, fp8.Inputs(case)))
 
 
-def measure(only: str, passes: Sequence[str], timer: gpu.Timer) -> dict[str, float]:
-    """Milliseconds of each case, of the build that is imported here."""
-    found = {}
-    for name, make in cases(passes):
-        if re.search(only, name):
-            calls = {OURS: make()}
-            rounds = gpu.take_turns(calls, timer, [(OURS,)], WARM_UP_MS, gpu.ROUNDS * TOTAL_MS)
-            found[name] = rounds[OURS][0]
-    return found
+def round_of(call: Call, timer: gpu.Timer) -> float:
+    """Milliseconds of a call: the median of as many as take TOTAL_MS."""
+    estimate = max(median(timer(call, gpu.MIN_CALLS)), 1e-3)
+    timer(call, int(WARM_UP_MS / estimate) + 1)
+    return median(timer(call, max(gpu.MIN_CALLS, int(TOTAL_MS / estimate))))
 
 
-def measured_in(folder: Path, options: Sequence[str]) -> dict[str, float]:
-    """The same of the build in a folder, by a process of its own."""
-    command = [sys.executable, __file__, "--worker", *options]
-    environment = {**os.environ, "PYTHONPATH": str(folder.resolve())}
-    child = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-    found: dict[str, float] = json.loads(child.stdout.splitlines()[-1])
-    return found
+def work(names: Iterable[str], replies: TextIO, timer: gpu.Timer) -> None:
+    """Times a round of each case that is named, of the build that is imported here."""
+    made = dict(cases(PASSES))
+    calls: dict[str, Call] = {}
+    for name in map(str.strip, names):
+        if name not in calls:
+            calls.clear()  # what the last one holds is free before this one's is taken
+            calls[name] = made[name]()
+        replies.write(f"{round_of(calls[name], timer)}\n")
+        replies.flush()
 
 
-def lines(times: dict[str, Times]) -> Iterator[str]:
-    """A row for each case: microseconds, and by how much a build is faster than the first."""
-    first, *others = times
-    yield f"| Case | {first}, us | {' | '.join(others)} |"
-    yield "| --- | --- |" + " --- |" * len(others)
-    for name, rounds in times[first].items():
-        base = min(rounds)
-        fastest = [min(times[other][name]) for other in others]
-        cells = (f"{x * 1e3:.1f} ({base / x - 1:+.1%})" for x in fastest)
-        yield f"| {name} | {base * 1e3:.1f} | {' | '.join(cells)} |"
+class Build:
+    """A process that imports the build in `folder`, and times it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._process = subprocess.Popen(
+            [sys.executable, __file__, "--worker"],
+            env={**os.environ, "PYTHONPATH": str(folder.resolve())},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def __enter__(self) -> Build:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.communicate()
+
+    def time(self, name: str) -> float:
+        """Milliseconds of a round of the case; RuntimeError where the build fails in it."""
+        with suppress(BrokenPipeError):
+            print(name, file=self._process.stdin, flush=True)
+        assert self._process.stdout
+        reply = self._process.stdout.readline()
+        if not reply:
+            raise RuntimeError(f"{self.folder}: the build has failed in {name}, see above")
+        return float(reply)
+
+
+def take_turns(builds: Sequence[Build], name: str, rounds: int) -> list[list[float]]:
+    """Milliseconds of each build in each round."""
+    times: list[list[float]] = [[0.0] * rounds for _ in builds]
+    for turn in range(rounds):
+        for i in range(len(builds)):
+            at = (turn + i) % len(builds)
+            times[at][turn] = builds[at].time(name)
+    return times
+
+
+def row(name: str, times: Sequence[Sequence[float]]) -> str:
+    """Microseconds, and by how much a build is faster than the first: the median of the rounds,
+    and half the distance from the smallest to the largest."""
+    base, *others = times
+    cells = [f"{median(base) * 1e3:.1f}"]
+    for other in others:
+        gains = [100 * (ours / theirs - 1) for ours, theirs in zip(base, other, strict=True)]
+        half = (max(gains) - min(gains)) / 2
+        cells.append(f"{median(other) * 1e3:.1f} ({median(gains):+.1f} % ±{half:.1f})")
+    return f"| {name} | {' | '.join(cells)} |"
 
 
 def main() -> int:
@@ -91,22 +130,24 @@ def main() -> int:
     parser.add_argument("folders", type=Path, nargs="*", help="builds; the first is the base")
     parser.add_argument("--only", default="", help="cases whose names have this (a pattern)")
     parser.add_argument("--passes", nargs="+", choices=PASSES, default=PASSES)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
-        print(json.dumps(measure(arguments.only, arguments.passes, gpu.CudaTimer())))
+        replies = os.fdopen(os.dup(1), "w")
+        os.dup2(2, 1)  # whatever else is printed is none
+        work(sys.stdin, replies, gpu.CudaTimer())
         return 0
     if len(arguments.folders) < 2:
         parser.error("name two builds or more")
-    options = ["--only", arguments.only, "--passes", *arguments.passes]
-    times: dict[str, Times] = {str(folder): {} for folder in arguments.folders}
-    for turn in range(arguments.rounds):
-        for folder in arguments.folders:
-            print(f"round {turn + 1} of {arguments.rounds}: {folder}", file=sys.stderr)
-            for name, ms in measured_in(folder, options).items():
-                times[str(folder)].setdefault(name, []).append(ms)
-    print("\n".join(lines(times)))
+    names = [x for x, _ in cases(arguments.passes) if re.search(arguments.only, x)]
+    with ExitStack() as stack:
+        builds = [stack.enter_context(Build(folder)) for folder in arguments.folders]
+        first, *others = (str(build.folder) for build in builds)
+        print(f"| Case | {first}, us | {' | '.join(others)} |")
+        print("| --- | --- |" + " --- |" * len(others))
+        for name in names:
+            print(row(name, take_turns(builds, name, arguments.rounds)), flush=True)
     return 0
 
 
