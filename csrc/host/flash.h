@@ -159,6 +159,8 @@ struct TmaLatentParams {
 
 constexpr int kCounterBits = 24;
 
+enum SumState : int32_t { kNothingIsThere, kSomeoneStores, kSumsAreThere };
+
 struct BackwardParams {
   Rows q, k, v, o, dout;
   Rows dq, dk, dv_grad;
@@ -191,9 +193,10 @@ struct BackwardParams {
   // are not there) and then 64 times -delta.
   float* statistics;
   int64_t statistics_head;
-  // A deterministic call adds in an order: two numbers for each 64 rows of dq_accum, which block of
-  // turn_keys keys is next to add. The delta kernel begins with the last one that the turn_rows
-  // queries about there see.
+  // Where given, who comes first stores sums, and others add to them: two states for each 64 rows
+  // of dq_accum, of which the delta kernel writes the first. SumState; or, in a deterministic call,
+  // which block of turn_keys keys is next, from the last that the turn_rows queries about there see
+  // down to the first: ~j is block j where it is the first to come.
   int32_t* turns;
   int32_t turn_rows, turn_keys;
   // CTAs of the main kernel take block after block of keys by this counter, and those of the kernel
@@ -207,8 +210,9 @@ struct BackwardParams {
   // the blocks of turn_keys keys of all heads in front of it; then those of all. The delta kernel
   // fills it in.
   uint32_t* order;
-  // Of all sequences' key-value heads those that the delta kernel zeroes sums for: all, or those of
-  // the first section. Then the blocks of a section do it for the next.
+  // Of all sequences' key-value heads those that the delta kernel zeroes sums for: all; or those of
+  // the first section, and the blocks of a section do it for the next; or none, where there are
+  // turns.
   int32_t heads_zeroed;
 };
 

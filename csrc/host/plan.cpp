@@ -319,15 +319,15 @@ int choose_section(const BackwardParams& params, const Shape& shape, const Devic
 }
 
 int choose_zeroed(const BackwardParams& params, const Shape& shape) {
-  const int heads = params.hk * params.seqs.b;
-  if (!shape.takes_blocks || !shape.makes_sums || has_lengths(params.seqs)) return heads;
-  // Blocks that take no longer wait for zeros, of others, or with long parts of their own. Measured
-  // on an H100 (docs/kernels/sm90_backward.md).
+  if (!shape.takes_blocks || !shape.makes_sums) return params.hk * params.seqs.b;
+  // Long calls lose more by waiting for one another than zeros cost. Measured on an H100
+  // (docs/kernels/sm90_backward.md).
   constexpr int kLeastBlocks = 8, kLeastQueries = 1024;
   const int64_t queries = seen(params.scores, params.seqs.sq) * (params.hq / params.hk);
-  const bool waits =
+  const bool is_short =
       queries < kLeastQueries || params.seqs.sk <= (kLeastBlocks - 1) * shape.block_n;
-  return waits ? heads : params.heads_per_section;
+  const bool stores = is_short || has_lengths(params.seqs) || params.deterministic;
+  return stores ? 0 : params.heads_per_section;
 }
 
 int choose_columns(const BackwardParams& params, const Shape& shape, const Device& device) {

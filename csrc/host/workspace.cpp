@@ -126,7 +126,7 @@ bool plan_backward(const Device& on, int dtype, BackwardParams* params, FlashWor
     workspace->next_tile = shape.makes_sums || !has_lengths(params->seqs) ? 4 : 0;
     if (shape.makes_sums) {
       const int64_t turns = 2 * (heads * params->delta_head / shape.box_m + 1);
-      workspace->turns = params->deterministic ? turns : 0;
+      workspace->turns = params->heads_zeroed == 0 ? turns : 0;
       workspace->finished = 2 * int64_t{params->seqs.b} * params->hk;
       if (has_lengths(params->seqs)) workspace->order = 2 * (params->seqs.b + 1);
     }

@@ -96,6 +96,7 @@ CASES = {
     "causal": "dense({d}, 300, 300, hq=4, hk=2, causal=True)",
     "causal_more_keys": "dense({d}, 257, 640, hk=2, causal=True)",
     "rows_without_keys": "dense({d}, 400, 100, causal=True)",
+    "tiles_without_keys": "dense({d}, 450, 130, causal=True, deterministic=True)",
     "keys_without_rows": "dense({d}, 200, 600, window=(64, -1))",
     "window": "dense({d}, 400, 400, window=(100, 30))",
     "softcap": "dense({d}, 200, 200, softcap=10.0, causal=True)",

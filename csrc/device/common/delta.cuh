@@ -1,5 +1,5 @@
-// First step of the backward pass: delta = rowsum(dout * o), and zeroed sums for dQ. Where the main
-// kernel wants them, statistics and turns too (host/flash.h).
+// First step of the backward pass: delta = rowsum(dout * o), and zeroed sums for dQ; or, where the
+// main kernel wants them, statistics and turns (host/flash.h).
 //
 // A CTA takes kDeltaRows rows of one head, a warp 32 of them, 8 lanes a row with 16-byte loads;
 // rows behind the sequence, up to where the next one starts, get zero. Bound by memory: reads o and
@@ -72,6 +72,27 @@ __device__ inline void find_place(const BackwardParams& params, const attn::Sequ
   if (is_last) place[3] = found.blocks + blocks_of(own);
 }
 
+constexpr int kTileRows = 64;  // of statistics and turns
+
+// Whether there may be sums that nobody stores, of the rows from `first` on that a CTA takes: of
+// some tile the first one sees no key.
+__device__ inline bool may_lack_sums(const BackwardParams& params, const attn::Sequence& seq,
+                                     int first) {
+  const attn::Mask mask(params.scores, seq.sq, seq.sk);
+  bool sees_all = true;
+  for (int row = first; row < first + kDeltaRows; row += kTileRows) {
+    sees_all = sees_all && (row >= seq.sq || mask.lowest(row) < mask.highest(row));
+  }
+  return !sees_all;
+}
+
+// Of keys that queries about `row` see.
+__device__ inline int last_block(const BackwardParams& params, const attn::Sequence& seq, int row) {
+  const int last_row = (row / params.turn_rows + 1) * params.turn_rows - 1;
+  const attn::Mask mask(params.scores, seq.sq, seq.sk);
+  return (mask.highest(last_row) - 1) / params.turn_keys;
+}
+
 // Grid: CTAs of a head (as many as the longest head has tiles of rows), times hq, times b.
 template <class T>
 __device__ inline void delta(const BackwardParams& params) {
@@ -101,11 +122,11 @@ __device__ inline void delta(const BackwardParams& params) {
   }
   if (params.order && block == 0 && head == 0 && threadIdx.x < 32) find_place(params, seq);
   const int key_head = attn::key_head(head, params.hq, params.hk);
-  const bool zeroes = seq.index * params.hk + key_head < params.heads_zeroed;
-  constexpr int kTileRows = 64;                     // of statistics and turns
+  const bool is_zeroed = seq.index * params.hk + key_head < params.heads_zeroed;
   const int end_used = (seq.sq + 127) / 128 * 128;  // by the main kernel
   for (int first = block * kDeltaRows; first < padded.count; first += blocks * kDeltaRows) {
     const int end = min(first + kDeltaRows, padded.count);
+    const bool zeroes = is_zeroed || (params.turns && may_lack_sums(params, seq, first));
     for (int copy = 0; zeroes && copy < params.dq_copies; ++copy) {
       float* sums =
           params.dq_accum + copy * params.dq_accum_copy + (padded.first + first) * params.dq_cols;
@@ -147,10 +168,8 @@ __device__ inline void delta(const BackwardParams& params) {
     if (params.turns && threadIdx.x < 2 * kDeltaRows / kTileRows) {
       const int row = first + static_cast<int>(threadIdx.x) / 2 * kTileRows;
       if (row < end_used) {
-        const int last_row = (row / params.turn_rows + 1) * params.turn_rows - 1;
-        const attn::Mask mask(params.scores, seq.sq, seq.sk);
         params.turns[(padded.first + row) / kTileRows * 2 + threadIdx.x % 2] =
-            (mask.highest(last_row) - 1) / params.turn_keys;
+            params.deterministic ? ~last_block(params, seq, row) : kNothingIsThere;
       }
     }
   }

@@ -160,6 +160,14 @@ __device__ inline uint64_t atomic_add_in_order(uint64_t* gmem, uint64_t x) {
 }
 
 // What memory held before; it holds x now, if that was `expected`.
+__device__ inline int atomic_compare_exchange(int32_t* gmem, int expected, int x) {
+  int before;
+  asm volatile("atom.relaxed.gpu.global.cas.b32 %0, [%1], %2, %3;"
+               : "=r"(before)
+               : "l"(gmem), "r"(expected), "r"(x)
+               : "memory");
+  return before;
+}
 __device__ inline uint64_t atomic_compare_exchange(uint64_t* gmem, uint64_t expected, uint64_t x) {
   uint64_t before;
   asm volatile("atom.relaxed.gpu.global.cas.b64 %0, [%1], %2, %3;"
@@ -174,15 +182,18 @@ __device__ inline void red_add_f32(float* gmem, float x) {
   asm volatile("red.global.add.f32 [%0], %1;" ::"l"(gmem), "f"(x) : "memory");
 }
 
-// Waits until a counter is `x`; what its writers did before they added to it is seen from here on.
-// Sleeps for `sleep_ns` or so before it looks again.
-__device__ inline void wait_until_equal(const int32_t* gmem, int x, uint32_t sleep_ns = 0) {
+// Waits until a counter is `x` or `y`, and tells which; what its writers did before they added to
+// it is seen from here on. Sleeps for `sleep_ns` or so before it looks again.
+__device__ inline int wait_until_either(const int32_t* gmem, int x, int y, uint32_t sleep_ns = 0) {
   for (;;) {
     int found;
     asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(found) : "l"(gmem) : "memory");
-    if (found == x) return;
+    if (found == x || found == y) return found;
     if (sleep_ns > 0) asm volatile("nanosleep.u32 %0;" ::"r"(sleep_ns));
   }
+}
+__device__ inline void wait_until_equal(const int32_t* gmem, int x, uint32_t sleep_ns = 0) {
+  wait_until_either(gmem, x, x, sleep_ns);
 }
 
 // What a counter says, in no order with anything else.

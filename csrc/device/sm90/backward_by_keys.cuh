@@ -27,6 +27,9 @@ class KeysConsumer : GradientConsumer<Cfg> {
   // A consumer's K stays in registers, where there is room: shared memory is read less.
   static constexpr bool kHoldsKeys = kByRows;
   static constexpr bool kMakesDq = !Cfg::kHasSummer;
+  // A run of steps is a loop of its own, or all of them are one: whichever leaves registers for the
+  // thread's index.
+  static constexpr bool kJoinsRuns = kByRows;
   static_assert(kByRows ? Cfg::kHeadDim == 64 && kMakesDq
                         : Cfg::kBlockM == 64 && TileK::kCols == 128,
                 "a consumer has 64 x 64 of dQ");
@@ -78,18 +81,21 @@ class KeysConsumer : GradientConsumer<Cfg> {
                           64 * this->consumer_ + this->warp_row(), this->lane());
     }
     do {
-      this->pipe_.queries().wait_full(this->step_);
-      this->clean_queries();
-      if constexpr (kByRows) {
-        step_of_128<kPlain>();
-      } else {
-        step_of_64<kPlain>();
-      }
-      if constexpr (kMakesDq) {
-        if (late_keys_ != this->keys_) this->release_keys(late_keys_);
-        late_keys_ = this->keys_;
-      }
-    } while (this->close_step());
+      do {
+        this->pipe_.queries().wait_full(this->step_);
+        this->clean_queries();
+        if constexpr (kByRows) {
+          step_of_128<kPlain>();
+        } else {
+          step_of_64<kPlain>();
+        }
+        if constexpr (kMakesDq) {
+          if (late_keys_ != this->keys_) this->release_keys(late_keys_);
+          late_keys_ = this->keys_;
+        }
+        this->release_queries(this->step_);
+      } while (this->next_of_run() || (kJoinsRuns && this->next_run()));
+    } while (!kJoinsRuns && this->next_run());
     if constexpr (!kMakesDq) this->release_keys(this->keys_);
     this->release_values();
   }

@@ -41,12 +41,12 @@ class GradientConsumer {
   // Goes to the first step of the block. False: there is none.
   __device__ __forceinline__ bool has_steps() {
     const KeyBlock& b = block();
-    at_ = ptx::uniform(b.begin);
-    end_ = ptx::uniform(b.end);
-    if (at_ >= end_) return false;
+    stop_ = ptx::uniform(b.end);
+    if (ptx::uniform(b.begin) >= stop_) return false;
+    at_ = ptx::uniform(b.start);
     full_begin_ = ptx::uniform(b.full_begin[consumer_]);
     full_end_ = ptx::uniform(b.full_end[consumer_]);
-    head_ = ptx::uniform(b.head) * (params_.hq / params_.hk);
+    head_ = ptx::uniform(b.first_head);
     return true;
   }
   // By each warp, behind its last product with K.
@@ -66,18 +66,26 @@ class GradientConsumer {
     pipe_.queries().arrive_empty_if(lane() == 0, step);
   }
 
-  // The consumer is done with a step, or a block of keys. True: the block has another step.
-  __device__ __forceinline__ bool close_step() {
-    release_queries(step_);
-    return next_step();
-  }
-  __device__ __forceinline__ bool next_step() {
+  // Goes to the next step. False: the block has no more.
+  __device__ __forceinline__ bool next_step() { return next_of_run() || next_run(); }
+  // Steps are runs of blocks of queries, one behind the other: from a head's start to the end, then
+  // from its begin to the start. False: the run has no more.
+  __device__ __forceinline__ bool next_of_run() {
     ++step_;
     ++at_;
-    if (at_ < end_) return true;
-    at_ = ptx::uniform(block().begin);
+    return at_ < stop_;
+  }
+  __device__ __forceinline__ bool next_run() {
+    const KeyBlock& b = block();
+    const int start = ptx::uniform(b.start);
+    const int begin = ptx::uniform(b.begin);
+    const int end = ptx::uniform(b.end);
+    const bool wraps = stop_ == end && begin < start;
+    at_ = wraps ? begin : start;
+    stop_ = wraps ? start : end;
+    if (wraps) return true;
     ++head_;
-    return head_ < (ptx::uniform(block().head) + 1) * (params_.hq / params_.hk);
+    return head_ < ptx::uniform(b.end_head);
   }
   __device__ __forceinline__ void close_block() {
     pipe_.blocks().arrive_empty_if(thread() == 0, block_);
@@ -201,8 +209,10 @@ class GradientConsumer {
   __device__ bool is_whole() const {
     return __builtin_expect(at_ >= full_begin_ && at_ < full_end_, 1);
   }
-  // So are the queries of all steps, at the first.
-  __device__ bool are_whole() const { return at_ >= full_begin_ && end_ <= full_end_; }
+  // So are the queries of all steps.
+  __device__ bool are_whole() const {
+    return ptx::uniform(block().begin) >= full_begin_ && ptx::uniform(block().end) <= full_end_;
+  }
   // Row `row` of the block's sequence in a gradient of keys.
   __device__ uint16_t* rows_of(const Rows& x, int row) const {
     const KeyBlock& b = block();
@@ -229,8 +239,8 @@ class GradientConsumer {
   uint32_t block_ = 0;  // of keys, counted from the start
   uint32_t keys_ = 0;   // likewise, of those that are loaded
   uint32_t step_ = 0;   // counted likewise
-  // Of the block of keys: where its blocks of queries end, and which are whole.
-  int end_;
+  // Of the block of keys: where the run of its blocks of queries ends, and which are whole.
+  int stop_;
   int full_begin_, full_end_;
   // Of the step: the head, and its block of queries.
   int head_, at_;

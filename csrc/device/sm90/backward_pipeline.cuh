@@ -41,9 +41,11 @@ struct KeyBlock {
   int is_last;     // there are no more
   uint32_t index;  // in the order of blocks
   int sequence, head;
+  int first_head, end_head;  // query heads of the group
   int first;  // key
   int sq, sk;
   int begin, end;
+  int start;  // the first of these: behind the last comes `begin`
   // All of these blocks' queries belong to the sequence, and see all of a consumer's keys.
   int full_begin[2], full_end[2];
   // Where rows stand in the tensor maps.
@@ -54,6 +56,10 @@ struct KeyBlock {
   // The row in dq_accum of the first query of the group's first head. Memory has less than 2^31.
   int first_sum;
 };
+
+__device__ inline int num_steps(const KeyBlock& block) {
+  return (block.end - block.begin) * (block.end_head - block.first_head);
+}
 
 // The rows of a backward call's sequence, and where they stand in the tensor maps.
 template <class Block>
@@ -72,7 +78,7 @@ __device__ inline void place_sequence(Block& block, const Sequences& seqs,
 // that blocks that are taken at one time seldom wait for each other.
 template <class Cfg>
 __device__ inline bool leaves_zeros(const BackwardParams& params) {
-  return Cfg::kByKeys && params.heads_zeroed < params.hk * params.seqs.b;
+  return Cfg::kByKeys && !params.turns && params.heads_zeroed < params.hk * params.seqs.b;
 }
 template <class Cfg>
 __device__ inline int blocks_of_section(const BackwardParams& params) {

@@ -104,6 +104,15 @@ struct KeySchedule {
     const attn::Mask mask(params.scores, block.sq, block.sk);
     block.begin = mask.first_query(block.first) / Cfg::kBlockM;
     block.end = blocks_to(mask.end_query(min(block.first + Cfg::kBlockN, block.sk) - 1));
+    block.start = params.turns && !is_in_turn() ? start_of(block) : block.begin;
+  }
+
+  // Blocks of keys that run side by side start at queries apart: who would store the first sums of
+  // some seldom finds another at it.
+  __device__ static int start_of(const KeyBlock& block) {
+    const float place = static_cast<float>(block.first) / static_cast<float>(block.sk);
+    const int at = static_cast<int>(place * static_cast<float>(block.sq)) / Cfg::kBlockM;
+    return max(block.begin, min(at, block.end - 1));
   }
 
   // Of which steps a consumer sees all.
@@ -121,8 +130,11 @@ struct KeySchedule {
   }
 
   __device__ void find_sums(KeyBlock& block) const {
-    const int head = block.head * (params.hq / params.hk);
-    block.first_sum = static_cast<int>(attn::PaddedRows(params, block.sequence, head).first);
+    const int group = params.hq / params.hk;
+    block.first_head = block.head * group;
+    block.end_head = block.first_head + group;
+    block.first_sum =
+        static_cast<int>(attn::PaddedRows(params, block.sequence, block.first_head).first);
   }
 
   __device__ static int blocks_to(int query) { return (query + Cfg::kBlockM - 1) / Cfg::kBlockM; }
@@ -141,6 +153,7 @@ __device__ inline int32_t* zeroed(const BackwardParams& params, uint32_t first) 
 // Until blocks of the section in front have zeroed what this block's dQ is added to.
 template <class Cfg>
 __device__ inline void wait_for_zeros(const BackwardParams& params, const KeyBlock& block) {
+  if (!leaves_zeros<Cfg>(params)) return;
   const uint32_t section = params.heads_per_section;
   const uint32_t head = block.sequence * params.hk + block.head;
   if (head < params.heads_zeroed) return;
@@ -219,30 +232,30 @@ __device__ inline void load_steps(const TmaBackwardParams& params,
   const BackwardParams& call = params.call;
   uint32_t step = 0;
   uint32_t values = 0;  // blocks of them that were loaded
-  for (uint32_t i = 0;; ++i) {
-    pipe.blocks().wait_full(i);
-    const KeyBlock& block = pipe.block(i);
+  for (uint32_t round = 0;; ++round) {
+    pipe.blocks().wait_full(round);
+    const KeyBlock& block = pipe.block(round);
     if (block.is_last) return;
-    if (i == 0) {
+    if (round == 0) {
       ptx::wait_for_kernel_in_front();
       ptx::let_kernel_behind_begin();
     }
-    const int group = call.hq / call.hk;
-    int left = (block.end - block.begin) * group;
-    for (int head = block.head * group; head < (block.head + 1) * group; ++head) {
+    int left = num_steps(block);
+    for (int head = block.first_head; head < block.end_head; ++head) {
       const float* statistics =
           call.statistics +
           2 * attn::PaddedRows(call, block.sequence, head, call.statistics_head).first;
-      for (int m = block.begin; m < block.end; ++m, ++step) {
+      int m = block.start;
+      for (int i = block.begin; i < block.end; ++i, ++step) {
         const int row = block.first_q + m * Cfg::kBlockM;
         const uint32_t full = pipe.queries().full(step);
-        pipe.loads().arrive_full_if(--left == 0, i);
+        pipe.loads().arrive_full_if(--left == 0, round);
         pipe.queries().wait_empty(step);
         load_tile<TileQ>(pipe.q_buffer(step), params.q, full, kPanels, row, head, block.batch_q,
                          kStatisticsBytes);
         ptx::bulk_load(pipe.statistics(step), statistics + 2 * m * Cfg::kBlockM, kStatisticsBytes,
                        full);
-        const bool is_first = m == block.begin && head == block.head * group;
+        const bool is_first = i == block.begin && head == block.first_head;
         load_tile<TileQ>(pipe.dout_buffer(step), params.dout, pipe.douts().full(step), kPanelsOfV,
                          row, head, block.batch_q, is_first ? kPanelsOfV * TileK::kPanelBytes : 0);
         if (is_first) {
@@ -250,10 +263,11 @@ __device__ inline void load_steps(const TmaBackwardParams& params,
           copy_tile<TileK>(pipe.v_buffer(), params.v, pipe.douts().full(step), kPanelsOfV,
                            block.first_k + block.first, block.head, block.batch_k);
         }
+        if (++m == block.end) m = block.begin;
       }
     }
-    pipe.loads().arrive_full_if(block.begin >= block.end, i);
-    pipe.blocks().arrive_empty(i);
+    pipe.loads().arrive_full_if(block.begin >= block.end, round);
+    pipe.blocks().arrive_empty(round);
   }
 }
 

@@ -31,15 +31,19 @@ __device__ inline void send_rows(const TensorMap& map, uint32_t smem, const KeyB
 // consumer's part, a step late, as it is multiplied, then that one's dV of each block; or, if dQ
 // has a consumer, all of it, by two senders that have every second step.
 //
-// Where sums have one order, a counter of each 64 rows of dQ, or of half of their columns, tells
-// which block of keys is next to add to them, from the last that their queries see down to the
-// first. An addition, the fence behind it and a look at a counter, one after the other, take longer
-// than some steps: so who has all steps looks at the next counter beside each addition.
+// Where sums are not zeroed, who comes first stores. A state of each 64 rows of dQ, or of half of
+// their columns, tells who that is, and when the others may add (BackwardParams::turns). Who has
+// claimed to be first has its sums at hand: it waits for nobody any more, so nobody waits forever.
+//
+// Where sums have one order, the state tells which block of keys is next to add to them, from the
+// last that their queries see down to the first. An addition, the fence behind it and a look at a
+// state, one after the other, take longer than some steps: so who has all steps looks at the next
+// state beside each addition.
 template <class Cfg>
 struct Sender {
   static constexpr bool kByRows = Cfg::kBlockM == 2 * kSumRows;  // else by columns
   static constexpr int kColumns = Cfg::kHasSummer ? Cfg::kHeadDim : 64;
-  static constexpr int kNone = -1;
+  static constexpr int kNone = -(1 << 30);  // no row, no turn
   const TmaBackwardParams& maps;
   const BackwardPipeline<Cfg>& pipe;
   const int sender;
@@ -47,7 +51,7 @@ struct Sender {
   __device__ void run() const {
     const BackwardParams& call = maps.call;
     uint32_t sent = 0;
-    // Of the step before, if there is one: the row in dq_accum, its turn, and whose that seemed.
+    // Of the step before, if there is one: the row in dq_accum, its turn, and its state at a look.
     int late = kNone;
     int late_turn = 0;
     int seen = kNone;
@@ -58,8 +62,8 @@ struct Sender {
       const KeyBlock& block = pipe.block(i);
       const bool has_steps = !block.is_last && block.begin < block.end;
       // Behind the last block there is only the late dQ.
-      int left = has_steps ? (block.end - block.begin) * (call.hq / call.hk) : block.is_last;
-      int at = block.begin;
+      int left = has_steps ? num_steps(block) : block.is_last;
+      int at = block.start;
       int row = has_steps ? first_row(block) : 0;
       for (; left > 0; --left) {
         if (late != kNone) {
@@ -73,8 +77,9 @@ struct Sender {
         row += Cfg::kBlockM;
         if (++at == block.end) {
           at = block.begin;
-          row += static_cast<int>(call.delta_head) - (block.end - at) * Cfg::kBlockM;
+          row -= (block.end - at) * Cfg::kBlockM;
         }
+        if (at == block.start) row += static_cast<int>(call.delta_head);
       }
       if (block.is_last) break;
       const int head = block.sequence * call.hk + block.head;
@@ -114,35 +119,53 @@ struct Sender {
   }
 
   __device__ int first_row(const KeyBlock& block) const {
-    return block.first_sum + block.begin * Cfg::kBlockM + (kByRows ? kSumRows * sender : 0);
+    return block.first_sum + block.start * Cfg::kBlockM + (kByRows ? kSumRows * sender : 0);
   }
 
-  // To 64 rows from `row` of dq_accum on, and looks at the turn of those from `next` on. Nothing is
-  // read behind that look, and additions take place in L2, behind those that the turn tells of: so
-  // it needs no order of its own.
+  // To 64 rows from `row` of dq_accum on, and looks at the state of those from `next` on. Nothing
+  // is read behind that look, and additions take place in L2, behind those that the state tells of:
+  // so it needs no order of its own.
   __device__ void add(int row, int turn, int& seen, int next, uint32_t sent) const {
-    const BackwardParams& call = maps.call;
-    if (call.turns && seen != turn) ptx::wait_until_equal(turn_of(row), turn);
+    const bool has_states = maps.call.turns;
+    const bool is_in_turn = maps.call.deterministic;
+    int32_t* const state = state_of(row);
+    if (is_in_turn && seen != turn) seen = ptx::wait_until_either(state, turn, ~turn);
+    if (has_states && !is_in_turn && !has_all_steps()) seen = ptx::ld_relaxed(state);
     outs().wait_full(sent);
-    start_adding(row);
-    if (has_all_steps() && call.turns) seen = ptx::ld_relaxed(turn_of(next));
+    const bool is_first =
+        has_states && (is_in_turn ? seen != turn : seen != kSumsAreThere && is_first_at(state));
+    start_adding(row, is_first);
+    seen = has_states && has_all_steps() ? ptx::ld_relaxed(state_of(next)) : kNone;
     ptx::tma_store_wait_read();
     outs().arrive_empty(sent);
-    if (call.turns) {
+    if (is_in_turn || is_first) {
       ptx::tma_store_wait();
-      ptx::red_release_add(turn_of(row), -1);
+      const int next_turn = turn - 1;
+      ptx::red_release_add(state, !is_in_turn ? kSumsAreThere - kSomeoneStores
+                                  : is_first  ? next_turn - ~turn
+                                              : next_turn - turn);
     }
   }
-  __device__ void start_adding(int row) const {
+  // Else the sums are there.
+  __device__ static bool is_first_at(int32_t* state) {
+    const int before = ptx::atomic_compare_exchange(state, kNothingIsThere, kSomeoneStores);
+    if (before == kSomeoneStores) ptx::wait_until_equal(state, kSumsAreThere);
+    return before == kNothingIsThere;
+  }
+  __device__ void start_adding(int row, bool is_first) const {
     const int column = kByRows ? 0 : 64 * ptx::opaque(buffer());  // so that no address is kept
     float* const to = maps.call.dq_accum + int64_t{row} * Cfg::kHeadDim +
                       column / 8 * tile::WarpgroupOrder::kEightColumns;
     const int bytes =
         min(Cfg::kHeadDim - column, kColumns) * kSumRows * static_cast<int>(sizeof(float));
-    ptx::bulk_add(to, pipe.out_buffer(buffer()), bytes);
+    if (is_first) {
+      ptx::bulk_store(to, pipe.out_buffer(buffer()), bytes);
+    } else {
+      ptx::bulk_add(to, pipe.out_buffer(buffer()), bytes);
+    }
     ptx::tma_store_commit();
   }
-  __device__ int32_t* turn_of(int row) const {
+  __device__ int32_t* state_of(int row) const {
     return maps.call.turns + static_cast<uint32_t>(row) / kSumRows * 2 + (kByRows ? 0 : buffer());
   }
 };

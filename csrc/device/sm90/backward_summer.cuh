@@ -20,7 +20,7 @@ class Summer : GradientConsumer<Cfg> {
 
   __device__ __forceinline__ void run() {
     while (this->has_block()) {
-      int left = num_steps();
+      int left = ptx::uniform(num_steps(this->block()));
       if (left > 0) {
         this->pipe_.keys().wait_full(this->keys_);
         this->clean_keys();
@@ -33,11 +33,6 @@ class Summer : GradientConsumer<Cfg> {
   }
 
  private:
-  __device__ __forceinline__ int num_steps() const {
-    const int blocks = ptx::uniform(this->block().end) - ptx::uniform(this->block().begin);
-    return blocks * (this->params_.hq / this->params_.hk);
-  }
-
   __device__ __forceinline__ void step() {
     tile::Accumulators<1, Cfg::kHeadDim / 8> dq;
     this->pipe_.gradients().wait_full(this->step_);

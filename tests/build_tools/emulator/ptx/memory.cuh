@@ -90,6 +90,11 @@ inline uint64_t atomic_add(uint64_t* gmem, uint64_t x) {
 
 inline uint64_t atomic_add_in_order(uint64_t* gmem, uint64_t x) { return atomic_add(gmem, x); }
 
+inline int atomic_compare_exchange(int32_t* gmem, int expected, int x) {
+  const int before = *gmem;
+  if (before == expected) *gmem = x;
+  return before;
+}
 inline uint64_t atomic_compare_exchange(uint64_t* gmem, uint64_t expected, uint64_t x) {
   const uint64_t before = *gmem;
   if (before == expected) *gmem = x;
@@ -105,8 +110,12 @@ inline void red_add_f32(float* gmem, float x) { *gmem += x; }
 
 inline int ld_relaxed(const int32_t* gmem) { return *gmem; }
 
+inline int wait_until_either(const int32_t* gmem, int x, int y, uint32_t = 0) {
+  emulator::wait_until([=] { return *gmem == x || *gmem == y; }, "a counter in memory");
+  return *gmem;
+}
 inline void wait_until_equal(const int32_t* gmem, int x, uint32_t = 0) {
-  emulator::wait_until([=] { return *gmem == x; }, "a counter in memory");
+  wait_until_either(gmem, x, x);
 }
 
 inline void red_release_add(int32_t* gmem, int x) { *gmem += x; }
