@@ -159,6 +159,7 @@ struct TmaLatentParams {
 
 constexpr int kCounterBits = 24;
 
+// Of sums that nobody zeroes.
 enum SumState : int32_t { kNothingIsThere, kSomeoneStores, kSumsAreThere };
 
 struct BackwardParams {

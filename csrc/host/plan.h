@@ -44,8 +44,8 @@ bool shares_tiles(const ForwardParams& params, const Shape& shape, const Device&
 // Key-value heads that run together: a wave of CTAs, of a size that leaves no short last section.
 int choose_section(const BackwardParams& params, const Shape& shape, const Device& device);
 
-// Key-value heads whose sums of dQ are zeroed beforehand: all; those of one section, where blocks of
-// keys had better do the rest; or none, where blocks that come first had better store.
+// Key-value heads whose sums of dQ are zeroed beforehand: all; those of one section, where blocks
+// of keys had better do the rest; or none, where the first to come had better store.
 int choose_zeroed(const BackwardParams& params, const Shape& shape);
 
 // Columns of CTAs that a deterministic backward call has, each with its own sums for dQ.

@@ -42,7 +42,7 @@ struct KeyBlock {
   uint32_t index;  // in the order of blocks
   int sequence, head;
   int first_head, end_head;  // query heads of the group
-  int first;  // key
+  int first;                 // key
   int sq, sk;
   int begin, end;
   int start;  // the first of these: behind the last comes `begin`

@@ -133,8 +133,8 @@ struct Sender {
     if (has_states && !is_in_turn && !has_all_steps()) seen = ptx::ld_relaxed(state);
     outs().wait_full(sent);
     const bool is_first =
-        has_states && (is_in_turn ? seen != turn : seen != kSumsAreThere && is_first_at(state));
-    start_adding(row, is_first);
+        has_states && (is_in_turn ? seen != turn : seen != kSumsAreThere && claim(state));
+    start_sending(row, is_first);
     seen = has_states && has_all_steps() ? ptx::ld_relaxed(state_of(next)) : kNone;
     ptx::tma_store_wait_read();
     outs().arrive_empty(sent);
@@ -146,13 +146,13 @@ struct Sender {
                                               : next_turn - turn);
     }
   }
-  // Else the sums are there.
-  __device__ static bool is_first_at(int32_t* state) {
+  // Sums that are at hand, to be stored. False: someone has stored some, they are to be added.
+  __device__ static bool claim(int32_t* state) {
     const int before = ptx::atomic_compare_exchange(state, kNothingIsThere, kSomeoneStores);
     if (before == kSomeoneStores) ptx::wait_until_equal(state, kSumsAreThere);
     return before == kNothingIsThere;
   }
-  __device__ void start_adding(int row, bool is_first) const {
+  __device__ void start_sending(int row, bool is_first) const {
     const int column = kByRows ? 0 : 64 * ptx::opaque(buffer());  // so that no address is kept
     float* const to = maps.call.dq_accum + int64_t{row} * Cfg::kHeadDim +
                       column / 8 * tile::WarpgroupOrder::kEightColumns;
