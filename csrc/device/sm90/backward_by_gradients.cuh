@@ -59,9 +59,7 @@ class SharingConsumer : public GradientConsumer<Cfg> {
 
   // The buffers of K and V are free when dK and dV have left them, if these do.
   __device__ __forceinline__ void close_keys(bool had_steps) {
-    if constexpr (kIsLate) {
-      this->barrier();  // nobody needs the bounds of keys any more
-    } else {
+    if constexpr (!kIsLate) {
       if (this->thread() == 0) ptx::tma_store_wait_read();
       if (had_steps) release_both();
     }

@@ -61,7 +61,6 @@ class KeysConsumer : GradientConsumer<Cfg> {
         }
         // From registers: dV may be on its way through the buffer.
         store(dk_, this->params_.scores.softmax_scale, this->params_.dk, this->params_.d);
-        this->barrier();
         ++this->keys_;
       } else {
         this->store_zeros(64 * this->consumer_);

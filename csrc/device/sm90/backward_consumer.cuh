@@ -87,7 +87,9 @@ class GradientConsumer {
     ++head_;
     return head_ < ptx::uniform(b.end_head);
   }
+  // No warp needs the block's record and the bounds of its keys any more.
   __device__ __forceinline__ void close_block() {
+    barrier();
     pipe_.blocks().arrive_empty_if(thread() == 0, block_);
     ++block_;
   }
@@ -200,7 +202,6 @@ class GradientConsumer {
     };
     clear(params_.dk, params_.d);
     clear(params_.dv_grad, params_.dv);
-    barrier();
   }
 
   __device__ uint32_t out() const { return pipe_.out_buffer(consumer_); }

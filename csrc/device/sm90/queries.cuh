@@ -88,6 +88,7 @@ class QueriesConsumer {
       }
       pass_steps();
       store();
+      barrier();  // no warp needs the block's record any more
       pipe_.blocks().arrive_empty_if(Own::thread() == 0, block_);
       ++block_;
     }
@@ -247,10 +248,11 @@ class QueriesConsumer {
       ptx::st_shared_128(pipe_.v_buffer(step_) + offset, make_uint4(0, 0, 0, 0));
     }
     ptx::fence_async_proxy();
-    ptx::named_barrier_sync(1 + consumer_, 128);
+    barrier();
   }
 
-  // Gives back what has been loaded for the other consumer alone.
+  // Gives back what has been loaded for the other consumer alone, when all warps have seen it come:
+  // no product keeps them together.
   __device__ __forceinline__ void pass_steps() {
     const int begin = ptx::uniform(block().begin);
     const int end = ptx::uniform(block().end);
@@ -258,12 +260,14 @@ class QueriesConsumer {
     if (begin >= end_) {
       pipe_.q(consumer_).wait_full(round_);
       pipe_.dout(consumer_).wait_full(round_);
+      barrier();
       pipe_.q(consumer_).arrive_empty_if(Own::thread() == 0, round_);
       pipe_.dout(consumer_).arrive_empty_if(Own::thread() == 0, round_);
     }
     for (; at_ < end; ++at_, ++step_) {
       pipe_.k().wait_full(step_);
       pipe_.v().wait_full(step_);
+      barrier();
       pipe_.k().arrive_empty_if(Own::thread() == 0, step_);
       pipe_.v().arrive_empty_if(Own::thread() == 0, step_);
     }
@@ -281,6 +285,7 @@ class QueriesConsumer {
   }
 
   __device__ const QueryBlock& block() const { return pipe_.block(block_); }
+  __device__ void barrier() const { ptx::named_barrier_sync(1 + consumer_, 128); }
 
   const TmaBackwardParams& maps_;
   const BackwardParams& params_;

@@ -6,7 +6,7 @@
 // asked for, those of cp.async at any time up to their wait, products of warpgroups some turns
 // after the last warp asked, reading shared memory and registers as they are at that moment. So a
 // missing wait or a buffer that is released too early gives a wrong result, and a barrier that is
-// never completed a report.
+// never completed a report. `EMULATOR_SEED` begins another order, 1 if unset.
 #pragma once
 
 #include <math.h>
