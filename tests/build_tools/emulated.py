@@ -85,6 +85,10 @@ FORWARD_CASES = {
 }
 
 
+# Kernels of which several CTAs run side by side. Others have shared memory that all would share.
+SIDE_BY_SIDE = ("forward", "backward", "dq", "decode")
+
+
 def _namespace(unit: codegen.Unit) -> str:
     return "decode" if unit.kind == "decode" else "sm90"
 
@@ -95,8 +99,9 @@ def kernel_source(units: list[codegen.Unit]) -> str:
     cases = "".join(
         f'  if (called == "{unit.symbol}") {{\n'
         f"    const auto& params = *static_cast<const flash::{params[unit.symbol]}*>(given);\n"
-        f"    g_storage = flash::{_namespace(unit)}::storage;\n"
-        f"    return run_grid(grid, cluster, threads, [&] {{ {unit.symbol}(params); }});\n"
+        f"    emulator::g_smem = flash::{_namespace(unit)}::storage;\n"
+        f"    return emulator::run_grid(grid, cluster, threads, {4 if unit.kind in SIDE_BY_SIDE else 1},\n"
+        f"                              [&] {{ {unit.symbol}(params); }});\n"
         "  }\n"
         for unit in units
     )
@@ -111,15 +116,7 @@ __attribute__((aligned(1024))) __shared__ unsigned char storage[emulator::kSmemB
 namespace flash::decode {{
 __attribute__((aligned(1024))) __shared__ unsigned char storage[emulator::kSmemBytes];
 }}
-static unsigned char* g_storage;  // of the kernel that runs
 {"".join(unit.source for unit in units)}
-static void run_grid(unsigned grid, unsigned cluster, unsigned threads,
-                     const std::function<void()>& kernel) {{
-  for (unsigned i = 0; i < grid; i += cluster) {{
-    emulator::g_smem = g_storage;
-    emulator::run_cluster(i, cluster, grid, threads, kernel);
-  }}
-}}
 void run_kernel(const char* name, unsigned grid, unsigned cluster, unsigned threads,
                 const void* given) {{
   const std::string called = name;

@@ -235,8 +235,10 @@ __device__ inline void load_q(const TmaForwardParams& params, const Pipeline<Cfg
   const int unused = 64 - heads_of_tile<Cfg>(params.call) * queries_of(tile);
 #pragma unroll 1
   for (int consumer = 0; consumer < Cfg::kConsumers; ++consumer) {
-    pipe.q(consumer).wait_empty(i);
+    // The others do not wait: a tile of one block may have given Q back again before a lane that is
+    // late has seen its buffer empty.
     if (!is_leader) continue;
+    pipe.q(consumer).wait_empty(i);
     load_tile<TileQ>(pipe.q_buffer(i, consumer), params.q, pipe.q(consumer).full(i), kPanels,
                      tile.first_q + first_query(tile, consumer), tile.head, tile.batch_q,
                      -unused * kPanels * 128, ptx::Keep::kShort);

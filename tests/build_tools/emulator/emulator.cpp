@@ -4,6 +4,7 @@
 #include <stdio.h>
 #include <ucontext.h>
 
+#include <algorithm>
 #include <deque>
 #include <map>
 #include <memory>
@@ -68,8 +69,11 @@ constexpr int kRankShift = 24;  // of a CTA's rank in addresses of shared memory
 constexpr uint32_t kHere = (1u << kRankShift) - 1;
 constexpr size_t kStackBytes = 256 * 1024;
 
+struct Cluster;
+
 struct Cta {
   unsigned block = 0;
+  Cluster* cluster = nullptr;
   std::vector<Fiber> fibers;
   std::vector<Warp> warps;
   NamedBarrier named[16];
@@ -88,17 +92,15 @@ struct Cta {
   bool is_done() const { return running() == 0 && copies.empty(); }
 };
 
-// CTAs take turns, each with shared memory at the same place.
 struct Cluster {
-  std::vector<std::unique_ptr<Cta>> ctas;
-  unsigned size = 0;
+  std::vector<Cta*> ctas;
   unsigned arrived = 0;
   uint64_t round = 0;
 
   // Ends the round if all threads that have not ended have arrived.
   void end_round_if_due() {
     unsigned running = 0;
-    for (unsigned i = 0; i < size; ++i) running += ctas[i]->running();
+    for (const Cta* cta : ctas) running += cta->running();
     if (arrived == 0 || arrived < running) return;
     arrived = 0;
     ++round;
@@ -106,8 +108,9 @@ struct Cluster {
 };
 
 ucontext_t g_scheduler;
-Cluster g_cluster;
-Cta* g_cta;  // that runs
+// Those that run side by side: they take turns, each with shared memory at the same place.
+std::vector<std::unique_ptr<Cta>> g_ctas;
+Cta* g_cta;  // whose turn it is
 unsigned g_current;
 const std::function<void()>* g_kernel;
 unsigned seed() {
@@ -141,7 +144,7 @@ void end_phase_if_due(MBarrier& barrier) {
 
 // Another CTA, which must still be there.
 Cta& running_cta(unsigned rank) {
-  Cta& cta = *g_cluster.ctas[rank];
+  Cta& cta = *g_cta->cluster->ctas[rank];
   if (cta.running() == 0) stop("CTA %u of the cluster has ended", rank);
   return cta;
 }
@@ -547,25 +550,26 @@ uint16_t round_to(float x, Format format) {
 }
 
 void cluster_arrive() {
-  current().cluster_round = g_cluster.round;
-  ++g_cluster.arrived;
+  current().cluster_round = g_cta->cluster->round;
+  ++g_cta->cluster->arrived;
 }
 
 void cluster_wait() {
   const uint64_t mine = current().cluster_round;
-  const auto is_over = [mine] {
-    g_cluster.end_round_if_due();
-    return g_cluster.round != mine;
+  Cluster& cluster = *g_cta->cluster;
+  const auto is_over = [&cluster, mine] {
+    cluster.end_round_if_due();
+    return cluster.round != mine;
   };
   wait_until(is_over, "its cluster");
 }
 
-int cluster_size() { return static_cast<int>(g_cluster.size); }
+int cluster_size() { return static_cast<int>(g_cta->cluster->ctas.size()); }
 
-int cluster_rank() { return static_cast<int>(blockIdx.x % g_cluster.size); }
+int cluster_rank() { return static_cast<int>(blockIdx.x) % cluster_size(); }
 
 uint32_t of_cta(uint32_t smem, unsigned rank) {
-  if (rank >= g_cluster.size) stop("CTA %u is not in the cluster", rank);
+  if (rank >= g_cta->cluster->ctas.size()) stop("CTA %u is not in the cluster", rank);
   return smem | (rank + 1) << kRankShift;
 }
 
@@ -614,13 +618,14 @@ void prepare(Cta& cta, unsigned block, unsigned threads) {
   }
 }
 
-// Lets a CTA run until it waits for others, or ends; true if it did anything.
-bool run_turn(Cta& cta) {
+// Lets a CTA run until it waits for others, ends, or has had so many rounds; true if it did
+// anything.
+bool run_turn(Cta& cta, unsigned rounds) {
   g_cta = &cta;
   blockIdx.x = cta.block;
   memcpy(g_smem, cta.smem.data(), kSmemBytes);
   bool any = false;
-  while (!cta.is_done()) {
+  for (unsigned i = 0; i < rounds && !cta.is_done(); ++i) {
     const bool ran = run_ready_fibers(false) || run_ready_fibers(true);
     const bool did = do_asynchronous(!ran);
     if (!ran && !did) break;
@@ -630,29 +635,29 @@ bool run_turn(Cta& cta) {
   return any;
 }
 
-}  // namespace
-
-void run_cluster(unsigned first, unsigned size, unsigned grid, unsigned threads,
-                 const std::function<void()>& kernel) {
-  gridDim.x = grid;
-  g_kernel = &kernel;
-  g_cluster.size = size;
-  g_cluster.arrived = 0;
-  while (g_cluster.ctas.size() < size) g_cluster.ctas.emplace_back(new Cta);
-  for (unsigned i = 0; i < size; ++i) prepare(*g_cluster.ctas[i], first + i, threads);
+// Runs CTAs side by side, to their ends.
+void run_ctas(unsigned first, unsigned count, unsigned cluster_size, unsigned threads) {
+  constexpr unsigned kMostRounds = 64;
+  while (g_ctas.size() < count) g_ctas.emplace_back(new Cta);
+  std::vector<Cluster> clusters(count / cluster_size);
+  for (unsigned i = 0; i < count; ++i) {
+    prepare(*g_ctas[i], first + i, threads);
+    g_ctas[i]->cluster = &clusters[i / cluster_size];
+    g_ctas[i]->cluster->ctas.push_back(g_ctas[i].get());
+  }
   for (;;) {
     bool any = false;
     bool is_done = true;
-    const unsigned start = g_random() % size;
-    for (unsigned i = 0; i < size; ++i) {
-      Cta& cta = *g_cluster.ctas[(start + i) % size];
-      any = run_turn(cta) || any;
+    const unsigned start = g_random() % count;
+    for (unsigned i = 0; i < count; ++i) {
+      Cta& cta = *g_ctas[(start + i) % count];
+      any = run_turn(cta, count == cluster_size ? ~0u : 1 + g_random() % kMostRounds) || any;
       is_done = is_done && cta.is_done();
     }
     if (is_done) return;
     if (any) continue;
-    for (unsigned i = 0; i < size; ++i) {
-      const std::vector<Fiber>& fibers = g_cluster.ctas[i]->fibers;
+    for (unsigned i = 0; i < count; ++i) {
+      const std::vector<Fiber>& fibers = g_ctas[i]->fibers;
       for (unsigned thread = 0; thread < threads; thread += 32) {
         if (fibers[thread].is_done) continue;
         fprintf(stderr, "CTA %u, thread %u waits for %s\n", first + i, thread,
@@ -660,6 +665,19 @@ void run_cluster(unsigned first, unsigned size, unsigned grid, unsigned threads,
       }
     }
     stop("nothing moves any more");
+  }
+}
+
+}  // namespace
+
+void run_grid(unsigned grid, unsigned cluster, unsigned threads, unsigned most,
+              const std::function<void()>& kernel) {
+  gridDim.x = grid;
+  g_kernel = &kernel;
+  for (unsigned first = 0, count = 0; first < grid; first += count) {
+    const unsigned clusters = std::min(most / cluster, (grid - first) / cluster);
+    count = cluster * (clusters < 2 ? 1 : 1 + g_random() % clusters);
+    run_ctas(first, count, cluster, threads);
   }
 }
 

@@ -129,9 +129,10 @@ void send(uint32_t to, const void* bytes, int count, uint32_t barrier);
 // Arrives at a barrier there.
 void arrive_there(uint32_t barrier);
 
-// Runs the CTAs of a cluster to their ends.
-void run_cluster(unsigned first, unsigned size, unsigned grid, unsigned threads,
-                 const std::function<void()>& kernel);
+// Runs all CTAs of a grid, one cluster behind the other, or several side by side that have `most`
+// CTAs together.
+void run_grid(unsigned grid, unsigned cluster, unsigned threads, unsigned most,
+              const std::function<void()>& kernel);
 
 template <class X, class Y>
 uint64_t bits_of(Y x) {
