@@ -96,11 +96,12 @@ def _namespace(unit: codegen.Unit) -> str:
 def kernel_source(units: list[codegen.Unit]) -> str:
     """Units in one file, and a table of them by name."""
     params = {unit.symbol: codegen.kind_in(unit.family, unit.kind).params for unit in units}
+    most = {unit.symbol: 4 if unit.kind in SIDE_BY_SIDE else 1 for unit in units}
     cases = "".join(
         f'  if (called == "{unit.symbol}") {{\n'
         f"    const auto& params = *static_cast<const flash::{params[unit.symbol]}*>(given);\n"
         f"    emulator::g_smem = flash::{_namespace(unit)}::storage;\n"
-        f"    return emulator::run_grid(grid, cluster, threads, {4 if unit.kind in SIDE_BY_SIDE else 1},\n"
+        f"    return emulator::run_grid(grid, cluster, threads, {most[unit.symbol]},\n"
         f"                              [&] {{ {unit.symbol}(params); }});\n"
         "  }\n"
         for unit in units

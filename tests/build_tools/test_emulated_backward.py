@@ -99,6 +99,8 @@ CASES = {
     "tiles_without_keys": "dense({d}, 450, 130, causal=True, deterministic=True)",
     "keys_without_rows": "dense({d}, 200, 600, window=(64, -1))",
     "most_keys_without_rows": "dense({d}, 70, 3000, hk=2, window=(64, -1))",
+    # CTAs side by side add to the same sums.
+    "one_block_of_queries": "dense({d}, 60, 900, hq=4, hk=4)",
     "window": "dense({d}, 400, 400, window=(100, 30))",
     "softcap": "dense({d}, 200, 200, softcap=10.0, causal=True)",
     "alibi": "dense({d}, 200, 290, slopes=torch.tensor([0.1, 0.4]))",

@@ -637,7 +637,7 @@ bool run_turn(Cta& cta, unsigned rounds) {
 
 // Runs CTAs side by side, to their ends.
 void run_ctas(unsigned first, unsigned count, unsigned cluster_size, unsigned threads) {
-  constexpr unsigned kMostRounds = 64;
+  constexpr unsigned kMostRounds = 8;
   while (g_ctas.size() < count) g_ctas.emplace_back(new Cta);
   std::vector<Cluster> clusters(count / cluster_size);
   for (unsigned i = 0; i < count; ++i) {
