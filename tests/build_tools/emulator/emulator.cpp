@@ -118,7 +118,7 @@ unsigned seed() {
   return text != nullptr ? static_cast<unsigned>(atoi(text)) : 1;
 }
 std::mt19937 g_random(seed());
-unsigned g_sleeper;  // a warp
+unsigned g_sleeper = 0, g_sleepers = 32;  // the first thread that stands still, and how many do
 
 bool one_in(unsigned n) { return g_random() % n == 0; }
 
@@ -281,16 +281,20 @@ bool do_asynchronous(bool all) {
   return any;
 }
 
-// But for `all`, one warp stands still: for long, so that others get as far ahead as they can.
+// But for `all`, a warp or a lane stands still: for long, so that others get as far ahead as they
+// can.
 bool run_ready_fibers(bool all) {
   bool any = false;
   const unsigned count = static_cast<unsigned>(g_cta->fibers.size());
   const unsigned first = g_random() % count;
-  if (one_in(64)) g_sleeper = g_random() % count / 32;
+  if (one_in(64)) {
+    g_sleepers = one_in(2) ? 1 : 32;
+    g_sleeper = g_random() % count / g_sleepers * g_sleepers;
+  }
   for (unsigned i = 0; i < count; ++i) {
     g_current = (first + i) % count;
     Fiber& fiber = current();
-    if (fiber.is_done || (!all && g_current / 32 == g_sleeper)) continue;
+    if (fiber.is_done || (!all && g_current - g_sleeper < g_sleepers)) continue;
     if (fiber.is_ready && !fiber.is_ready()) continue;
     fiber.is_ready = nullptr;
     threadIdx.x = g_current;
