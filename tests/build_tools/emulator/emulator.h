@@ -129,8 +129,8 @@ void send(uint32_t to, const void* bytes, int count, uint32_t barrier);
 // Arrives at a barrier there.
 void arrive_there(uint32_t barrier);
 
-// Runs all CTAs of a grid, one cluster behind the other, or several side by side that have `most`
-// CTAs together.
+// Runs all CTAs of a grid: one cluster after the other, or a drawn number of them side by side
+// that have at most `most` CTAs together.
 void run_grid(unsigned grid, unsigned cluster, unsigned threads, unsigned most,
               const std::function<void()>& kernel);
 
