@@ -15,7 +15,8 @@ Arguments beyond FlashAttention-2's:
     seqused_q, seqused_k: (b,) int32, rows in use of each sequence, from its first.
     num_splits: parts that the keys are cut into for parallel work; 0 chooses.
     pack_gqa: a hint for GPU kernels; results don't depend on it.
-    sm_margin: multiprocessors that Hopper's forward kernels leave to others; 0 or more.
+    sm_margin: multiprocessors left to other kernels where CTAs share the work: on Hopper, forward
+        and backward, and in calls of few queries over a cache, unless `num_splits` cuts those.
     softmax_scale: None is d ** -0.5, or (d + dv) ** -0.5 with `qv`.
 
 softmax_lse is (b, hq, sq), or (hq, total_q) for packed sequences, the natural logarithm; a query
@@ -284,6 +285,7 @@ def flash_attn_with_kvcache(
         softcap=softcap,
         rotary_interleaved=rotary_interleaved,
         num_splits=num_splits,
+        sm_margin=sm_margin,
         table_name="page_table",
     )
     if not return_softmax_lse:

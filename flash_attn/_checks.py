@@ -72,6 +72,7 @@ def check_backward(name: str, call: Backward) -> None:
     _check_head_dims(name, q, v, "backward")
     _check_sequences(name, q, k, sequences)
     _check_scores(name, q, call.scores, sequences)
+    check_sm_margin(name, call.sm_margin)
     for argument, x in like_q.items():
         _check_shape(name, argument, x, (*q.shape[:-1], v.shape[-1]), "(like q, dim of v)")
         if x.dtype != q.dtype:

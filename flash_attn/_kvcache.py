@@ -41,6 +41,7 @@ def with_kvcache(
     rotary_interleaved: bool = True,
     alibi_slopes: Optional[Tensor] = None,
     num_splits: int = 0,
+    sm_margin: int = 0,
     table_name: Optional[str] = None,
 ) -> tuple[Tensor, Tensor]:
     """(out, softmax_lse) of the public function `name`; arguments as its docstring has them.
@@ -98,6 +99,7 @@ def with_kvcache(
             rotary_interleaved,
             alibi_slopes,
             num_splits,
+            sm_margin,
         )
     except (ImportError, RuntimeError, TypeError, ValueError) as error:
         found = _arguments.renamed(error, _ops.WITH_KVCACHE, name)

@@ -64,8 +64,8 @@ SCHEMAS = {
         "Tensor? cu_seqlens_k_new, SymInt? max_seqlen_q, Tensor? rotary_seqlens, "
         "Tensor? q_descale, Tensor? k_descale, Tensor? v_descale, float softmax_scale, "
         "bool causal, SymInt window_size_left, SymInt window_size_right, SymInt attention_chunk, "
-        "float softcap, bool rotary_interleaved, Tensor? alibi_slopes, SymInt num_splits) "
-        "-> (Tensor, Tensor)"
+        "float softcap, bool rotary_interleaved, Tensor? alibi_slopes, SymInt num_splits, "
+        "SymInt sm_margin=0) -> (Tensor, Tensor)"
     ),
 }
 
@@ -259,13 +259,14 @@ def run_backward(
     scores: Scores,
     sequences: Sequences,
     deterministic: bool,
+    sm_margin: int = 0,
 ) -> Tensor:
     """Check and run a backward call. A gradient given as None is computed and dropped."""
     _, q, k, v, _, _ = tensors
     dq, dk, dv = (
         torch.empty_like(x) if grad is None else grad for grad, x in zip(grads, (q, k, v))
     )
-    call = Backward(*tensors, dq, dk, dv, scores, sequences, deterministic)
+    call = Backward(*tensors, dq, dk, dv, scores, sequences, deterministic, sm_margin)
     check_backward(name, call)
     return backends.backward(call, name)
 
@@ -299,6 +300,7 @@ def _with_kvcache(
     rotary_interleaved: bool,
     alibi_slopes: Optional[Tensor],
     num_splits: int,
+    sm_margin: int = 0,
 ) -> tuple[Tensor, Tensor]:
     append = None
     if k is not None and v is not None:
@@ -323,6 +325,7 @@ def _with_kvcache(
         qv=qv,
         descale=Descale(q_descale, k_descale, v_descale),
         num_splits=num_splits,
+        sm_margin=sm_margin,
     )
     check_forward(WITH_KVCACHE, call)
     out, lse, _ = backends.forward(call, WITH_KVCACHE)

@@ -218,8 +218,9 @@ def _backward(
         max_seqlen_q=max_seqlen_q,
         max_seqlen_k=max_seqlen_k,
     )
+    tensors = (dout, q, k, v, out, softmax_lse)
     return _ops.run_backward(
-        BACKWARD, (dout, q, k, v, out, softmax_lse), (dq, dk, dv), scores, sequences, deterministic
+        BACKWARD, tensors, (dq, dk, dv), scores, sequences, deterministic, sm_margin
     )
 
 
@@ -315,6 +316,7 @@ def _fwd(
         softcap=softcap,
         rotary_interleaved=is_rotary_interleaved,
         num_splits=num_splits,
+        sm_margin=sm_margin,
     )
     return first if out is None else out.copy_(first), lse, *_fakes.no_partials(q)
 

@@ -158,7 +158,7 @@ class Descale:
 @dataclass(frozen=True, eq=False)
 class Forward:
     """One forward call. `out`, if given, is written in place; `sm_margin` multiprocessors are left
-    to other kernels where a kernel takes tile after tile.
+    to other kernels where CTAs share the work.
     """
 
     q: Tensor
@@ -186,7 +186,7 @@ class Forward:
 
 @dataclass(frozen=True, eq=False)
 class Backward:
-    """One backward call. `dq`, `dk`, `dv` are written in place."""
+    """One backward call. `dq`, `dk`, `dv` are written in place; `sm_margin` as in `Forward`."""
 
     dout: Tensor
     q: Tensor
@@ -200,6 +200,7 @@ class Backward:
     scores: Scores
     sequences: Sequences = field(default_factory=Sequences)
     deterministic: bool = False
+    sm_margin: int = 0
 
     def problem(self) -> Problem:
         """What this call needs from a backend."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -87,6 +89,53 @@ def test_scheduling_hints_change_rounding_only(num_splits: int, pack_gqa: Any, d
         return_attn_probs=True,
     )
     assert_follows_rule(problem, {"out": out, "lse": lse}, backward=False)
+
+
+def leaving(sm_margin: int, **options: Any) -> Any:
+    """FlashAttention-3's names, called with that `sm_margin`."""
+    given = {"sm_margin": sm_margin}
+    return SimpleNamespace(
+        __name__=fa3.__name__,
+        flash_attn_func=partial(fa3.flash_attn_func, **given, **options),
+        flash_attn_varlen_func=partial(fa3.flash_attn_varlen_func, **given, **options),
+        flash_attn_with_kvcache=partial(fa3.flash_attn_with_kvcache, **given),
+    )
+
+
+@pytest.mark.parametrize("sm_margin", [1, 100, 1000])
+@pytest.mark.parametrize(
+    "problem",
+    [
+        *(Problem(sq=300, sk=1100, hq=4, hk=2, d=d, dtype=BF16, causal=True) for d in (64, 128)),
+        *(Problem(sq=200, sk=500, hq=4, hk=4, d=d, dtype=BF16) for d in (192, 256)),
+        varlen((300, 1, 129), (300, 700, 129), dtype=BF16, hq=8, hk=2, d=128),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_results_follow_the_rule_on_fewer_multiprocessors(
+    problem: Problem, sm_margin: int, deterministic: bool, device: str
+) -> None:
+    tensors = problem.tensors(device)
+    module = leaving(sm_margin, deterministic=deterministic)
+    assert_follows_rule(problem, published_results(problem, tensors, module))
+
+
+@pytest.mark.parametrize("sm_margin", [1, 100, 1000])
+@pytest.mark.parametrize(
+    "problem",
+    [
+        CacheProblem(b=1, seqlens=(2300,), capacity=2300, hq=8, hk=2, d=128, dtype=BF16),
+        CacheProblem(b=5, seqlens=(700, 1, 0, 130, 64), capacity=701, s_new=1, dtype=BF16),
+        CacheProblem(b=2, sq=100, seqlens=(700, 40), capacity=800, causal=True, dtype=BF16),
+    ],
+    ids=str,
+)
+def test_caches_follow_the_rule_on_fewer_multiprocessors(
+    problem: CacheProblem, sm_margin: int, device: str
+) -> None:
+    got = published_cache_results(problem, device, leaving(sm_margin))
+    assert_cache_follows_rule(problem, got)
 
 
 def test_returned_forms(device: str) -> None:

@@ -215,6 +215,7 @@ struct BackwardParams {
   // the first section, and the blocks of a section do it for the next; or none, where there are
   // turns.
   int32_t heads_zeroed;
+  int32_t sm_margin;  // as in ForwardParams
 };
 
 // A backward call whose operands come and go by the tensor memory accelerator.

@@ -26,7 +26,8 @@ int64_t num_tiles(const ForwardParams& params, const Shape& shape) {
 }
 
 // Multiprocessors that a call may take: at least one.
-int num_sms_for(const ForwardParams& params, const Device& device) {
+template <class Params>
+int num_sms_for(const Params& params, const Device& device) {
   return clamp(int64_t{device.num_sms} - params.sm_margin, 1, device.num_sms);
 }
 
@@ -80,7 +81,7 @@ int64_t num_ctas(const ForwardParams& params, const Shape& shape, const Device& 
 
 int64_t num_shares(const ForwardParams& params, const Shape& shape, const Device& device) {
   if (params.num_splits == 0) {
-    const int64_t all = int64_t{device.num_sms} * shape.ctas;
+    const int64_t all = int64_t{num_sms_for(params, device)} * shape.ctas;
     return params.cluster == 0 ? all : all / params.cluster * params.cluster;
   }
   return int64_t{params.num_splits} * params.hk * params.seqs.b;
@@ -93,10 +94,11 @@ void choose_clusters(ForwardParams* params, const Shape& shape, const Device& de
   if (!is_one && !decode::many_have_clusters(shape.block_m)) return;
   const int64_t pairs = int64_t{params->hk} * params->seqs.b;
   const int64_t blocks = ceil_div(params->seqs.sk, shape.block_n);
-  const int64_t all = int64_t{device.num_sms} * shape.ctas;
+  const int64_t all = int64_t{num_sms_for(*params, device)} * shape.ctas;
   int size = 2 * decode::kMostInCluster;
-  for (const int count : clusters.count) {
+  for (const int held : clusters.count) {
     size /= 2;
+    const int64_t count = held < all / size ? held : all / size;
     const int64_t of_pair = count / pairs;
     // Larger clusters leave less to merge in memory, and mostly some multiprocessors idle.
     const int few = is_one ? decode::few_blocks(params->hk * size) : decode::kFewBlocks;
@@ -127,13 +129,13 @@ int64_t seen(const Scores& scores, int64_t rows) {
 
 // Multiprocessors that are left to the conversion of dQ. A row is rounded in a time of its own, and
 // computed in one that grows with the keys that it sees.
-int num_converting(const BackwardParams& params, const Device& device) {
+int num_converting(const BackwardParams& params, int num_sms) {
   const Sequences& seqs = params.seqs;
   const int64_t keys =
       seen(params.scores, seqs.cu_seqlens_k == nullptr ? seqs.sk : seqs.total_k / seqs.b);
   // So many keys take one multiprocessor.
   const int64_t of_one = params.d <= 64 ? 6144 : 4096;
-  return clamp((of_one + keys / 2) / (keys < 1 ? 1 : keys), 0, device.num_sms / 8);
+  return clamp((of_one + keys / 2) / (keys < 1 ? 1 : keys), 0, num_sms / 8);
 }
 
 }  // namespace
@@ -142,17 +144,19 @@ int64_t num_ctas(const BackwardParams& params, const Shape& shape, const Device&
   const int64_t blocks = num_key_blocks(params, shape);
   if (shape.box_m > 0) {
     const bool takes_blocks = shape.takes_blocks && params.next_block != nullptr;
-    if (!takes_blocks || blocks <= device.num_sms) return blocks;
-    return device.num_sms - (shape.makes_sums ? num_converting(params, device) : 0);
+    const int sms = num_sms_for(params, device);
+    if (!takes_blocks || blocks <= sms) return blocks;
+    return sms - (shape.makes_sums ? num_converting(params, sms) : 0);
   }
   return params.deterministic ? int64_t{params.dq_copies} * params.hk * params.seqs.b : blocks;
 }
 
 int64_t num_ctas_of_dq(const BackwardParams& params, const Shape& shape, const Device& device) {
   const int64_t blocks = ceil_div(params.seqs.sq, shape.block_m) * params.hq * params.seqs.b;
-  if (shape.ctas > 0) return clamp(blocks, 0, device.num_sms * shape.ctas);
+  const int sms = num_sms_for(params, device);
+  if (shape.ctas > 0) return clamp(blocks, 0, sms * shape.ctas);
   const bool takes_blocks = shape.box_m > 0 && params.next_block != nullptr;
-  return takes_blocks && blocks > device.num_sms ? device.num_sms : blocks;
+  return takes_blocks && blocks > sms ? sms : blocks;
 }
 
 int choose_heads_of_tile(const ForwardParams& params, const Shape& shape) {
@@ -197,6 +201,7 @@ int choose_splits(const ForwardParams& params, const Shape& shape, const Device&
   constexpr double kPartOfLatent = 0.1;  // us, however short
   const Sequences& seqs = params.seqs;
   const int64_t tiles = num_tiles(params, shape);
+  const int sms = num_sms_for(params, device);
   const int64_t keys = keys_of_tile(params, shape);
   const int64_t blocks = ceil_div(keys, shape.block_n);
   const int64_t columns = wider(params.d, params.dv);
@@ -213,8 +218,8 @@ int choose_splits(const ForwardParams& params, const Shape& shape, const Device&
       static_cast<double>(moved) / kBytes + (is_latent(params) ? kPartOfLatent : 0.0);
   const auto time_of = [&](int64_t splits) {
     // To begin and to end a tile takes as long as a block.
-    const int64_t steps = ceil_div(tiles * splits, device.num_sms) * (ceil_div(blocks, splits) + 1);
-    const int64_t ctas = clamp(tiles * splits, 1, device.num_sms);
+    const int64_t steps = ceil_div(tiles * splits, sms) * (ceil_div(blocks, splits) + 1);
+    const int64_t ctas = clamp(tiles * splits, 1, sms);
     const double bytes = kBytesOfCta * static_cast<double>(ctas);
     const double reading_us = static_cast<double>(read) / (bytes < kBytes ? bytes : kBytes);
     const double computing_us = static_cast<double>(steps) * block_us;
@@ -223,7 +228,7 @@ int choose_splits(const ForwardParams& params, const Shape& shape, const Device&
         (splits > kFewParts ? kMergingMore : 0.0);
     return (computing_us > reading_us ? computing_us : reading_us) + merging_us;
   };
-  const int64_t most = tiles == 0 ? 1 : clamp(kMostRounds * device.num_sms / tiles, 1, kMaxSplits);
+  const int64_t most = tiles == 0 ? 1 : clamp(kMostRounds * int64_t{sms} / tiles, 1, kMaxSplits);
   int chosen = 1;
   double best = time_of(1);
   for (int splits = 2; splits <= most && splits <= blocks; ++splits) {
@@ -236,7 +241,7 @@ int choose_splits(const ForwardParams& params, const Shape& shape, const Device&
   // many let those with short ones take others. Of other kernels nobody has measured it.
   constexpr int64_t kManyBlocks = 32;
   const bool may_wait = is_latent(params) && has_lengths(seqs) && seqs.b > 1;
-  const bool is_one_round = tiles * chosen <= device.num_sms;
+  const bool is_one_round = tiles * chosen <= sms;
   return may_wait && is_one_round && blocks >= 2 * chosen * kManyBlocks ? 2 * chosen : chosen;
 }
 

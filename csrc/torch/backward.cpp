@@ -49,6 +49,7 @@ Tensor run(Backward& call) {
   params.d = static_cast<int32_t>(q.size(-1));
   params.dv = static_cast<int32_t>(v.size(-1));
   params.deterministic = call.deterministic;
+  params.sm_margin = static_cast<int32_t>(call.sm_margin);
 
   const int device = device_of(q);
   const int dtype = dtype_of(q);

@@ -86,6 +86,7 @@ struct Backward {
   Scoring scores;
   Lengths lengths;
   bool deterministic = false;
+  int64_t sm_margin = 0;
 
   bool is_packed() const { return static_cast<bool>(lengths.cu_seqlens_q); }
   int64_t batch_size() const { return is_packed() ? lengths.cu_seqlens_q.size(0) - 1 : q.size(0); }

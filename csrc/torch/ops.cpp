@@ -125,6 +125,7 @@ void with_kvcache(Arguments& in, Results& out) {
   call.append.rotary_interleaved = in.flag();
   call.scores.alibi_slopes = in.optional_tensor();
   call.num_splits = in.integer();
+  call.sm_margin = in.integer();
   if (!call.append.k || !call.append.v) call.append = {};
   ForwardResult result = run(call);
   out.add(std::move(result.out));
@@ -175,13 +176,14 @@ void varlen_backward(Arguments& in, Results& out) {
   out.add(run(call));
 }
 
-// What FlashAttention-3's backward asks for beyond the published operators: lengths in use.
+// What FlashAttention-3's backward asks for beyond the published operators: lengths in use, and
+// multiprocessors for others.
 constexpr const char* kGeneralBackwardSchema =
     "backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor softmax_lse, "
     "Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
     "Tensor? seqused_q, Tensor? seqused_k, int? max_seqlen_q, int? max_seqlen_k, float dropout_p, "
     "float softmax_scale, bool causal, int window_left, int window_right, float softcap, "
-    "Tensor? alibi_slopes, bool deterministic, Tensor? rng_state) -> Tensor";
+    "Tensor? alibi_slopes, bool deterministic, Tensor? rng_state, int sm_margin=0) -> Tensor";
 
 void general_backward(Arguments& in, Results& out) {
   Backward call = {};
@@ -202,6 +204,7 @@ void general_backward(Arguments& in, Results& out) {
   call.lengths.max_seqlen_q = in.optional_integer();
   call.lengths.max_seqlen_k = in.optional_integer();
   take_rules(in, &call);
+  call.sm_margin = in.integer();
   out.add(run(call));
 }
 

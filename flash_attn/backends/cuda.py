@@ -348,6 +348,7 @@ def backward(call: Backward, name: str) -> Tensor:
             scores.alibi_slopes,
             call.deterministic,
             scores.rng_state,
+            call.sm_margin,
         )
     except (RuntimeError, ValueError) as error:
         raise _arguments.renamed(error, "flash_attn_cuda::backward", name) from None

@@ -11,7 +11,7 @@ from native_tools import Launch, Stub, launches
 
 PROGRAM = """
 def backward(d, sq=300, sk=300, hk=2, window=(-1, -1), p=0.0, deterministic=False, change=None,
-             used=None, scale=0.1):
+             used=None, scale=0.1, margin=0):
     q, k = make(2, sq, 4, d), make(2, sk, hk, d)
     if change:
         k = change(k)
@@ -21,7 +21,7 @@ def backward(d, sq=300, sk=300, hk=2, window=(-1, -1), p=0.0, deterministic=Fals
     used = used and torch.tensor(used, dtype=torch.int32)
     torch.ops.flash_attn_cuda.backward.default.redispatch(
         CUDA, q, q, k, k, q, lse, *grads, None, None, None, used, None, None, p, scale, False,
-        *window, 0.0, None, deterministic, state)
+        *window, 0.0, None, deterministic, state, margin)
 """
 
 
@@ -107,7 +107,18 @@ def test_who_writes_the_first_sums_of_dq(launched: Launched) -> None:
     found = launched(*zeroed_before, STUB_SMS="40")
     deltas = [launch.params for launch in found if "delta" in launch.kernel]
     heads_zeroed = [int.from_bytes(params[-8:-4], "little") for params in deltas]
-    assert heads_zeroed == list(zeroed_before.values())  # the last of BackwardParams
+    assert heads_zeroed == list(zeroed_before.values())  # in front of the last of BackwardParams
+
+
+def test_multiprocessors_are_left_to_others(launched: Launched) -> None:
+    calls = [
+        f"backward({d}, sq=5000, sk=5000, margin={margin})"
+        for d, margin in ((128, 32), (192, 32), (64, 1000))
+    ]
+    found = launched(*calls)
+    # One of them is left to the conversion of dQ, which has up to eight CTAs on each.
+    assert [launch.grid for launch in found[1::3]] == [99, 100, 1]
+    assert [launch.grid for launch in found[2::3]] == [8 * 79, 100, 8]
 
 
 @pytest.mark.parametrize(("d", "buffers"), [(192, 4), (256, 3)])

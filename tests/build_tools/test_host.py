@@ -247,6 +247,18 @@ say(plan_and_run(0, splits=5, b=1, sq=1, sk=8192))
     assert launches(tmp_path / "few")[0].grid == 2 * 5 * 2
 
 
+def test_few_queries_leave_multiprocessors_to_others(
+    stub: Stub, tmp_path: Path, offsets: dict[str, int]
+) -> None:
+    text = "".join(
+        f"say(plan_and_run(0, splits=0, b={b}, sq=1, sk=8192, margin={margin}))\n"
+        for b, margin in ((300, 32), (300, 1000), (1, 20), (1, 130))
+    )
+    run_calls(stub, tmp_path / "log", offsets, text)
+    # Seven clusters of 8 for each of two heads; two multiprocessors hold no cluster for each.
+    assert [x.grid for x in launches(tmp_path / "log")] == [100, 1, 2 * 7 * 8, 2]
+
+
 def test_several_sequences_get_a_cluster_for_each_head(
     stub: Stub, tmp_path: Path, offsets: dict[str, int]
 ) -> None:
