@@ -47,7 +47,6 @@ bool resolve_all(void* library) {
          resolve(library, "cuKernelSetAttribute", &d.cuKernelSetAttribute) &&
          resolve(library, "cuLaunchKernelEx", &d.cuLaunchKernelEx) &&
          resolve(library, "cuOccupancyMaxActiveClusters", &d.cuOccupancyMaxActiveClusters) &&
-         resolve(library, "cuMemsetD32Async", &d.cuMemsetD32Async) &&
          resolve(library, "cuTensorMapEncodeTiled", &d.cuTensorMapEncodeTiled);
 }
 

@@ -17,12 +17,6 @@ using CUstream = struct CUstream_st*;
 using CUlibrary = struct CUlib_st*;
 using CUkernel = struct CUkern_st*;
 
-#ifdef _WIN32
-using CUdeviceptr = unsigned long long;
-#else
-using CUdeviceptr = uint64_t;
-#endif
-
 enum : CUresult { kCudaSuccess = 0 };
 
 enum CUdevice_attribute : int {
@@ -80,7 +74,6 @@ struct Driver {
                                void** extra);
   CUresult (*cuOccupancyMaxActiveClusters)(int* count, CUkernel kernel,
                                            const CUlaunchConfig* config);
-  CUresult (*cuMemsetD32Async)(CUdeviceptr to, unsigned int value, size_t count, CUstream stream);
   CUresult (*cuTensorMapEncodeTiled)(void* map, int type, uint32_t rank, void* address,
                                      const uint64_t* dims, const uint64_t* strides,
                                      const uint32_t* box, const uint32_t* steps, int interleave,

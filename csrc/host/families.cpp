@@ -151,10 +151,7 @@ Shape shape_of(int family, int kind, int head_dim, int arch) {
   }
 }
 
-bool is_latent(const ForwardParams& params) {
-  constexpr int kWidest = 256;  // head dim that other kernels take
-  return params.has_qv != 0 || params.dv > kWidest;
-}
+bool is_latent(const ForwardParams& params) { return params.has_qv != 0 || params.dv > kWidest; }
 
 bool takes(int family, int head_dim, const ForwardParams& params, int num_sms) {
   const Sequences& seqs = params.seqs;

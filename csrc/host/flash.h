@@ -22,6 +22,8 @@ enum FlashDtype { FLASH_FP16, FLASH_BF16, FLASH_E4M3, FLASH_NUM_DTYPES };
 
 namespace flash {
 
+constexpr int32_t kWidest = 256;  // head dim that all kernels but those of latent attention take
+
 // Rows of one operand: element (i, r, h, x) stands at ptr + i * batch + r * row + h * head + x.
 // In a packed operand (cu_seqlens given) `batch` is unused: r counts from the sequence's first row.
 struct Rows {
@@ -48,11 +50,11 @@ struct Sequences {
   const int32_t* seqused_k;     // [b]
   const int32_t* leftpad_k;     // [b] keys to skip
   const int32_t* kv_batch_idx;  // [b] row of the cache, or of block_table
-  const int32_t* block_table;   // [b, max_pages]; k and v are then [num_pages, page_size, hk, d]
+  // [b, pages of a sequence]; k and v are then [num_pages, page_size, hk, d]
+  const int32_t* block_table;
   int64_t block_table_stride;
   int32_t page_size;
   int32_t num_pages;
-  int32_t max_pages;
   int32_t b;
   int32_t sq;  // rows of a dense q, else the longest sequence
   int32_t sk;
@@ -203,10 +205,11 @@ struct BackwardParams {
   // CTAs of the main kernel take block after block of keys by this counter, and those of the kernel
   // behind it tiles or blocks of dQ by the next; null: each block has its CTA.
   uint64_t* next_block;
-  // [b, hk] blocks of turn_keys keys whose shares of dQ are in the sums, counted by each who adds;
-  // and [b, hk] blocks that have zeroed their part of a section's sums, where its first head
-  // stands. The delta kernel clears these and the counters above.
+  // [b, hk] blocks of turn_keys keys whose shares of dQ are in the sums, counted by each who adds.
+  // The delta kernel clears these, those below and the counters above.
   int32_t* finished;
+  // [b, hk] blocks that have zeroed their part of a section's sums, where its first head stands.
+  int32_t* zeroed;
   // [b + 1, 2] where sequences have lengths: those of most queries first. Of each its index, and
   // the blocks of turn_keys keys of all heads in front of it; then those of all. The delta kernel
   // fills it in.

@@ -69,6 +69,7 @@ Tensor run(Backward& call) {
   }
   if (workspace.finished > 0) {
     params.finished = reinterpret_cast<int32_t*>(params.next_block) + workspace.next_tile;
+    params.zeroed = params.finished + b * params.hk;
   }
   if (workspace.order > 0) {
     params.order = reinterpret_cast<uint32_t*>(params.finished + workspace.finished);

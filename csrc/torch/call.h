@@ -5,6 +5,7 @@
 #include <optional>
 #include <string>
 
+#include "host/flash.h"
 #include "torch/abi.h"
 
 namespace flash::shim {
@@ -53,8 +54,7 @@ struct Descale {
   Tensor q, k, v;
 };
 
-constexpr int64_t kWidest = 256;  // head dim that all kernels but those of latent attention take
-constexpr int64_t kNarrow = 64;   // head dim of q and k that goes with a wider V
+constexpr int64_t kNarrow = 64;  // head dim of q and k that goes with a wider V
 
 struct Forward {
   const char* name;

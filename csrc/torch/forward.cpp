@@ -132,7 +132,7 @@ ForwardResult run(Forward& call) {
   const bool is_empty = call.is_latent() && !has_pairs(call, params.seqs);
   if (is_empty) {
     params.has_qv = 0;
-    params.dv = std::min(params.dv, static_cast<int32_t>(kWidest));
+    params.dv = std::min(params.dv, kWidest);
   }
   FlashWorkspace workspace = {};
   run_or_throw(call.name, flash_plan_forward(device, dtype, static_cast<int>(call.num_splits),

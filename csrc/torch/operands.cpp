@@ -195,7 +195,6 @@ Sequences sequences_of(const Lengths& lengths, const Tensor& q, const Tensor& k,
     seqs.block_table_stride = table.stride(0);
     seqs.page_size = narrow(k.size(1));
     seqs.num_pages = narrow(k.size(0));
-    seqs.max_pages = narrow(table.size(1));
     const int64_t capacity = table.size(1) * k.size(1);
     seqs.sk = narrow(std::min(capacity, lengths.max_seqlen_k.value_or(capacity)));
   } else if (lengths.cu_seqlens_k) {

@@ -79,11 +79,11 @@ constexpr int kTileRows = 64;  // of statistics and turns
 __device__ inline bool may_lack_sums(const BackwardParams& params, const attn::Sequence& seq,
                                      int first) {
   const attn::Mask mask(params.scores, seq.sq, seq.sk);
-  bool sees_all = true;
+  bool lacks = false;
   for (int row = first; row < first + kDeltaRows; row += kTileRows) {
-    sees_all = sees_all && (row >= seq.sq || mask.lowest(row) < mask.highest(row));
+    lacks = lacks || (row < seq.sq && mask.lowest(row) >= mask.highest(row));
   }
-  return !sees_all;
+  return lacks;
 }
 
 // Of keys that queries about `row` see.
@@ -118,7 +118,7 @@ __device__ inline void delta(const BackwardParams& params) {
 
   if (params.finished && block == 0 && threadIdx.x == 0 && head < params.hk) {
     const int at = seq.index * params.hk + head;
-    params.finished[at] = params.finished[params.seqs.b * params.hk + at] = 0;
+    params.finished[at] = params.zeroed[at] = 0;
   }
   if (params.order && block == 0 && head == 0 && threadIdx.x < 32) find_place(params, seq);
   const int key_head = attn::key_head(head, params.hq, params.hk);

@@ -145,11 +145,6 @@ struct KeySchedule {
   }
 };
 
-// The count of blocks that have zeroed their part of a section, of which `first` is the first head.
-__device__ inline int32_t* zeroed(const BackwardParams& params, uint32_t first) {
-  return params.finished + params.hk * params.seqs.b + first;
-}
-
 // Until blocks of the section in front have zeroed what this block's dQ is added to.
 template <class Cfg>
 __device__ inline void wait_for_zeros(const BackwardParams& params, const KeyBlock& block) {
@@ -157,7 +152,7 @@ __device__ inline void wait_for_zeros(const BackwardParams& params, const KeyBlo
   const uint32_t section = params.heads_per_section;
   const uint32_t head = block.sequence * params.hk + block.head;
   if (head < params.heads_zeroed) return;
-  ptx::wait_until_equal(zeroed(params, head / section * section), blocks_that_zero<Cfg>(params));
+  ptx::wait_until_equal(params.zeroed + head / section * section, blocks_that_zero<Cfg>(params));
 }
 
 // Zeroes the part of block `index` in the sums of the next section: they are in L2 when they are
@@ -187,7 +182,7 @@ __device__ inline void zero_sums(const BackwardParams& params, const BackwardPip
   }
   ptx::tma_store_commit();
   ptx::tma_store_wait();
-  ptx::red_release_add(zeroed(params, first), 1);
+  ptx::red_release_add(params.zeroed + first, 1);
 }
 
 // One lane's work: what the CTA does in each round, and the loads of K. No block is taken before
