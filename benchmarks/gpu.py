@@ -168,9 +168,10 @@ def measure(
     passes: Sequence[str] = PASSES,
     warm_up_ms: float = WARM_UP_MS,
     total_ms: float = TOTAL_MS,
+    make: Callable[[Case, str], Calls] = Calls,
 ) -> list[dict[str, Any]]:
     """A row for each of `passes`; RuntimeError if the two methods do not agree."""
-    calls = Calls(case, device)
+    calls = make(case, device)
     difference = calls.difference()
     if not difference <= MAX_DIFFERENCE:
         raise RuntimeError(f"{case}: the results differ by {difference:.1e} of their norm")
@@ -237,19 +238,28 @@ def spread(times: list[float]) -> dict[str, float]:
 
 def run(dtypes: list[str], out: Path | None) -> Path:
     """Measures everything on the current GPU and writes the result."""
-    import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
         cpu = cpu_times()
-        timer, rows = CudaTimer(), []
-        for case in cases(dtypes):
-            rows += measure(case, timer)
-            told = ", ".join(f"{row['passes']} {row['ratio']['median']:.2f}" for row in rows[-3:])
-            mask = "causal" if case.causal else "full"
-            print(f"{case.dtype} {case.head_dim} {mask} {case.seqlen}: {told}", file=sys.stderr)
-            torch.cuda.empty_cache()
+        rows = rows_of(cases(dtypes))
     return report.write({**report.of_gpu("gpu"), "cpu": cpu, "rows": rows}, out)
+
+
+def rows_of(
+    cases: Iterable[Case], make: Callable[[Case, str], Calls] = Calls
+) -> list[dict[str, Any]]:
+    """What `measure` has of each case, told as it comes."""
+    import torch
+
+    timer, rows = CudaTimer(), []
+    for case in cases:
+        rows += measure(case, timer, make=make)
+        told = ", ".join(f"{row['passes']} {row['ratio']['median']:.2f}" for row in rows[-3:])
+        mask = "causal" if case.causal else "full"
+        print(f"{case.dtype} {case.head_dim} {mask} {case.seqlen}: {told}", file=sys.stderr)
+        torch.cuda.empty_cache()
+    return rows
 
 
 def main() -> int:

@@ -11,6 +11,7 @@ except ModuleNotFoundError as error:
         name=__name__,
     ) from None
 
+from flash_attn import _sdpa
 from flash_attn._version import __version__
 from flash_attn.flash_attn_interface import (
     flash_attn_func,
@@ -21,6 +22,8 @@ from flash_attn.flash_attn_interface import (
     flash_attn_varlen_qkvpacked_func,
     flash_attn_with_kvcache,
 )
+
+_sdpa.make_known()
 
 __all__ = [
     "__version__",

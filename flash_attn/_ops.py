@@ -93,7 +93,7 @@ def _forward(
     return_softmax: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     mask = Mask.of(causal, window_size_left, window_size_right)
-    return _run_forward(
+    return run_forward(
         FORWARD,
         q,
         k,
@@ -139,7 +139,7 @@ def _varlen_forward(
         max_seqlen_k=max_seqlen_k,
     )
     mask = Mask.of(causal, window_size_left, window_size_right)
-    return _run_forward(
+    return run_forward(
         VARLEN_FORWARD,
         q,
         k,
@@ -154,7 +154,7 @@ def _varlen_forward(
     )
 
 
-def _run_forward(
+def run_forward(
     name: str,
     q: Tensor,
     k: Tensor,
@@ -166,11 +166,13 @@ def _run_forward(
     alibi_slopes: Optional[Tensor],
     dropout_p: float,
     return_softmax: bool,
+    out: Optional[Tensor] = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Check and run a forward call: out, softmax_lse, S_dmask, rng_state."""
     rng_state = draw_rng_state(q, dropout_p)
     used_state = rng_state if dropout_p > 0 else None
     scores = Scores(softmax_scale, mask, softcap, alibi_slopes, dropout_p, used_state)
-    call = Forward(q, k, v, scores, sequences, return_softmax=return_softmax)
+    call = Forward(q, k, v, scores, sequences, return_softmax=return_softmax, out=out)
     check_forward(name, call)
     return (*backends.forward(call, name), rng_state)
 

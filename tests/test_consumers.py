@@ -308,6 +308,22 @@ def test_pytorch_core_calls_the_fa3_operators_by_position() -> None:
     gradients_agree(grads, dout, [q, k, v], softmax_scale=SCALE, causal=True)
 
 
+def test_pytorch_core_runs_the_fa3_operators_by_its_own_code() -> None:
+    """What `torch.nn.attention.activate_flash_attention_impl("FA3")` puts under SDPA."""
+    core = pytest.importorskip("torch.nn.attention._fa3")
+    core._fa3_import_module("flash_attn_interface")
+    q, k, v = dense(hk=2)
+    out, lse = core._fa3_run_forward(
+        q, k, v, None, None, 12, 12, SCALE, True, None, None, None
+    )  # fmt: skip
+    agrees(out, attention, q, k, v, softmax_scale=SCALE, causal=True)
+    dout = torch.ones_like(out)
+    grads = core._fa3_run_backward(
+        dout, q, k, v, out, lse, None, None, 12, 12, SCALE, True, -1, -1
+    )  # fmt: skip
+    gradients_agree(grads, dout, [q, k, v], softmax_scale=SCALE, causal=True)
+
+
 BESIDE_ANOTHER_FLASH_ATTENTION_3 = """
 import torch
 other = torch.library.Library("flash_attn_3", "DEF")

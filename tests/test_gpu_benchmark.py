@@ -143,7 +143,7 @@ def test_a_run_measures_every_case_and_says_how_it_goes(
     measure, made = gpu.measure, example()
     monkeypatch.setattr(gpu, "cases", lambda dtypes: iter([SMALL, SMALL]))
     monkeypatch.setattr(gpu, "CudaTimer", lambda: lambda call, count: [1.0])
-    monkeypatch.setattr(gpu, "measure", lambda case, timer: measure(case, timer, "cpu"))
+    monkeypatch.setattr(gpu, "measure", lambda *given, **how: measure(*given, "cpu", **how))
     monkeypatch.setattr(gpu, "cpu_times", lambda: made.pop("cpu"))
     told = {key: x for key, x in made.items() if key != "rows"}
     monkeypatch.setattr(report, "of_gpu", lambda kind: told)

@@ -27,7 +27,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("_cpu", "_registration", "_triton"),
     ("backends",),
     ("_ops",),
-    ("_kvcache", "_ops_splits"),
+    ("_kvcache", "_ops_splits", "_sdpa"),
     ("_ops_fa3",),
     ("_attention",),
     ("_attention_fa3", "/flash_attn_2_cuda"),

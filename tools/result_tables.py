@@ -443,6 +443,7 @@ def environments_section(result: dict[str, Any]) -> str:
 SECTIONS = {
     "cpu": bench_section,
     "gpu": gpu_section,
+    "under_sdpa": gpu_section,
     "peers": peers_section,
     "fp8": fp8_section,
     "decode": decode_section,
