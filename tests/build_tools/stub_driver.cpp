@@ -186,7 +186,6 @@ CUresult cuOccupancyMaxActiveClusters(int* count, CUkernel, const CUlaunchConfig
   return 0;
 }
 
-
 // A map in the open: the address, four sizes, three strides in bytes, columns and rows of the box,
 // the element type, the swizzle and heads of the box.
 CUresult cuTensorMapEncodeTiled(void* map, int type, uint32_t rank, void* address,
