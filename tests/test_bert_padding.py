@@ -5,6 +5,7 @@ from __future__ import annotations
 import einops
 import pytest
 import torch
+from small_calls import compiles
 from torch import Tensor
 
 from flash_attn import bert_padding
@@ -17,8 +18,6 @@ from flash_attn.bert_padding import (
     unpad_input_for_concatenated_sequences,
 )
 
-# torch.compile warns about its own way of tracing an autograd.Function.
-compiles = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 LENGTHS = [
     pytest.param([5, 3, 1], id="ragged"),
     pytest.param([5, 5], id="full"),

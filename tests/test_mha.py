@@ -9,6 +9,7 @@ import pytest
 import torch
 from compare import check
 from oracle import attention
+from small_calls import compiles
 from torch import Tensor, nn
 
 import flash_attn
@@ -29,8 +30,6 @@ from flash_attn.modules.mha import (
 from flash_attn.utils.generation import InferenceParams
 
 EMBED = 64
-# torch.compile warns about its own way of tracing an autograd.Function.
-compiles = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 
 
 def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:

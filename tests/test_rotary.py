@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from small_calls import compiles
 from torch import Tensor
 
 from flash_attn._rotary import rotate, varlen_positions
@@ -19,8 +20,6 @@ from flash_attn.layers.rotary import (
     rotate_half,
 )
 
-# torch.compile warns about its own way of tracing an autograd.Function.
-compiles = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 PAIRINGS = pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "interleaved"])
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 

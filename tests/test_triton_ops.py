@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from compare import check
+from small_calls import compiles
 from torch import Tensor
 from triton_here import DEVICE, old_numbers, on_device, why_not
 
@@ -25,7 +26,6 @@ from flash_attn.ops.triton.rotary import apply_rotary
 
 FP32, FP64, BF16, FP16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 pytestmark = old_numbers
-compiles = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 
 
 @pytest.fixture(params=["torch", pytest.param("triton", marks=on_device)])

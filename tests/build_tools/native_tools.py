@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from build_tools import codegen, kernels, native  # noqa: E402
+from build_tools import codegen, compilers, kernels, native  # noqa: E402
 from build_tools.arch import Arch  # noqa: E402
 from build_tools.parts import Part  # noqa: E402
 
@@ -26,6 +26,14 @@ def needs(program: str) -> str:
     if found is None:
         pytest.skip(f"{program} is not installed")
     return found
+
+
+def needs_nvrtc() -> compilers.Nvrtc:
+    """The compiler of kernels; the test is skipped where it is not installed."""
+    try:
+        return compilers.Nvrtc()
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
 
 
 class Rows(ctypes.Structure):

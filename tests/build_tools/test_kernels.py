@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 import pytest
-from native_tools import ROOT, Arch, codegen, kernels
+from native_tools import ROOT, Arch, codegen, kernels, needs_nvrtc
 
 from build_tools import arch, compilers, ninja, parts
 from build_tools.__main__ import main
@@ -20,13 +20,6 @@ from build_tools.arch import parse_list
 from build_tools.compile_part import KILLED, TOLD
 from build_tools.compile_part import main as compile_part
 from build_tools.paths import support
-
-
-def nvrtc() -> compilers.Nvrtc:
-    try:
-        return compilers.Nvrtc()
-    except FileNotFoundError as error:
-        pytest.skip(str(error))
 
 
 def test_every_row_of_the_truth_becomes_units_with_names_of_their_own() -> None:
@@ -195,7 +188,7 @@ def test_a_command_with_wrong_options_is_told_in_a_line(
     command: str, words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     if "jobs" in command:
-        nvrtc()
+        needs_nvrtc()
     libc = ctypes.util.find_library("c") or pytest.skip("there is no libc to find")
     assert main(command.format(libc=libc).split()) == 1
     told = capsys.readouterr().err
@@ -256,7 +249,7 @@ def test_progress_tells_the_time_left(capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def test_one_kernel_compiles_for_each_architecture(tmp_path: Path) -> None:
-    compiler = nvrtc()
+    compiler = needs_nvrtc()
     unit = next(unit for unit in codegen.units() if unit.kind == "delta")
     archs = [arch for arch in kernels.archs_of(unit, None) if compiler.supports(arch)]
     made = [parts.make_part(unit, arch, compiler.identity, tmp_path) for arch in archs]
@@ -293,7 +286,7 @@ def test_a_measured_build_keeps_to_the_budget(result: dict[str, Any]) -> None:
 
 def test_a_unit_that_does_not_compile_is_told_with_the_compilers_words() -> None:
     with pytest.raises(compilers.CompileError, match=r"identifier \"nonsense\" is undefined"):
-        nvrtc().compile("__global__ void f() { nonsense(); }", Arch.parse("90"))
+        needs_nvrtc().compile("__global__ void f() { nonsense(); }", Arch.parse("90"))
 
 
 def test_killed_compilers_are_tried_again_with_fewer_jobs(
@@ -324,7 +317,7 @@ def test_a_compiler_that_is_always_killed_ends_the_build(
 
 
 def test_sources_that_change_while_building_are_told(tmp_path: Path) -> None:
-    compiler = nvrtc()
+    compiler = needs_nvrtc()
     part = parts.make_part(codegen.units()[0], Arch.parse("90"), compiler.identity, tmp_path)
     job = tmp_path / "job"
     job.write_text(

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import machine_code
 import pytest
-from native_tools import codegen, kernels
+from native_tools import codegen, kernels, needs_nvrtc
 
 from build_tools import compilers, fetch, parts
 from build_tools.arch import Arch
@@ -132,10 +132,7 @@ IMAGES = [
 
 @pytest.fixture(scope="module")
 def nvrtc() -> compilers.Nvrtc:
-    try:
-        return compilers.Nvrtc()
-    except FileNotFoundError as error:
-        pytest.skip(str(error))
+    return needs_nvrtc()
 
 
 @pytest.mark.parametrize(
