@@ -89,8 +89,14 @@ FORWARD_CASES = {
 SIDE_BY_SIDE = ("forward", "backward", "dq", "decode")
 
 
+# Namespaces of kernels that have all of a CTA's shared memory as one array.
+NAMESPACES = ("sm80", "sm90", "decode")
+
+
 def _namespace(unit: codegen.Unit) -> str:
-    return "decode" if unit.kind == "decode" else "sm90"
+    if unit.kind == "decode":
+        return "decode"
+    return "sm80" if unit.family == "sm80" else "sm90"
 
 
 def kernel_source(units: list[codegen.Unit]) -> str:
@@ -106,17 +112,18 @@ def kernel_source(units: list[codegen.Unit]) -> str:
         "  }\n"
         for unit in units
     )
+    memory = "".join(
+        f"namespace flash::{name} {{\n"
+        "__attribute__((aligned(1024))) __shared__ unsigned char storage[emulator::kSmemBytes];\n"
+        "}\n"
+        for name in NAMESPACES
+    )
     return f"""\
 #include <string>
 
 #include "emulator.h"
 #include "host/flash.h"
-namespace flash::sm90 {{
-__attribute__((aligned(1024))) __shared__ unsigned char storage[emulator::kSmemBytes];
-}}
-namespace flash::decode {{
-__attribute__((aligned(1024))) __shared__ unsigned char storage[emulator::kSmemBytes];
-}}
+{memory}
 {"".join(unit.source for unit in units)}
 void run_kernel(const char* name, unsigned grid, unsigned cluster, unsigned threads,
                 const void* given) {{

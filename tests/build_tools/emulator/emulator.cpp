@@ -59,6 +59,7 @@ struct Warpgroup {
 struct Copy {
   uint32_t smem;
   const void* gmem;
+  uint32_t bytes;
 };
 struct CopyGroups {
   std::deque<std::vector<Copy>> committed;
@@ -254,11 +255,11 @@ bool do_product(Warpgroup& group) {
 }
 
 void do_copy(const Copy& copy) {
-  unsigned char* to = at(copy.smem, 16);
+  unsigned char* to = at(copy.smem, copy.bytes);
   if (copy.gmem == nullptr) {
-    memset(to, 0, 16);
+    memset(to, 0, copy.bytes);
   } else {
-    memcpy(to, copy.gmem, 16);
+    memcpy(to, copy.gmem, copy.bytes);
   }
 }
 
@@ -388,11 +389,11 @@ bool mbarrier_has_ended(uint32_t address, uint32_t parity) {
   return (mbarrier(address).phase & 1) != parity;
 }
 
-void cp_async(uint32_t smem, const void* gmem) {
-  if (smem % 16 != 0 || reinterpret_cast<uintptr_t>(gmem) % 16 != 0) {
-    stop("a copy to %u is not of whole 16 bytes", smem);
+void cp_async(uint32_t smem, const void* gmem, uint32_t bytes) {
+  if (smem % bytes != 0 || reinterpret_cast<uintptr_t>(gmem) % bytes != 0) {
+    stop("a copy to %u is not of whole %u bytes", smem, bytes);
   }
-  const Copy copy = {smem, gmem};
+  const Copy copy = {smem, gmem, bytes};
   if (one_in(3)) do_copy(copy);  // as soon as that: what is there must not be needed any more
   g_cta->copy_groups[threadIdx.x].open.push_back(copy);
 }

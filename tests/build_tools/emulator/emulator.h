@@ -76,8 +76,9 @@ void mbarrier_arrive(uint32_t barrier, int bytes);
 void mbarrier_wait(uint32_t barrier, uint32_t parity);
 bool mbarrier_has_ended(uint32_t barrier, uint32_t parity);
 
-// Copies 16 bytes, or zeros where `gmem` is null, between here and when its group is waited for.
-void cp_async(uint32_t smem, const void* gmem);
+// Copies 16 or 4 bytes, or zeros where `gmem` is null, between here and when its group is waited
+// for.
+void cp_async(uint32_t smem, const void* gmem, uint32_t bytes = 16);
 void cp_async_commit();
 void cp_async_wait(int pending);
 // Arrives at a barrier some turns later, when this thread's copies are done.

@@ -15,12 +15,19 @@ inline uint32_t smem_address(const void* ptr) {
 
 inline int opaque(int x) { return x; }
 inline float opaque(float x) { return x; }
+inline const uint16_t* opaque(const uint16_t* x) { return x; }
 
 inline void cp_async_16(uint32_t smem, const void* gmem, bool valid) {
   emulator::cp_async(smem, valid ? gmem : nullptr);
 }
 inline void cp_async_16_once(uint32_t smem, const void* gmem, bool valid) {
   cp_async_16(smem, gmem, valid);
+}
+inline void cp_async_16_if(bool is_due, uint32_t smem, const void* gmem) {
+  if (is_due) cp_async_16(smem, gmem, true);
+}
+inline void cp_async_4(uint32_t smem, const void* gmem, bool valid) {
+  emulator::cp_async(smem, valid ? gmem : nullptr, 4);
 }
 inline void cp_async_commit() { emulator::cp_async_commit(); }
 template <int kPending>
