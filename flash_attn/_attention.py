@@ -127,7 +127,7 @@ def distinct(tensors: tuple[Optional[Tensor], ...]) -> tuple[Optional[Tensor], .
     )
 
 
-def _is_differentiated(packed: tuple[Tensor, ...], is_grad_enabled: bool) -> bool:
+def is_differentiated(packed: tuple[Tensor, ...], is_grad_enabled: bool) -> bool:
     """Whether the autograd rule must see the call.
 
     Forward mode must meet it too, because its missing rule is an error there, while the operators
@@ -151,7 +151,7 @@ class Attention(torch.autograd.Function):
     def forward(
         ctx: Any, a: Tensor, b: Optional[Tensor], c: Optional[Tensor], call: Call
     ) -> Union[Tensor, tuple[Tensor, Tensor, Tensor]]:
-        q, k, v = split(_present(a, b, c))
+        q, k, v = split(present(a, b, c))
         forward, _, cu_seqlens, rules, options, has_dropout, _, _, return_attn_probs = call
         out, lse, *rest = forward(q, k, v, *cu_seqlens, *rules, *options)
         # Saved, as autograd then refuses a backward pass with other boundaries than these.
@@ -177,7 +177,7 @@ class Attention(torch.autograd.Function):
                 "a block_table",
             )
         a, b, c, out, lse, rng_state, *cu_seqlens = ctx.saved_tensors
-        packed = _present(a, b, c)
+        packed = present(a, b, c)
         grads = tuple(torch.empty_like(x) for x in packed)
         tensors = (dout, *split(packed), out, lse, *split(grads))
         call.backward(*tensors, *cu_seqlens, *call.rules, call.deterministic, rng_state)
@@ -196,7 +196,7 @@ def _differentiably(packed: tuple[Tensor, ...], call: Call, watched: bool) -> An
     return _bare_apply(*map(unwrap_if_dead, packed), *others, call)
 
 
-def _present(a: Tensor, b: Optional[Tensor], c: Optional[Tensor]) -> tuple[Tensor, ...]:
+def present(a: Tensor, b: Optional[Tensor], c: Optional[Tensor]) -> tuple[Tensor, ...]:
     """The tensors that there are."""
     if b is None:
         return (a,)
@@ -240,7 +240,7 @@ def attend(
     return_softmax = return_attn_probs and has_dropout
     choices = (return_softmax, block_table) if lengths else (return_softmax,)
     try:
-        if not _is_differentiated(packed, is_grad_enabled):
+        if not is_differentiated(packed, is_grad_enabled):
             results = forward(*split(packed), *cu_seqlens, *rules, *choices)
             return results[:3] if return_attn_probs else results[0]
         call = Call(

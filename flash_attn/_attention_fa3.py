@@ -6,9 +6,13 @@ from typing import Any, Optional
 
 import torch
 from torch import Tensor
+from torch._C._functorch import unwrap_if_dead
 from torch.autograd.function import once_differentiable
 
 from flash_attn import _arguments, _attention, _ops_fa3
+from flash_attn._attention import distinct, is_differentiated, is_watched, present
+
+_OPS = torch.ops.flash_attn_3
 
 
 def split(packed: tuple[Tensor, ...], num_heads_q: Optional[int]) -> tuple[Tensor, Tensor, Tensor]:
@@ -23,8 +27,76 @@ def split(packed: tuple[Tensor, ...], num_heads_q: Optional[int]) -> tuple[Tenso
     return q, k, v
 
 
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Optional[Tensor],
+    cu_seqlens_k: Optional[Tensor],
+    seqused_q: Optional[Tensor],
+    seqused_k: Optional[Tensor],
+    max_seqlen_q: Optional[int],
+    max_seqlen_k: Optional[int],
+    qv: Optional[Tensor],
+    q_descale: Optional[Tensor],
+    k_descale: Optional[Tensor],
+    v_descale: Optional[Tensor],
+    softmax_scale: float,
+    causal: bool,
+    window_size_left: int,
+    window_size_right: int,
+    attention_chunk: int,
+    softcap: float,
+    num_splits: int,
+    pack_gqa: Optional[bool],
+    deterministic: bool,
+    sm_margin: int,
+) -> tuple[Tensor, Tensor]:
+    """out, softmax_lse. By position and by overload: names, and a packet of overloads, are slow."""
+    out, lse, _, _ = _OPS._flash_attn_forward.default(
+        q,
+        k,
+        v,
+        None,  # k_new
+        None,  # v_new
+        qv,
+        None,  # out_
+        cu_seqlens_q,
+        cu_seqlens_k,
+        None,  # cu_seqlens_k_new
+        seqused_q,
+        seqused_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        None,  # page_table
+        None,  # kv_batch_idx
+        None,  # leftpad_k
+        None,  # rotary_cos
+        None,  # rotary_sin
+        None,  # seqlens_rotary
+        q_descale,
+        k_descale,
+        v_descale,
+        softmax_scale,
+        causal,
+        window_size_left,
+        window_size_right,
+        attention_chunk,
+        softcap,
+        True,  # rotary_interleaved
+        None,  # scheduler_metadata
+        num_splits,
+        pack_gqa,
+        sm_margin,
+    )
+    return out, lse
+
+
 class AttentionFA3(torch.autograd.Function):
-    """out, softmax_lse = attention of (qkv) or (q, k, v); gradients flow through out alone."""
+    """out, softmax_lse = attention of (qkv) or (q, k, v); gradients flow through out alone.
+
+    `options` are those of `_forward`, in its order.
+    """
 
     @staticmethod
     def forward(
@@ -33,67 +105,15 @@ class AttentionFA3(torch.autograd.Function):
         b: Optional[Tensor],
         c: Optional[Tensor],
         num_heads_q: Optional[int],
-        cu_seqlens_q: Optional[Tensor],
-        cu_seqlens_k: Optional[Tensor],
-        seqused_q: Optional[Tensor],
-        seqused_k: Optional[Tensor],
-        max_seqlen_q: Optional[int],
-        max_seqlen_k: Optional[int],
-        qv: Optional[Tensor],
-        q_descale: Optional[Tensor],
-        k_descale: Optional[Tensor],
-        v_descale: Optional[Tensor],
-        softmax_scale: float,
-        causal: bool,
-        window_size_left: int,
-        window_size_right: int,
-        attention_chunk: int,
-        softcap: float,
-        num_splits: int,
-        pack_gqa: Optional[bool],
-        deterministic: bool,
-        sm_margin: int,
+        *options: Any,
     ) -> tuple[Tensor, Tensor]:
-        packed = tuple(x for x in (a, b, c) if x is not None)
-        q, k, v = split(packed, num_heads_q)
-        out, lse, _, _ = torch.ops.flash_attn_3._flash_attn_forward(
-            q,
-            k,
-            v,
-            qv=qv,
-            cu_seqlens_q=cu_seqlens_q,
-            cu_seqlens_k=cu_seqlens_k,
-            seqused_q=seqused_q,
-            seqused_k=seqused_k,
-            max_seqlen_q=max_seqlen_q,
-            max_seqlen_k=max_seqlen_k,
-            q_descale=q_descale,
-            k_descale=k_descale,
-            v_descale=v_descale,
-            softmax_scale=softmax_scale,
-            causal=causal,
-            window_size_left=window_size_left,
-            window_size_right=window_size_right,
-            attention_chunk=attention_chunk,
-            softcap=softcap,
-            num_splits=num_splits,
-            pack_gqa=pack_gqa,
-            sm_margin=sm_margin,
-        )
-        ctx.save_for_backward(a, b, c, out, lse, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
+        out, lse = _forward(*split(present(a, b, c), num_heads_q), *options)
+        (*lengths, max_seqlen_q, max_seqlen_k, qv, _, _, _) = options[:10]
+        scale, causal, left, right, chunk, softcap, _, _, deterministic, sm_margin = options[10:]
+        ctx.save_for_backward(a, b, c, out, lse, *lengths)
         ctx.num_heads_q, ctx.max_seqlens = num_heads_q, (max_seqlen_q, max_seqlen_k)
-        ctx.tail = (
-            softmax_scale,
-            causal,
-            window_size_left,
-            window_size_right,
-            softcap,
-            deterministic,
-            sm_margin,
-        )
-        ctx.without_backward = (
-            "attention_chunk" if attention_chunk else "qv" if qv is not None else ""
-        )
+        ctx.tail = (scale, causal, left, right, softcap, deterministic, sm_margin)
+        ctx.without_backward = "attention_chunk" if chunk else "qv" if qv is not None else ""
         ctx.mark_non_differentiable(lse)
         ctx.set_materialize_grads(False)
         return out, lse
@@ -111,9 +131,9 @@ class AttentionFA3(torch.autograd.Function):
                 f"a forward call with {ctx.without_backward}",
             )
         a, b, c, out, lse, *lengths = ctx.saved_tensors
-        packed = tuple(x for x in (a, b, c) if x is not None)
+        packed = present(a, b, c)
         grads = tuple(torch.empty_like(x) for x in packed)
-        torch.ops.flash_attn_3._flash_attn_backward(
+        _OPS._flash_attn_backward.default(
             dout,
             *split(packed, ctx.num_heads_q),
             out,
@@ -126,19 +146,31 @@ class AttentionFA3(torch.autograd.Function):
         return grads + (None,) * (num_inputs - len(grads))
 
 
+# As `_attention` calls its rule.
+_bare_apply = super(torch.autograd.Function, AttentionFA3).apply
+
+
 def attend(
     name: str,
     packed: tuple[Tensor, ...],
     options: tuple[Any, ...],
     num_heads_q: Optional[int] = None,
 ) -> tuple[Tensor, Tensor]:
-    """(out, softmax_lse) of public function `name`; `options` follow `num_heads_q` in the order of
-    `AttentionFA3.forward`.
+    """(out, softmax_lse) of public function `name`; `options` are those of `_forward`, in its
+    order.
     """
-    inputs = _attention.distinct(packed) + (None,) * (3 - len(packed))
-    options = (*_attention.distinct(options[:4]), *options[4:])
+    others = (None,) * (3 - len(packed))
+    qv = options[6]
     try:
-        result: tuple[Tensor, Tensor] = AttentionFA3.apply(*inputs, num_heads_q, *options)
+        inputs = packed if qv is None else (*packed, qv)
+        if not is_differentiated(inputs, torch.is_grad_enabled()):
+            return _forward(*split(packed, num_heads_q), *options)
+        if is_watched(packed):
+            lengths, rest = options[:4], options[4:]
+            return AttentionFA3.apply(  # type: ignore[no-any-return]
+                *distinct(packed), *others, num_heads_q, *distinct(lengths), *rest
+            )
+        alive = map(unwrap_if_dead, packed)
+        return _bare_apply(*alive, *others, num_heads_q, *options)  # type: ignore[no-any-return]
     except (ImportError, RuntimeError, TypeError, ValueError) as error:
         raise _arguments.renamed(error, _ops_fa3.FORWARD, name) from error.__cause__
-    return result

@@ -295,6 +295,8 @@ def _check_scores(name: str, q: Tensor, scores: Scores, seqs: Sequences) -> None
 
 def _check_append(name: str, call: Forward, append: Append) -> None:
     k, v, seqs = call.k, call.v, call.sequences
+    if seqs.cu_seqlens_k is not None:
+        fail(name, "new keys go into a cache, so cu_seqlens_k must be None", "a cu_seqlens_k")
     is_packed = append.cu_seqlens is not None
     b = call.q.shape[0] if seqs.cu_seqlens_q is None else seqs.cu_seqlens_q.shape[0] - 1
     for argument, new, cache in (("k", append.k, k), ("v", append.v, v)):

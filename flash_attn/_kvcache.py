@@ -49,23 +49,7 @@ def with_kvcache(
     `table_name`: what that function calls `block_table`; None: it is an operator, whose arguments
     have the names of the rules.
     """
-    if (k is None) != (v is None):
-        given, missing = ("key", "value") if v is None else ("value", "key")
-        _arguments.fail(
-            name, f"If {given} is supplied, {missing} must also be passed in", f"no {missing}"
-        )
-    if k is None and (rotary_cos is not None or rotary_sin is not None):
-        _arguments.fail(
-            name,
-            "If rotary cos/sin are provided, new key / value to be appended to KV cache must also "
-            "be provided",
-            "k None",
-        )
-    if k is None and (cu_seqlens_k_new is not None or rotary_seqlens is not None):
-        argument = "rotary_seqlens" if cu_seqlens_k_new is None else "cu_seqlens_k_new"
-        _arguments.fail(
-            name, f"{argument} is about new keys, so k and v must also be given", "k None"
-        )
+    check_new_keys(name, k, v, rotary_cos, rotary_sin, cu_seqlens_k_new, rotary_seqlens)
     softmax_scale = _arguments.scale(softmax_scale, q, qv)
     left, right = _arguments.window(name, window_size)
     seqlens = _seqlens_tensor(name, cache_seqlens, q, cu_seqlens_q)
@@ -107,6 +91,35 @@ def with_kvcache(
             found = type(found)(_in_callers_words(str(found), table_name))
         raise found from error.__cause__
     return result
+
+
+def check_new_keys(
+    name: str,
+    k: Optional[Tensor],
+    v: Optional[Tensor],
+    rotary_cos: Optional[Tensor],
+    rotary_sin: Optional[Tensor],
+    cu_seqlens_k_new: Optional[Tensor],
+    rotary_seqlens: Optional[Tensor],
+) -> None:
+    """What is about new keys goes with both, keys and values."""
+    if (k is None) != (v is None):
+        given, missing = ("key", "value") if v is None else ("value", "key")
+        _arguments.fail(
+            name, f"If {given} is supplied, {missing} must also be passed in", f"no {missing}"
+        )
+    if k is None and (rotary_cos is not None or rotary_sin is not None):
+        _arguments.fail(
+            name,
+            "If rotary cos/sin are provided, new key / value to be appended to KV cache must also "
+            "be provided",
+            "k None",
+        )
+    if k is None and (cu_seqlens_k_new is not None or rotary_seqlens is not None):
+        argument = "rotary_seqlens" if cu_seqlens_k_new is None else "cu_seqlens_k_new"
+        _arguments.fail(
+            name, f"{argument} is about new keys, so k and v must also be given", "k None"
+        )
 
 
 # Rules that speak of the caches when they say k and v.

@@ -2,7 +2,8 @@
 
 `_flash_attn_forward` and `_flash_attn_backward` are the traceable pair behind the public functions.
 `fwd` and `bwd` have the published C++ schemas, for projects that call them by position. Shapes and
-options: docstrings of `flash_attn_interface`.
+options: docstrings of `flash_attn_interface`. For CUDA tensors the shim runs all but `bwd`
+(`csrc/torch/ops_fa3.cpp`).
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ from torch import Tensor
 
 from flash_attn import _arguments, _fakes, _flops, _ops, backends
 from flash_attn._checks import check_forward
-from flash_attn._kvcache import with_kvcache
+from flash_attn._kvcache import check_new_keys
 from flash_attn._ops_splits import check_metadata
-from flash_attn._problem import Descale, Forward, Mask, Scores, Sequences
+from flash_attn._problem import Append, Descale, Forward, Mask, Scores, Sequences
 from flash_attn._registration import define, define_shared
+from flash_attn.backends import cuda
 
 FORWARD, BACKWARD = "flash_attn_3::_flash_attn_forward", "flash_attn_3::_flash_attn_backward"
 FWD, BWD = "flash_attn_3::fwd", "flash_attn_3::bwd"
@@ -160,9 +162,10 @@ def _forward_call(
     softcap: float,
     num_splits: int,
     sm_margin: int,
+    append: Optional[Append] = None,
     out: Optional[Tensor] = None,
 ) -> Forward:
-    """A call without new keys; `sequences` are the fields of `Sequences` in order."""
+    """A call; `sequences` are the fields of `Sequences` in order."""
     scale = _arguments.scale(softmax_scale, q, qv)
     return Forward(
         q,
@@ -170,6 +173,7 @@ def _forward_call(
         v,
         Scores(scale, mask, softcap),
         Sequences(*sequences),
+        append=append,
         qv=qv,
         descale=Descale(*descale),
         num_splits=num_splits,
@@ -261,64 +265,37 @@ def _fwd(
     sm_margin: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     check_metadata(FWD, scheduler_metadata, q)
-    new = (k_new, v_new, cu_seqlens_k_new, rotary_cos, rotary_sin, seqlens_rotary)
-    if all(x is None for x in new):
-        call = _forward_call(
-            q,
-            k,
-            v,
-            q_v,
-            (
-                cu_seqlens_q,
-                cu_seqlens_k,
-                seqused_q,
-                seqused_k,
-                leftpad_k,
-                page_table,
-                kv_batch_idx,
-                max_seqlen_q,
-                max_seqlen_k,
-            ),
-            (q_descale, k_descale, v_descale),
-            softmax_scale,
-            Mask.of(is_causal, window_size_left, window_size_right, attention_chunk),
-            softcap,
-            num_splits,
-            sm_margin,
-            out,
-        )
-        return _run(FWD, call)
-    first, lse = with_kvcache(
-        FWD,
+    check_new_keys(FWD, k_new, v_new, rotary_cos, rotary_sin, cu_seqlens_k_new, seqlens_rotary)
+    append = None
+    if k_new is not None and v_new is not None:
+        rotary = (rotary_cos, rotary_sin, is_rotary_interleaved, seqlens_rotary)
+        append = Append(k_new, v_new, cu_seqlens_k_new, *rotary)
+    call = _forward_call(
         q,
         k,
         v,
-        k=k_new,
-        v=v_new,
-        qv=q_v,
-        rotary_cos=rotary_cos,
-        rotary_sin=rotary_sin,
-        cache_seqlens=seqused_k,
-        cache_batch_idx=kv_batch_idx,
-        cache_leftpad=leftpad_k,
-        block_table=page_table,
-        cu_seqlens_q=cu_seqlens_q,
-        cu_seqlens_k_new=cu_seqlens_k_new,
-        max_seqlen_q=max_seqlen_q,
-        rotary_seqlens=seqlens_rotary,
-        q_descale=q_descale,
-        k_descale=k_descale,
-        v_descale=v_descale,
-        softmax_scale=softmax_scale,
-        causal=is_causal,
-        window_size=(window_size_left, window_size_right),
-        attention_chunk=attention_chunk,
-        softcap=softcap,
-        rotary_interleaved=is_rotary_interleaved,
-        num_splits=num_splits,
-        sm_margin=sm_margin,
+        q_v,
+        (
+            cu_seqlens_q,
+            cu_seqlens_k,
+            seqused_q,
+            seqused_k,
+            leftpad_k,
+            page_table,
+            kv_batch_idx,
+            max_seqlen_q,
+            max_seqlen_k,
+        ),
+        (q_descale, k_descale, v_descale),
+        softmax_scale,
+        Mask.of(is_causal, window_size_left, window_size_right, attention_chunk),
+        softcap,
+        num_splits,
+        sm_margin,
+        append,
+        out,
     )
-    return first if out is None else out.copy_(first), lse, *_fakes.no_partials(q)
+    return _run(FWD, call)
 
 
 def _bwd(
@@ -346,7 +323,7 @@ def _bwd(
     sm_margin: int = 0,
 ) -> tuple[Tensor, ...]:
     grads = [torch.empty_like(x) if g is None else g for g, x in zip((dq, dk, dv), (q, k, v))]
-    softmax_d = torch.ops.flash_attn_3._flash_attn_backward(
+    softmax_d = torch.ops.flash_attn_3._flash_attn_backward.default(
         dout,
         q,
         k,
@@ -378,3 +355,4 @@ define(_LIBRARY, FORWARD, SCHEMAS[FORWARD], _forward, _fakes.forward_fa3, _flops
 define(_LIBRARY, BACKWARD, SCHEMAS[BACKWARD], _backward, _fakes.backward_fa3, _flops.backward_fa3)
 fwd = define_shared(_LIBRARY, FWD, SCHEMAS[FWD], _fwd, flops=_flops.forward_fa3)
 define_shared(_LIBRARY, BWD, SCHEMAS[BWD], _bwd)
+cuda.serve_fa3(fwd.__name__)

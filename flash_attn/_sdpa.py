@@ -25,6 +25,7 @@ from torch.nn import attention
 
 from flash_attn import _arguments, _ops
 from flash_attn._problem import Mask, Sequences
+from flash_attn.backends import cuda
 
 NAME = "flash_attn"
 _OPS = torch.ops.flash_attn
@@ -135,9 +136,11 @@ def _scaled_dot_product_flash_attention(
     *,
     scale: Optional[float] = None,
 ) -> tuple[Any, ...]:
-    """The same of (b, h, s, d). The result's strides are in the order of the query's."""
+    """The same of (b, h, s, d). The result's strides are in the order of the query's.
+
+    The compiled shim has it once more (`csrc/torch/ops_sdpa.cpp`), for the CPU time of a call.
+    """
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    is_usual = query.stride(1) <= query.stride(2)  # the rows of all heads stand together
     sizes = query.shape[2], key.shape[2]
     out, softmax_lse, *rest = _flash_attention_forward(
         q,
@@ -150,7 +153,7 @@ def _scaled_dot_product_flash_attention(
         is_causal,
         return_debug_mask,
         scale=scale,
-        out=None if is_usual else torch.empty_like(query).transpose(1, 2),
+        out=torch.empty_like(query).transpose(1, 2),
     )
     return out.transpose(1, 2), softmax_lse, None, None, *sizes, *rest
 
@@ -199,6 +202,21 @@ def _preferred() -> list[attention.SDPBackend]:
     return [backend for backend, is_enabled in rows if is_enabled()]
 
 
+# Of the dense forward operator, which the shim serves: it takes arguments by their places.
+_DENSE_SCHEMA = (
+    "(Tensor query, Tensor key, Tensor value, float dropout_p=0., bool is_causal=False, "
+    "bool return_debug_mask=False, *, float? scale=None) -> (Tensor output, Tensor logsumexp, "
+    "Tensor cum_seq_q, Tensor cum_seq_k, SymInt max_q, SymInt max_k, Tensor rng_state, "
+    "Tensor unused, Tensor debug_attn_mask)"
+)
+
+
+def _has_dense_schema() -> bool:
+    """Whether this torch's dense forward operator is the one that the shim knows."""
+    found = torch.ops.aten._scaled_dot_product_flash_attention.default._schema
+    return str(found).endswith(f"::_scaled_dot_product_flash_attention{_DENSE_SCHEMA}")
+
+
 class Activated:
     """The operators in torch's places, until they are removed."""
 
@@ -214,10 +232,13 @@ class Activated:
                 if hasattr(torch.ops.aten, operator.__name__):
                     library.impl(operator.__name__, operator)
         self._library: Optional[torch.library.Library] = library
+        if _has_dense_schema():
+            cuda.serve_sdpa(True)
         self._settings = ExitStack()
         self._settings.enter_context(attention.sdpa_kernel(_preferred(), set_priority=True))
 
     def remove(self) -> None:
+        cuda.serve_sdpa(False)
         self._library = None
         self._settings.close()
 

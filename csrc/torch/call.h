@@ -102,7 +102,8 @@ std::string shape_text(const Tensor& x);
 
 void check(const Forward& call);
 void check_latent(const Forward& call);
-void check_fp8(const Forward& call);
+void check_fa3(const Forward& call);
+void check_sm_margin(const char* name, int64_t sm_margin);
 void check(const Backward& call);
 
 struct ForwardResult {

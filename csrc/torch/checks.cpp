@@ -41,9 +41,8 @@ void check_devices(const char* name, const Tensor& q, std::initializer_list<Name
     if (other.x.device_type() != q.device_type() || other.x.device_index() != q.device_index()) {
       const bool is_same_type = other.x.device_type() == q.device_type();
       fail(name,
-           std::string(other.argument) + " must be on cuda:" + text(q.device_index()) +
-               ", the device of q",
-           is_same_type ? "cuda:" + text(other.x.device_index()) : "another kind of device");
+           std::string(other.argument) + " must be on " + device_text(q) + ", the device of q",
+           is_same_type ? device_text(other.x) : "another kind of device");
     }
   }
 }
@@ -267,6 +266,9 @@ void check_rotary(const Forward& call) {
 void check_append(const Forward& call) {
   const char* name = call.name;
   const Append& append = call.append;
+  if (call.lengths.cu_seqlens_k) {
+    fail(name, "new keys go into a cache, so cu_seqlens_k must be None", "a cu_seqlens_k");
+  }
   check_new_rows(call, "k", append.k, call.k);
   check_new_rows(call, "v", append.v, call.v);
   check_devices(name, call.q,
@@ -331,7 +333,8 @@ void check(const Forward& call) {
                 {{"qv", call.qv},
                  {"q_descale", call.descale.q},
                  {"k_descale", call.descale.k},
-                 {"v_descale", call.descale.v}});
+                 {"v_descale", call.descale.v},
+                 {"out", call.out}});
   check_shapes(name, call.q, call.k, call.v, call.is_packed_q(), call.is_packed_k());
   check_head_dims(name, call.q.size(-1), call.v.size(-1), "forward");
   check_lengths(name, call.q, call.k, call.lengths);
@@ -341,8 +344,7 @@ void check(const Forward& call) {
     fail(name, "return_softmax is only supported when p_dropout > 0.0", "p_dropout 0.0");
   }
   check_latent(call);
-  check_fp8(call);
-  if (call.out) check_like_q(name, "out", call.out, call.q, call.v.size(-1));
+  check_fa3(call);
 }
 
 void check(const Backward& call) {
@@ -364,6 +366,7 @@ void check(const Backward& call) {
   check_head_dims(name, q.size(-1), call.v.size(-1), "backward");
   check_lengths(name, q, call.k, call.lengths);
   check_scores(name, call.scores, call.batch_size(), q.size(-2));
+  check_sm_margin(name, call.sm_margin);
   for (const Named& x : {Named{"dout", call.dout}, Named{"out", call.out}}) {
     check_like_q(name, x.argument, x.x, q, call.v.size(-1));
     if (x.x.dtype() != q.dtype()) {

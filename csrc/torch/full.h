@@ -135,7 +135,18 @@ class Arguments {
   }
 
   double number() { return take().toDouble(); }
+
+  std::optional<double> optional_number() {
+    const c10::IValue& value = take();
+    return value.isNone() ? std::nullopt : std::optional<double>(value.toDouble());
+  }
+
   bool flag() { return take().toBool(); }
+
+  std::optional<bool> optional_flag() {
+    const c10::IValue& value = take();
+    return value.isNone() ? std::nullopt : std::optional<bool>(value.toBool());
+  }
 
  private:
   const c10::IValue& take() { return values_[next_++]; }

@@ -41,6 +41,8 @@ inline std::string dtype_text(const Tensor& x) {
   }
 }
 
+inline std::string device_text(const Tensor& x) { return "cuda:" + text(x.device_index()); }
+
 // As Python writes it: the fewest digits that give the number back, and a point.
 inline std::string number_text(double x) {
   char words[40];

@@ -1,4 +1,6 @@
 // The operators: arguments in the order of their schemas, which flash_attn/_ops.py holds.
+#include "torch/ops.h"
+
 #include <cstdio>
 #include <exception>
 
@@ -23,18 +25,6 @@ void take_scores(Arguments& in, Scoring* scores, bool causal) {
   scores->mask = Mask::of(causal, left, right, 0);
   scores->softcap = in.number();
   scores->alibi_slopes = in.optional_tensor();
-}
-
-void take_descale(Arguments& in, Descale* descale) {
-  descale->q = in.optional_tensor();
-  descale->k = in.optional_tensor();
-  descale->v = in.optional_tensor();
-}
-
-// Where nobody asks for S_dmask it has no elements. It has a storage of its own even so: results of
-// an operator must not share one.
-void add_s_dmask(Results& out, Tensor s_dmask, const Tensor& q) {
-  out.add(s_dmask ? std::move(s_dmask) : empty({0}, q.dtype(), q));
 }
 
 void finish_forward(Forward& call, Results& out) {
@@ -297,6 +287,19 @@ void serve_published() {
   plain.implement<varlen_forward<finish_plain_forward>>("_flash_attn_varlen_forward");
 }
 
+// Null, or what `action` throws, in words.
+template <class Action>
+const char* told(const Action& action) {
+  static char problem[1024];
+  try {
+    action();
+  } catch (const std::exception& error) {
+    snprintf(problem, sizeof(problem), "%s", error.what());
+    return problem;
+  }
+  return nullptr;
+}
+
 }  // namespace
 
 }  // namespace flash::shim
@@ -304,14 +307,20 @@ void serve_published() {
 // Opens the kernels and defines `flash_attn_cuda::`; with `direct`, the published operators run
 // here for CUDA tensors without passing through Python. Null, or what went wrong. Call it once.
 FLASH_SHIM_API const char* flash_attn_serve(const char* kernel_folder, int direct) {
-  static char problem[1024];
   if (flash_open(kernel_folder) == 0) return flash_last_error();
-  try {
+  return flash::shim::told([&] {
     flash::shim::define_general();
     if (direct != 0) flash::shim::serve_published();
-  } catch (const std::exception& error) {
-    snprintf(problem, sizeof(problem), "%s", error.what());
-    return problem;
-  }
-  return nullptr;
+  });
 }
+
+// serve_fa3() and, from torch 2.11 on, serve_sdpa(). Null, or what went wrong.
+FLASH_SHIM_API const char* flash_attn_serve_fa3(const char* fwd) {
+  return flash::shim::told([&] { flash::shim::serve_fa3(fwd); });
+}
+
+#ifndef FLASH_FULL_ABI
+FLASH_SHIM_API const char* flash_attn_serve_sdpa(int is_on) {
+  return flash::shim::told([&] { flash::shim::serve_sdpa(is_on != 0); });
+}
+#endif

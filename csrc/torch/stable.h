@@ -23,7 +23,7 @@ inline void ok(AOTITorchError error, const char* what) {
   if (error != AOTI_TORCH_SUCCESS) throw std::runtime_error(std::string("flash_attn: ") + what);
 }
 
-enum class Dtype { kHalf, kBfloat16, kE4m3, kFloat, kInt, kLong, kOther };
+enum class Dtype { kHalf, kBfloat16, kE4m3, kFloat, kInt, kLong, kUlong, kOther };
 
 inline int32_t code(Dtype dtype) {
   switch (dtype) {
@@ -37,6 +37,8 @@ inline int32_t code(Dtype dtype) {
       return aoti_torch_dtype_float32();
     case Dtype::kInt:
       return aoti_torch_dtype_int32();
+    case Dtype::kUlong:
+      return aoti_torch_dtype_uint64();
     default:
       return aoti_torch_dtype_int64();
   }
@@ -155,6 +157,19 @@ inline void draw(const Tensor& x) {
   const Tensor returned(result);
 }
 
+// The elements of `x` under another dtype of their size.
+inline Tensor reinterpreted(const Tensor& x, Dtype dtype) {
+  StableIValue stack[2] = {0, 0};
+  const AtenTensorHandle self = x.share().release();
+  const int32_t wanted = code(dtype);
+  std::memcpy(&stack[0], &self, sizeof(self));
+  std::memcpy(&stack[1], &wanted, sizeof(wanted));
+  ok(torch_call_dispatcher("aten::view", "dtype", stack, TORCH_ABI_VERSION), "view");
+  AtenTensorHandle result = nullptr;
+  std::memcpy(&result, &stack[0], sizeof(result));
+  return Tensor(result);
+}
+
 inline void* current_stream(int32_t device) {
   void* stream = nullptr;
   if (aoti_torch_get_current_cuda_stream == nullptr) {
@@ -180,7 +195,9 @@ class Arguments {
   int64_t integer() { return take<int64_t>(); }
   std::optional<int64_t> optional_integer() { return optional<int64_t>(); }
   double number() { return take<double>(); }
+  std::optional<double> optional_number() { return optional<double>(); }
   bool flag() { return take<bool>(); }
+  std::optional<bool> optional_flag() { return optional<bool>(); }
 
  private:
   template <class T>
@@ -207,13 +224,23 @@ class Results {
  public:
   explicit Results(StableIValue* at) : at_(at) {}
 
-  void add(Tensor tensor) {
-    const AtenTensorHandle handle = tensor.release();
-    *at_ = 0;
-    std::memcpy(at_++, &handle, sizeof(handle));
+  void add(Tensor tensor) { put(tensor.release()); }
+  void add(int64_t value) { put(value); }
+
+  // A tensor that there is none of.
+  void add_undefined() {
+    AtenTensorHandle handle = nullptr;
+    ok(aoti_torch_new_uninitialized_tensor(&handle), "new_uninitialized_tensor");
+    put(handle);
   }
 
  private:
+  template <class T>
+  void put(T value) {
+    *at_ = 0;
+    std::memcpy(at_++, &value, sizeof(value));
+  }
+
   StableIValue* at_;
 };
 
@@ -226,7 +253,8 @@ void boxed(StableIValue* stack, uint64_t, uint64_t) {
   op(arguments, results);
 }
 
-// A set of operator definitions and implementations, for the life of the process.
+// A set of operator definitions and implementations, for the life of the process or until it is
+// removed.
 class Library {
  public:
   // Implementations of operators for a dispatch key; with a null key, new operators.
@@ -244,6 +272,8 @@ class Library {
   void implement(const char* name) {
     ok(torch_library_impl(handle_, name, &boxed<op>, TORCH_ABI_VERSION), name);
   }
+
+  void remove() { ok(aoti_torch_delete_library_object(handle_), "delete_library_object"); }
 
  private:
   TorchLibraryHandle handle_ = nullptr;

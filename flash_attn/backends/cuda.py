@@ -1,7 +1,7 @@
 """The CUDA backend: loads the compiled shim, if one was built, and says what it can run.
 
 Once loaded, the shim serves the published operators for CUDA tensors without passing through
-Python. What comes here is the rest: FlashAttention-3's operators, and every call while
+Python. What comes here is the rest: packed sequences of torch's own attention, and every call while
 `FLASH_ATTN_LOG`, `FLASH_ATTN_DEBUG` or another backend is asked for by the environment at import.
 """
 
@@ -11,7 +11,7 @@ import ctypes
 import platform
 import re
 from pathlib import Path
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 from torch import Tensor
@@ -135,20 +135,51 @@ def _load() -> tuple[Optional[ctypes.CDLL], str, str]:
         host = _open(_HOST_LIBRARY, system)
         host.flash_last_error.restype = ctypes.c_char_p
         host.flash_kernel_of.restype = ctypes.c_char_p
-        serve = _open(shim, f"{system}, another build of torch than {version}").flash_attn_serve
-        serve.restype = ctypes.c_char_p
-        error = serve(str(_KERNELS).encode(), int(_serves_directly()))
+        library = _open(shim, f"{system}, another build of torch than {version}")
+        if not hasattr(library, "flash_attn_serve_fa3"):
+            raise _LoadError(f"{shim.name} is of another version of this package", "")
+        error = _told(library.flash_attn_serve, str(_KERNELS).encode(), int(_serves_directly()))
     except _LoadError as damage:
         return None, str(damage), damage.told
     if error is not None:
-        return None, f"the compiled kernels cannot be used: {error.decode()}", ""
+        return None, f"the compiled kernels cannot be used: {error}", ""
     return host, "", ""
+
+
+def _told(function: Any, *arguments: Any) -> Optional[str]:
+    """What a function of the shim says went wrong, or None."""
+    function.restype = ctypes.c_char_p
+    words = function(*arguments)
+    return None if words is None else str(words.decode())
 
 
 # What the system's loader says names paths and symbols: nothing to act on, so only
 # `python -m flash_attn` shows it.
 _HOST, _WHY_NOT_LOADED, LOADER_SAID = _load()
 IS_DIRECT = _HOST is not None and _serves_directly()
+
+
+def serve_fa3(fwd: str) -> None:
+    """Lets the shim run FlashAttention-3's operators for CUDA tensors, where `IS_DIRECT`; `fwd` is
+    the name of the published one.
+    """
+    _serve("flash_attn_serve_fa3", fwd.encode())
+
+
+def serve_sdpa(is_on: bool) -> None:
+    """Lets the shim run dense forward calls of torch's own attention for CUDA tensors, where
+    `IS_DIRECT`; or gives them back.
+    """
+    _serve("flash_attn_serve_sdpa", int(is_on))
+
+
+def _serve(function: str, argument: Any) -> None:
+    if not IS_DIRECT:
+        return
+    shim = ctypes.CDLL(str(shim_file(torch.__version__, torch.compiled_with_cxx11_abi())))
+    error = _told(getattr(shim, function), argument)
+    if error is not None:
+        raise RuntimeError(f"flash_attn: {error}")
 
 
 def installed() -> str:

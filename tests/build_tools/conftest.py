@@ -11,6 +11,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 
 import emulated
+import shim_runs
 from native_tools import Stub, build_stub
 
 
@@ -18,6 +19,12 @@ from native_tools import Stub, build_stub
 def stub(tmp_path_factory: pytest.TempPathFactory) -> Stub:
     """The host library beside a driver that runs nothing."""
     return build_stub(tmp_path_factory.mktemp("stub"))
+
+
+@pytest.fixture(scope="session")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Stub:
+    """The package as it stands after a build, beside a driver that runs nothing."""
+    return shim_runs.build_installed(tmp_path_factory.mktemp("installed"))
 
 
 @pytest.fixture(scope="session")

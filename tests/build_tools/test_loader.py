@@ -107,6 +107,11 @@ def shim_with_a_symbol_that_nobody_has(stub: Stub, shim: Path) -> None:
     compile_library(shim, text, "-Wl,-z,now")
 
 
+def shim_of_another_version(stub: Stub, shim: Path) -> None:
+    break_nothing_of_host(stub, shim)
+    compile_library(shim, 'extern "C" int flash_attn_serve() { return 0; }')
+
+
 OTHER = "is made for another system than "
 
 
@@ -117,6 +122,7 @@ OTHER = "is made for another system than "
         (host_for_another_machine, f"{native.HOST_LIBRARY} {OTHER}"),
         (empty_shim, f"_shim_torch2_7_cxx11abiFALSE.so {OTHER}"),
         (shim_with_a_symbol_that_nobody_has, "another build of torch than 2.7.1, or damaged"),
+        (shim_of_another_version, "cxx11abiFALSE.so is of another version of this package"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
@@ -169,7 +175,11 @@ def nothing_compiled(package: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
-        (None, "for 80, 90, 90a, 80+ptx; torch 2.7 (cxx11abi FALSE)"),
+        pytest.param(
+            None,
+            "for 80, 90, 90a, 80+ptx; torch 2.7 (cxx11abi FALSE)",
+            marks=pytest.mark.skipif(cuda._HOST is not None, reason="a process opens kernels once"),
+        ),
         (no_kernels, "none: the compiled kernels cannot be used: "),
         (empty_table, "none: the compiled kernels cannot be used: "),
         (host_gone, f"none: this installation is damaged: {native.HOST_LIBRARY} is missing"),
@@ -189,6 +199,7 @@ def test_what_is_installed_is_told_without_a_gpu(
         'extern "C" int flash_open(const char*); extern "C" const char* flash_last_error();'
         'extern "C" const char* flash_attn_serve(const char* folder, int) {'
         "  return flash_open(folder) ? nullptr : flash_last_error(); }"
+        'extern "C" const char* flash_attn_serve_fa3(const char*) { return nullptr; }'
     )
     compile_library(shim, text, str(package / native.HOST_LIBRARY))
     if callable(spoil):

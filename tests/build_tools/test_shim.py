@@ -1,19 +1,13 @@
-"""The torch shim without a GPU: it runs on CPU memory, and a stub driver shows the launches.
-
-The dispatcher is asked for the CUDA kernels of the operators by hand, so everything but the device
-code is what runs on a GPU.
-"""
+"""The torch shim without a GPU (shim_runs.py): FlashAttention-2's operators, caches, the build."""
 
 from __future__ import annotations
 
 import ctypes
-import json
 import re
 import shutil
 import subprocess
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 from native_tools import (
@@ -22,62 +16,15 @@ from native_tools import (
     Launch,
     Rows,
     Stub,
-    build_stub,
     launches,
     lay_out_kernels,
     native,
     needs,
 )
+from shim_runs import run
 
 from build_tools import elf
 from build_tools.audit_native import MANYLINUX_2_28
-
-PREAMBLE = """
-import ctypes, json, torch, flash_attn
-from flash_attn.backends import cuda
-from flash_attn._problem import *
-CUDA = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
-ops = torch.ops.flash_attn
-def direct(name, *arguments):
-    return getattr(ops, name).default.redispatch(CUDA, *arguments)
-def make(*shape, dtype=torch.bfloat16):
-    return torch.ones(shape, dtype=dtype)
-def forward(q, k, v, p=0.0, scale=0.5, causal=False, left=-1, right=-1, softcap=0.0, slopes=None,
-            s_dmask=False):
-    return direct("_flash_attn_forward", q, k, v, p, scale, causal, left, right, softcap, slopes,
-                  s_dmask)
-def told(run):
-    try:
-        run()
-    except (RuntimeError, ValueError) as error:
-        return [type(error).__name__, str(error)]
-"""
-
-
-@pytest.fixture(scope="module")
-def installed(tmp_path_factory: pytest.TempPathFactory) -> Stub:
-    """The package as it stands after a build, beside the stub driver."""
-    needs("g++")
-    stub = build_stub(tmp_path_factory.mktemp("installed"))
-    package = stub.folder / "flash_attn"
-    ignored = shutil.ignore_patterns("*.so", "kernels", "__pycache__")
-    shutil.copytree(ROOT / "flash_attn", package, ignore=ignored)
-    for module in ROOT.glob("flash_attn_*.py"):
-        shutil.copy(module, stub.folder)
-    shutil.copyfile(stub.host, package / stub.host.name)
-    lay_out_kernels(package / "kernels")
-    found = native.find_torch()
-    native.shim(package / native.shim_name(found), package / stub.host.name, found, needs("g++"))
-    return stub
-
-
-def run(stub: Stub, log: Path, text: str, **environment: str) -> Any:
-    """The last line that a program prints, read as JSON."""
-    environment = {"LD_PRELOAD": str(stub.folder / "libcuda.so.1"), **environment}
-    environment = {"PYTHONPATH": str(stub.folder), "OMP_NUM_THREADS": "1", **environment}
-    child = stub.run(PREAMBLE + text, log, **environment)
-    assert child.returncode == 0, child.stderr
-    return json.loads(child.stdout.splitlines()[-1])
 
 
 def test_the_backend_says_what_was_built(installed: Stub, tmp_path: Path) -> None:

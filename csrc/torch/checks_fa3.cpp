@@ -1,4 +1,4 @@
-// The rules of FP8 inputs, a part of check().
+// The rules of what FlashAttention-3's functions add, parts of check().
 #include "torch/messages.h"
 
 namespace flash::shim {
@@ -20,9 +20,23 @@ void check_factor(const Forward& call, const char* argument, const Tensor& facto
               "(batch_size, num_heads_k)");
 }
 
+void check_out(const Forward& call) {
+  const bool is_bf16 = call.q.dtype() != Dtype::kHalf;  // of FP8 too
+  if (call.out.dtype() != (is_bf16 ? Dtype::kBfloat16 : Dtype::kHalf)) {
+    fail(call.name, std::string("out must have dtype torch.") + (is_bf16 ? "bfloat16" : "float16"),
+         dtype_text(call.out));
+  }
+  check_like_q(call.name, "out", call.out, call.q, call.v.size(-1));
+}
+
 }  // namespace
 
-void check_fp8(const Forward& call) {
+void check_sm_margin(const char* name, int64_t sm_margin) {
+  if (sm_margin < 0) fail_value(name, "sm_margin must be 0 or positive", text(sm_margin));
+}
+
+void check_fa3(const Forward& call) {
+  check_sm_margin(call.name, call.sm_margin);
   check_factor(call, "q_descale", call.descale.q, call.q);
   check_factor(call, "k_descale", call.descale.k, call.k);
   check_factor(call, "v_descale", call.descale.v, call.v);
@@ -30,6 +44,7 @@ void check_fp8(const Forward& call) {
     fail(call.name, "FP8 inputs on a GPU do not go with dropout",
          "dropout_p " + number_text(call.scores.dropout_p));
   }
+  if (call.out) check_out(call);
 }
 
 }  // namespace flash::shim
