@@ -18,7 +18,7 @@ from build_tools.zip_file import Entries, wheel_order, write
 # As long as on the longest path that Windows takes by default it leaves 150 for where it stands.
 MAX_PATH = 100
 MAX_DOWNLOAD = 40_000_000
-TOP_LEVEL = ("flash_attn", "flash_attn_2_cuda", "flash_attn_interface")
+TOP_LEVEL = ("flash_attn", "flash_attn_2_cuda", "flash_attn_3", "flash_attn_interface")
 _PORTABLE = re.compile(r"[A-Za-z0-9_.+-]+(?:/[A-Za-z0-9_.+-]+)*")
 _SOURCE = re.compile(rb"(?<![\w.+-])(?:/[\w.+-]+){2,}\.(?:h|hpp|cpp|cuh|cu)\b")
 

@@ -70,6 +70,22 @@ IMPORTS = [
             "_flash_attn_backward",
         ],
     ),
+    (
+        "TransformerEngine",
+        "flash_attn_3.flash_attn_interface",
+        [
+            "flash_attn_func",
+            "flash_attn_varlen_func",
+            "flash_attn_with_kvcache",
+            "_flash_attn_forward",
+            "_flash_attn_backward",
+        ],
+    ),
+    (
+        "Megatron",
+        "flash_attn_3.flash_attn_interface",
+        ["_flash_attn_forward", "flash_attn_with_kvcache"],
+    ),
     ("Megatron", "flash_attn", ["flash_attn_varlen_func", "flash_attn_with_kvcache"]),
     ("Megatron", "flash_attn.layers.rotary", ["apply_rotary_emb"]),
     ("mamba", "flash_attn", ["flash_attn_with_kvcache"]),
@@ -322,6 +338,30 @@ def test_pytorch_core_runs_the_fa3_operators_by_its_own_code() -> None:
         dout, q, k, v, out, lse, None, None, 12, 12, SCALE, True, -1, -1
     )  # fmt: skip
     gradients_agree(grads, dout, [q, k, v], softmax_scale=SCALE, causal=True)
+
+
+def test_the_package_of_flash_attention_3_is_the_module() -> None:
+    package = importlib.import_module("flash_attn_3.flash_attn_interface")
+    names = [name for name in dir(fa3) if name.startswith(("flash", "_flash", "get_"))]
+    assert len(names) >= 8
+    missing = [name for name in names if getattr(package, name, None) is not getattr(fa3, name)]
+    assert missing == []
+
+
+def test_importing_the_extension_registers_the_operators() -> None:
+    """As xformers finds it; in a process of its own, because this one has imported the module."""
+    program = """
+import importlib.util
+import torch
+assert importlib.util.find_spec("flash_attn_3") and importlib.util.find_spec("flash_attn_3._C")
+assert not hasattr(torch.ops.flash_attn_3, "fwd")
+import flash_attn_3._C
+q = torch.randn(1, 5, 2, 16)
+print(len(torch.ops.flash_attn_3.fwd(q, q, q)), flash_attn_3.__version__)
+"""
+    command = [sys.executable, "-c", program]
+    child = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert child.stdout.split() == ["4", "3.0.0"], child.stderr
 
 
 BESIDE_ANOTHER_FLASH_ATTENTION_3 = """

@@ -14,7 +14,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "flash_attn"
-TOP_LEVEL = (ROOT / "flash_attn_interface.py", ROOT / "flash_attn_2_cuda.py")
+TOP_LEVEL = (
+    ROOT / "flash_attn_interface.py",
+    ROOT / "flash_attn_2_cuda.py",
+    *sorted((ROOT / "flash_attn_3").glob("*.py")),
+)
 TRUTHS = ("_env.py", "_support.py", "_version.py")
 
 # Rooms of the package from the ground up, as docs/architecture.md draws them: a module imports
@@ -40,6 +44,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("info",),
     ("__main__",),
     ("/flash_attn_interface",),
+    ("/flash_attn_3",),
 )
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
 
@@ -72,7 +77,7 @@ def python_modules() -> list[Path]:
 
 def room_of(path: Path) -> str:
     if path in TOP_LEVEL:
-        return f"/{path.stem}"
+        return f"/{path.relative_to(ROOT).parts[0].removesuffix('.py')}"
     return path.relative_to(PACKAGE).parts[0].replace(".py", "")
 
 
@@ -92,7 +97,7 @@ def imported_rooms(path: Path) -> Iterator[tuple[int, str]]:
             continue
         for name in names:
             parts = name.split(".")
-            if parts[0] in {module.stem for module in TOP_LEVEL}:
+            if f"/{parts[0]}" in LEVEL:
                 yield node.lineno, f"/{parts[0]}"
             elif parts[0] == "flash_attn":
                 is_room = len(parts) > 1 and is_module(PACKAGE / parts[1])

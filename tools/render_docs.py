@@ -19,6 +19,7 @@ from pathlib import Path
 from types import ModuleType
 
 from result_tables import SECTIONS, sections, table
+from speed_table import speed_table
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -128,6 +129,7 @@ RENDERERS: dict[str, Callable[[], str]] = {
     "support": support_table,
     "sdpa": sdpa_table,
     "kernels": kernels_table,
+    "speed": speed_table,
     "build_variables": build_variables_table,
     **{kind: partial(sections, kind) for kind in SECTIONS},
     "matrix": partial(matrix_table, "support_table"),

@@ -46,6 +46,7 @@ FOREIGN = {
     "THESE PACKAGES DO NOT MATCH THE HASHES",
     "OSError: [Errno 18] Invalid cross-device link",
     "the package flash_attn seems to be not installed",
+    "the package for FlashAttention3 doesn't seem to be installed",
     "is not available",
 }
 
