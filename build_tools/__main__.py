@@ -1,7 +1,7 @@
 """The build front: `python -m build_tools COMMAND`.
 
 `kernels`, `host`, `shim` and `all` build in place, for this machine; `matrix`, `part`, `build`,
-`slim`, `audit`, `mirror`, `verify` and `serve` are about wheels.
+`slim`, `audit`, `mirror`, `verify`, `serve` and `stand-in` are about wheels.
 """
 
 from __future__ import annotations
@@ -12,7 +12,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Optional
 
-from build_tools import assemble, audit, kernels, matrix_report, mirror, native, serve, slim
+from build_tools import (
+    assemble,
+    audit,
+    kernels,
+    matrix_report,
+    mirror,
+    native,
+    serve,
+    slim,
+    stand_in,
+)
 from build_tools.ninja import BuildError
 
 
@@ -38,6 +48,7 @@ def parser() -> argparse.ArgumentParser:
     audit.add_parser(commands)
     mirror.add_parsers(commands)
     serve.add_parser(commands)
+    stand_in.add_parser(commands)
     return made
 
 
@@ -51,6 +62,7 @@ OF_WHEELS = {
     "mirror": mirror.run,
     "verify": mirror.run_verify,
     "serve": serve.run,
+    "stand-in": stand_in.run,
 }
 
 

@@ -294,6 +294,37 @@ def test_combine_of_real_splits_is_attention(device: str) -> None:
     check("lse", lse.transpose(1, 2), runs[0]["lse"], runs[1]["lse"])
 
 
+@pytest.mark.parametrize("sq", [5, 70])
+@pytest.mark.parametrize("out_given", [True, False])
+def test_the_published_operator_appends_for_the_queries_in_use(
+    out_given: bool, sq: int, device: str
+) -> None:
+    """Each sequence as if it were called alone with the queries that it has."""
+    make = partial(torch.randn, dtype=BF16, device=device)
+    q, cache, new = make(3, sq, 4, 64), make(2, 3, 90, 2, 64), make(2, 3, 6, 2, 64)
+    used_q, used_k = (torch.tensor(x).int().to(device) for x in ((sq, 2, 0), (9, 84, 40)))
+    caches = cache.clone()
+    given = torch.full_like(q, float("nan")) if out_given else None
+    out, lse, *_ = torch.ops.flash_attn_3.fwd(
+        q, *caches, *new, out=given, seqused_q=used_q, seqused_k=used_k, is_causal=True
+    )
+    assert given is None or out.data_ptr() == given.data_ptr()
+    expected = cache.clone()
+    for i, (rows, keys) in enumerate(zip(used_q.tolist(), used_k.tolist())):
+        expected[:, i, keys : keys + 6] = new[:, i]
+        assert not out[i, rows:].any()
+        assert torch.isposinf(lse[i, :, rows:]).all()
+        if rows == 0:
+            continue
+        alone = q[i : i + 1, :rows], *expected[:, i : i + 1, : keys + 6]
+        q_, k_, v_ = (x.double().cpu() for x in alone)
+        exact, exact_lse = attention(q_, k_, v_, causal=True)
+        low, _ = attention(q_, k_, v_, causal=True, dtype=BF16)
+        check(f"out {i}", out[i : i + 1, :rows], exact, low)
+        assert torch.allclose(lse[i, :, :rows].cpu().double(), exact_lse[0], atol=1e-2)
+    assert torch.equal(caches, expected)
+
+
 @pytest.mark.parametrize(
     "problem",
     [

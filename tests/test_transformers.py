@@ -1,4 +1,5 @@
-"""Real transformers models, tiny and random: `flash_attention_2` gives eager's logits on the CPU.
+"""Real transformers models, tiny and random: `flash_attention_2` gives eager's logits on the CPU,
+and so does `flash_attention_3`.
 
 The models run through transformers' own detection, unpadding and keyword handling. Only its check
 that a CUDA device is there is answered for it; float32 works, though it warns that the published
@@ -9,7 +10,9 @@ from __future__ import annotations
 
 import copy
 import importlib.metadata
+import zipfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Optional
 
 import pytest
@@ -18,6 +21,8 @@ from compare import check
 from oracle import attention
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from build_tools import stand_in
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 import_utils = transformers.utils.import_utils
@@ -112,12 +117,13 @@ def make(name: str, implementation: str, dtype: torch.dtype = FP32) -> Any:
 class FlashCalls(TorchDispatchMode):
     """Names of this package's operators that run."""
 
-    def __init__(self) -> None:
+    def __init__(self, namespace: str = "flash_attn") -> None:
         super().__init__()
+        self.namespace = namespace
         self.names: set[str] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "flash_attn":
+        if func.namespace == self.namespace:
             self.names.add(func._schema.name.split("::")[1])
         return func(*args, **(kwargs or {}))
 
@@ -237,3 +243,39 @@ def test_lengths_given_as_tensors_are_taken() -> None:
             max_length_k=longest,
         ).logits
     assert torch.equal(got, expected)
+
+
+@pytest.fixture
+def stands_in(tmp_path: Path) -> Iterator[None]:
+    """transformers finds FlashAttention-3's distribution, which stands for this package."""
+    name = tmp_path / stand_in.FILE
+    name.write_bytes(stand_in.wheel())
+    lookups = import_utils._package_distribution_mapping, import_utils.is_flash_attn_3_available
+    with pytest.MonkeyPatch.context() as patch:
+        with zipfile.ZipFile(name) as archive:
+            archive.extractall(tmp_path)
+        patch.syspath_prepend(str(tmp_path))
+        for lookup in lookups:
+            lookup.cache_clear()
+        yield
+    for lookup in lookups:
+        lookup.cache_clear()
+
+
+@pytest.mark.skipif(
+    not hasattr(import_utils, "_package_distribution_mapping"),
+    reason="this transformers looks for FlashAttention-3 in another way",
+)
+@pytest.mark.parametrize("padding", ["none", "left"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_flash_attention_3_has_the_logits_of_eager(
+    name: str, padding: str, stands_in: None
+) -> None:
+    ids, mask = batch(padding)
+    with torch.no_grad():
+        with FlashCalls("flash_attn_3") as calls:
+            got = padded_logits(make(name, "flash_attention_3"), ids, mask)
+        low = padded_logits(make(name, "eager"), ids, mask)
+        reference, _ = exact_logits(name, ids, mask)
+    assert calls.names == {"_flash_attn_forward"}
+    check("logits", got, reference, low)
