@@ -90,6 +90,52 @@ PUBLISHED = {
         dv=None, softmax_scale=None, is_causal=False, window_size_left=-1, window_size_right=-1,
         softcap=0.0, deterministic=False, sm_margin=0)
     """,
+    "flash_attn.modules.mlp": """
+    Mlp(in_features, hidden_features=None, out_features=None, activation=gelu, bias1=True,
+        bias2=True, return_residual=False, device=None, dtype=None)
+    GatedMlp(in_features, hidden_features=None, out_features=None, activation=sigmoid, bias1=True,
+        bias2=True, multiple_of=128, return_residual=False, device=None, dtype=None)
+    """,
+    "flash_attn.modules.block": """
+    Block(dim, mixer_cls=None, mlp_cls=None, norm_cls=LayerNorm, dropout_cls=Dropout,
+        prenorm=True, resid_dropout1=0.0, resid_dropout2=0.0, drop_path1=0.0, drop_path2=0.0,
+        fused_dropout_add_ln=False, return_residual=False, residual_in_fp32=False,
+        sequence_parallel=False, mark_shared_params=False)
+    ParallelBlock(dim, mixer_cls=None, mlp_cls=None, norm_cls=LayerNorm, dropout_cls=Dropout,
+        resid_dropout1=0.0, resid_dropout2=0.0, tied_norm=False, fused_dropout_add_ln=False,
+        residual_in_fp32=False, sequence_parallel=False, mark_shared_params=False)
+    """,
+    "flash_attn.modules.embedding": """
+    GPT2Embeddings(embed_dim, vocab_size, max_position_embeddings, padding_idx=None,
+        word_embed_proj_dim=None, device=None, dtype=None)
+    BertEmbeddings(embed_dim, vocab_size, max_position_embeddings, type_vocab_size,
+        padding_idx=None, device=None, dtype=None)
+    ParallelGPT2Embeddings(embed_dim, vocab_size, max_position_embeddings, process_group,
+        padding_idx=None, sequence_parallel=True, device=None, dtype=None)
+    """,
+    "flash_attn.layers.patch_embed": """
+    PatchEmbed(img_size=224, patch_size=16, in_chans=3, embed_dim=768, norm_layer=None,
+        flatten=True, bias=True, fused_bias_fc=False)
+    """,
+    "flash_attn.ops.activations": """
+    bias_gelu(y, bias)
+    bias_gelu_back(g, y, bias)
+    gelu_fwd(x)
+    gelu_bwd(g, x)
+    relu_bwd(g, x)
+    sqrelu_fwd(x)
+    sqrelu_bwd(g, x)
+    swiglu_fwd(x, y)
+    swiglu_bwd(x, y, g)
+    """,
+    "flash_attn.utils.distributed": """
+    all_gather_raw(input_, process_group, async_op=False)
+    reduce_scatter_raw(input_, process_group, async_op=False)
+    all_reduce_raw(input_, process_group, async_op=False)
+    sync_shared_params(model, process_group)
+    allreduce_sequence_parallel_grad(model, process_group)
+    get_dim_for_local_rank(dim, world_size, local_rank, multiple_of=1)
+    """,
     # Positional in the extension module: here only order and number count.
     "flash_attn_2_cuda": """
     fwd(q, k, v, out, alibi_slopes, p_dropout, softmax_scale, is_causal, window_size_left,
@@ -128,7 +174,8 @@ def as_text(parameter: inspect.Parameter) -> str:
     assert parameter.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD, parameter
     if parameter.default is inspect.Parameter.empty:
         return parameter.name
-    return f"{parameter.name}={parameter.default!r}"
+    default = getattr(parameter.default, "__name__", repr(parameter.default))
+    return f"{parameter.name}={default}"
 
 
 @pytest.mark.parametrize(

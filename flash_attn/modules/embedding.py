@@ -125,9 +125,9 @@ class VocabParallelEmbedding(nn.Embedding):
         **kwargs: Any,
     ) -> None:
         own = _part("VocabParallelEmbedding", num_embeddings, process_group, "num_embeddings")
-        if padding_idx is not None and process_group is not None:
+        if padding_idx is not None and own < num_embeddings:
             raise RuntimeError(
-                "VocabParallelEmbedding: padding_idx is not supported with a process_group; got "
+                "VocabParallelEmbedding: padding_idx is not supported with several ranks; got "
                 f"padding_idx {padding_idx}"
             )
         super().__init__(own, embedding_dim, padding_idx=padding_idx, **kwargs)
