@@ -294,6 +294,44 @@ def test_combine_of_real_splits_is_attention(device: str) -> None:
     check("lse", lse.transpose(1, 2), runs[0]["lse"], runs[1]["lse"])
 
 
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("d", [64, 128, 192])
+def test_rows_of_a_batch_that_are_not_in_use(d: int, causal: bool, device: str) -> None:
+    """Whatever they hold: out 0, gradients 0, and the others as if they were called alone."""
+    make = partial(torch.randn, dtype=BF16, device=device)
+    q, dout, k, v = make(3, 150, 4, d), make(3, 150, 4, d), make(3, 200, 2, d), make(3, 200, 2, d)
+    lengths = (150, 70, 0), (130, 200, 9)
+    for i, (rows, keys) in enumerate(zip(*lengths)):
+        q[i, rows:] = dout[i, rows:] = k[i, keys:] = v[i, keys:] = float("nan")
+    used = [torch.tensor(x).int().to(device) for x in lengths]
+    with poisoned_memory():
+        out, lse, *_ = fa3._flash_attn_forward(
+            q, k, v, seqused_q=used[0], seqused_k=used[1], causal=causal
+        )
+        grads = [torch.full_like(x, float("nan")) for x in (q, k, v)]
+        fa3._flash_attn_backward(
+            dout, q, k, v, out, lse, None, None, *used, None, None, *grads, is_causal=causal
+        )
+    for i, (rows, keys) in enumerate(zip(*lengths)):
+        for x, count in ((out, rows), (grads[0], rows), (grads[1], keys), (grads[2], keys)):
+            assert not x[i, count:].any()
+        assert torch.isposinf(lse[i, :, rows:]).all()
+        if rows == 0:
+            assert not grads[1][i].any()
+            assert not grads[2][i].any()
+            continue
+        alone = q[i : i + 1, :rows], k[i : i + 1, :keys], v[i : i + 1, :keys]
+        runs = []
+        for dtype in (FP64, BF16):
+            leaves = [x.detach().double().cpu().requires_grad_() for x in alone]
+            exact, _ = attention(*leaves, causal=causal, dtype=dtype)
+            gradient = dout[i : i + 1, :rows].cpu().to(exact.dtype)
+            runs.append([exact.detach(), *torch.autograd.grad(exact, leaves, gradient)])
+        counts = (rows, rows, keys, keys)
+        for name, x, n, true, low in zip(("out", "dq", "dk", "dv"), (out, *grads), counts, *runs):
+            check(f"{name} {i}", x[i : i + 1, :n], true, low.to(BF16))
+
+
 @pytest.mark.parametrize("sq", [5, 70])
 @pytest.mark.parametrize("out_given", [True, False])
 def test_the_published_operator_appends_for_the_queries_in_use(

@@ -144,7 +144,7 @@ def test_wheel_holds_every_module_and_nothing_else(dists: Dists) -> None:
         names = {name for name in wheel.namelist() if ".dist-info/" not in name}
         infos = {name.split("/", 1)[1] for name in wheel.namelist() if ".dist-info/" in name}
     files = [path.as_posix() for path in project_files()]
-    package = {name for name in files if name.startswith("flash_attn/")}
+    package = {name for name in files if name.startswith(("flash_attn/", "flash_attn_3/"))}
     assert names == package | {"flash_attn_2_cuda.py", "flash_attn_interface.py"}
     assert "licenses/LICENSE" in infos
     assert max(map(len, names)) <= MAX_PATH

@@ -65,6 +65,21 @@ def packed(d, lens_q, lens_k, hq=2, hk=1, dv=None, used_k=None, splits=1, longes
         return varlen_attention(q[rows], k, v, *cu, seqused_k=used, dtype=dtype, **options)[:2]
     judge((got[0][rows], got[1][:, rows]), oracle)
 
+def in_use(d, sq, sk, used_q, used_k, hq=2, hk=1, splits=1, **options):
+    # A batch of which rows behind those in use hold anything, and have out 0.
+    used = [torch.tensor(x, dtype=torch.int32) for x in (used_q, used_k)]
+    b = len(used_q)
+    q, k, v = make(b, sq, hq, d), make(b, sk, hk, d), make(b, sk, hk, d)
+    for i, (rows, keys) in enumerate(zip(used_q, used_k)):
+        q[i, rows:] = k[i, keys:] = v[i, keys:] = math.nan
+    out, lse = call(q, k, v, used=used, splits=splits, **options)
+    for i, (rows, keys) in enumerate(zip(used_q, used_k)):
+        assert bool((out[i, rows:] == 0).all() and (lse[i, :, rows:] == math.inf).all())
+        own = [x[i : i + 1, :n] for x, n in ((q, rows), (k, keys), (v, keys))]
+        got = out[i : i + 1, :rows], lse[i : i + 1, :, :rows]
+        if rows:
+            judge(got, lambda dtype: attention(*own, dtype=dtype, **options)[:2])
+
 def paged(d, page, sq, used_k, hq=2, hk=1, lens_q=None, rows=None, rise=0.0, low=0.0, jump=0.0,
           splits=1, longest=None, **options):
     b, num_pages = len(used_k), max(used_k) // page + 2
@@ -109,6 +124,9 @@ CASES = {
     "overflowing_scores_full": "dense({d}, 400, 900, rise=600.0)",
     "jumping_scores": "dense({d}, 200, 900, jump=200.0)",
     "jumping_scores_causal": "dense({d}, 400, 900, jump=200.0, causal=True)",
+    "rows_in_use": "in_use({d}, 200, 300, (200, 130, 0), (300, 200, 30))",
+    "few_rows_in_use": "in_use({d}, 20, 400, (20, 7), (400, 200), hq=8, hk=2, causal=True)",
+    "rows_in_use_in_parts": "in_use({d}, 200, 700, (200, 30), (700, 500), splits=3)",
     "pages": "paged({d}, 16, 300, (333, 0, 700))",
     "pages_causal": "paged({d}, 64, 200, (333, 150, 700), causal=True, rows=(1, 2, 0))",
     "small_pages": "paged({d}, 8, 120, (5, 300), hq=4, hk=2, softcap=10.0)",

@@ -39,6 +39,21 @@ def packed(lens_q, lens_k, **row):
 def dropped(lens_q, lens_k, **row):
     follow(varlen(lens_q, lens_k, dtype=BF16, dropout_p=0.4, **row))
 
+def in_use(d):
+    # Rows of a batch behind those in use hold anything, have out 0, and the others do not see them.
+    q, k = torch.randn(2, 70, 2, d, dtype=BF16), torch.randn(2, 90, 1, d, dtype=BF16)
+    rows, keys = (70, 30), (50, 90)
+    alone = [flash_attn_interface.flash_attn_func(q[i : i + 1, :n], *[k[i : i + 1, :m]] * 2)
+             for i, (n, m) in enumerate(zip(rows, keys))]
+    for i, (n, m) in enumerate(zip(rows, keys)):
+        q[i, n:] = k[i, m:] = math.nan
+    used = [torch.tensor(x, dtype=torch.int32) for x in (rows, keys)]
+    out, lse, *_ = flash_attn_interface._flash_attn_forward(
+        q, k, k, seqused_q=used[0], seqused_k=used[1])
+    for i, n in enumerate(rows):
+        assert torch.equal(out[i : i + 1, :n], alone[i])
+        assert bool((out[i, n:] == 0).all() and (lse[i, :, n:] == math.inf).all())
+
 def chunk(**row):
     problem = CacheProblem(dtype=BF16, **row)
     assert_cache_follows_rule(problem, published_cache_results(problem, "cpu", flash_attn))
@@ -48,6 +63,7 @@ CASES = {
     "below_a_block": "dense(d={d}, sq=63, sk=65)",
     "ragged": "dense(d={d}, sq=129, sk=200, hq=4, hk=2)",
     "whole_blocks": "dense(d={d}, sq=128, sk=256, b=1)",
+    "rows_in_use": "in_use({d})",
     "causal": "dense(d={d}, sq=150, sk=150, hq=4, hk=2, causal=True)",
     "causal_more_keys": "dense(d={d}, sq=65, sk=300, causal=True)",
     "rows_without_keys": "dense(d={d}, sq=200, sk=70, causal=True)",

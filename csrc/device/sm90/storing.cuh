@@ -8,12 +8,13 @@
 namespace flash::sm90 {
 
 // Whether a consumer's rows of O leave in one piece, by TMA: rows behind a packed sequence belong
-// to another one, and parts are not rounded.
+// to another one, those behind `seqused_q` have their values, and parts are not rounded.
 template <class Cfg>
 __device__ inline bool is_stored_whole(const ForwardParams& params,
                                        const TileOf<Cfg::kServesAll>& tile, int consumer) {
   if (is_split<Cfg>(params)) return false;
-  return !params.seqs.cu_seqlens_q || first_query(tile, consumer + 1) <= tile.sq;
+  const bool has_others = params.seqs.cu_seqlens_q || params.seqs.seqused_q;
+  return !has_others || first_query(tile, consumer + 1) <= tile.sq;
 }
 
 // A warp's work: 16 rows of a consumer's O, its columns from `col` on, from shared memory: those
