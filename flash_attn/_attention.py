@@ -256,6 +256,8 @@ def attend(
         )
         return _differentiably(packed, call, watched)
     except (ImportError, RuntimeError, TypeError, ValueError) as error:
+        if cuda.gives_way(packed[0].device):
+            return attend(name, packed, lengths, options, block_table)
         raise _arguments.renamed(error, operators.name, name) from error.__cause__
 
 

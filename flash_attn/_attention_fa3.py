@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from flash_attn import _arguments, _attention, _ops_fa3
 from flash_attn._attention import distinct, is_differentiated, is_watched, present
+from flash_attn.backends import cuda
 
 _OPS = torch.ops.flash_attn_3
 
@@ -173,4 +174,6 @@ def attend(
         alive = map(unwrap_if_dead, packed)
         return _bare_apply(*alive, *others, num_heads_q, *options)  # type: ignore[no-any-return]
     except (ImportError, RuntimeError, TypeError, ValueError) as error:
+        if cuda.gives_way(packed[0].device):
+            return attend(name, packed, options, num_heads_q)
         raise _arguments.renamed(error, _ops_fa3.FORWARD, name) from error.__cause__

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from flash_attn import _arguments, _ops, _support
+from flash_attn.backends import cuda
 
 
 def with_kvcache(
@@ -53,38 +54,46 @@ def with_kvcache(
     softmax_scale = _arguments.scale(softmax_scale, q, qv)
     left, right = _arguments.window(name, window_size)
     seqlens = _seqlens_tensor(name, cache_seqlens, q, cu_seqlens_q)
+    arguments = (
+        q,
+        k_cache,
+        v_cache,
+        k,
+        v,
+        qv,
+        rotary_cos,
+        rotary_sin,
+        seqlens,
+        cache_batch_idx,
+        cache_leftpad,
+        block_table,
+        cu_seqlens_q,
+        cu_seqlens_k_new,
+        max_seqlen_q,
+        rotary_seqlens,
+        q_descale,
+        k_descale,
+        v_descale,
+        softmax_scale,
+        causal,
+        left,
+        right,
+        attention_chunk,
+        softcap,
+        rotary_interleaved,
+        alibi_slopes,
+        num_splits,
+        sm_margin,
+    )
+    operator = torch.ops.flash_attn._flash_attn_with_kvcache
     try:
-        result: tuple[Tensor, Tensor] = torch.ops.flash_attn._flash_attn_with_kvcache(
-            q,
-            k_cache,
-            v_cache,
-            k,
-            v,
-            qv,
-            rotary_cos,
-            rotary_sin,
-            seqlens,
-            cache_batch_idx,
-            cache_leftpad,
-            block_table,
-            cu_seqlens_q,
-            cu_seqlens_k_new,
-            max_seqlen_q,
-            rotary_seqlens,
-            q_descale,
-            k_descale,
-            v_descale,
-            softmax_scale,
-            causal,
-            left,
-            right,
-            attention_chunk,
-            softcap,
-            rotary_interleaved,
-            alibi_slopes,
-            num_splits,
-            sm_margin,
-        )
+        result: tuple[Tensor, Tensor]
+        try:
+            result = operator(*arguments)
+        except RuntimeError:
+            if not cuda.gives_way(q.device):
+                raise
+            result = operator(*arguments)
     except (ImportError, RuntimeError, TypeError, ValueError) as error:
         found = _arguments.renamed(error, _ops.WITH_KVCACHE, name)
         if table_name is not None and str(found).startswith(f"{name}: "):

@@ -176,7 +176,7 @@ void boxed(const c10::OperatorHandle& handle, torch::jit::Stack* stack) {
   for (c10::IValue& value : results.values()) stack->push_back(std::move(value));
 }
 
-// A set of operator definitions and implementations, for the life of the process.
+// A set of operator definitions and implementations; they go with it.
 class Library {
  public:
   // Implementations of operators for a dispatch key; with a null key, new operators.

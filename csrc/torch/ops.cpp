@@ -3,6 +3,8 @@
 
 #include <cstdio>
 #include <exception>
+#include <memory>
+#include <vector>
 
 #include "host/api.h"
 #include "torch/messages.h"
@@ -263,26 +265,30 @@ void combine_parts(Arguments& in, Results& out) {
   out.add(std::move(merged.softmax_lse));
 }
 
+// Of operators that run here for CUDA tensors.
+auto& g_served = *new std::vector<std::unique_ptr<Library>>;
+
 void define_general() {
-  static Library definitions("flash_attn_cuda", nullptr);
+  // Never taken back, not even when the process ends: torch may end first.
+  static auto& definitions = *new Library("flash_attn_cuda", nullptr);
   definitions.define(kGeneralSchema);
   definitions.define(kGeneralBackwardSchema);
   definitions.define(kCombineSchema);
   // Any dispatch key: the tests run it on CPU memory, with a driver of their own.
-  static Library implementations("flash_attn_cuda", "CompositeExplicitAutograd");
+  static auto& implementations = *new Library("flash_attn_cuda", "CompositeExplicitAutograd");
   implementations.implement<general_forward>("forward");
   implementations.implement<general_backward>("backward");
   implementations.implement<combine_parts>("combine");
 }
 
 void serve_published() {
-  static Library library("flash_attn", "CUDA");
+  Library& library = served_in("flash_attn");
   library.implement<forward<finish_forward>>("_flash_attn_forward");
   library.implement<varlen_forward<finish_forward>>("_flash_attn_varlen_forward");
   library.implement<backward>("_flash_attn_backward");
   library.implement<varlen_backward>("_flash_attn_varlen_backward");
   library.implement<with_kvcache>("_flash_attn_with_kvcache");
-  static Library plain("flash_attn_cuda", "CUDA");
+  Library& plain = served_in("flash_attn_cuda");
   plain.implement<forward<finish_plain_forward>>("_flash_attn_forward");
   plain.implement<varlen_forward<finish_plain_forward>>("_flash_attn_varlen_forward");
 }
@@ -302,6 +308,11 @@ const char* told(const Action& action) {
 
 }  // namespace
 
+Library& served_in(const char* space) {
+  g_served.push_back(std::make_unique<Library>(space, "CUDA"));
+  return *g_served.back();
+}
+
 }  // namespace flash::shim
 
 // Opens the kernels and defines `flash_attn_cuda::`; with `direct`, the published operators run
@@ -312,6 +323,11 @@ FLASH_SHIM_API const char* flash_attn_serve(const char* kernel_folder, int direc
     flash::shim::define_general();
     if (direct != 0) flash::shim::serve_published();
   });
+}
+
+// Takes back what serve_published() and serve_fa3() did.
+FLASH_SHIM_API const char* flash_attn_stop_serving() {
+  return flash::shim::told([] { flash::shim::g_served.clear(); });
 }
 
 // serve_fa3() and, from torch 2.11 on, serve_sdpa(). Null, or what went wrong.

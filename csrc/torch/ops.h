@@ -27,6 +27,9 @@ inline void add_s_dmask(Results& out, Tensor s_dmask, const Tensor& q) {
   out.add(s_dmask ? std::move(s_dmask) : empty({0}, q.dtype(), q));
 }
 
+// A place for operators that run here for CUDA tensors, until they stop.
+Library& served_in(const char* space);
+
 // From here on FlashAttention-3's operators run here for CUDA tensors; `fwd` is the name that its
 // published one has got (flash_attn/_registration.py).
 void serve_fa3(const char* fwd);

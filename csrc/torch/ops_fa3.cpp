@@ -163,7 +163,7 @@ void backward(Arguments& in, Results& out) {
 }  // namespace
 
 void serve_fa3(const char* fwd) {
-  static Library library("flash_attn_3", "CUDA");
+  Library& library = served_in("flash_attn_3");
   library.implement<forward>("_flash_attn_forward");
   library.implement<backward>("_flash_attn_backward");
   library.implement<published_forward>(fwd);

@@ -83,8 +83,7 @@ void forward(Arguments& in, Results& out) {
 }  // namespace
 
 void serve_sdpa(bool is_on) {
-  static std::unique_ptr<Library> library;
-  if (library != nullptr) library->remove();
+  static auto& library = *new std::unique_ptr<Library>;  // torch may end first
   library.reset();
   if (!is_on) return;
   library = std::make_unique<Library>("aten", "CUDA");

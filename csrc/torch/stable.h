@@ -253,8 +253,7 @@ void boxed(StableIValue* stack, uint64_t, uint64_t) {
   op(arguments, results);
 }
 
-// A set of operator definitions and implementations, for the life of the process or until it is
-// removed.
+// A set of operator definitions and implementations; they go with it.
 class Library {
  public:
   // Implementations of operators for a dispatch key; with a null key, new operators.
@@ -266,14 +265,16 @@ class Library {
     }
   }
 
+  ~Library() { aoti_torch_delete_library_object(handle_); }
+  Library(const Library&) = delete;
+  Library& operator=(const Library&) = delete;
+
   void define(const char* schema) { ok(aoti_torch_library_def(handle_, schema), schema); }
 
   template <Op op>
   void implement(const char* name) {
     ok(torch_library_impl(handle_, name, &boxed<op>, TORCH_ABI_VERSION), name);
   }
-
-  void remove() { ok(aoti_torch_delete_library_object(handle_), "delete_library_object"); }
 
  private:
   TorchLibraryHandle handle_ = nullptr;

@@ -1,8 +1,9 @@
 """The CUDA backend: loads the compiled shim, if one was built, and says what it can run.
 
 Once loaded, the shim serves the published operators for CUDA tensors without passing through
-Python. What comes here is the rest: packed sequences of torch's own attention, and every call while
-`FLASH_ATTN_LOG`, `FLASH_ATTN_DEBUG` or another backend is asked for by the environment at import.
+Python, until it meets a device that it has no kernels for. What comes here is the rest: packed
+sequences of torch's own attention, and every call while `FLASH_ATTN_LOG`, `FLASH_ATTN_DEBUG` or
+another backend is asked for by the environment at import.
 """
 
 from __future__ import annotations
@@ -136,7 +137,7 @@ def _load() -> tuple[Optional[ctypes.CDLL], str, str]:
         host.flash_last_error.restype = ctypes.c_char_p
         host.flash_kernel_of.restype = ctypes.c_char_p
         library = _open(shim, f"{system}, another build of torch than {version}")
-        if not hasattr(library, "flash_attn_serve_fa3"):
+        if not hasattr(library, "flash_attn_stop_serving"):
             raise _LoadError(f"{shim.name} is of another version of this package", "")
         error = _told(library.flash_attn_serve, str(_KERNELS).encode(), int(_serves_directly()))
     except _LoadError as damage:
@@ -173,11 +174,27 @@ def serve_sdpa(is_on: bool) -> None:
     _serve("flash_attn_serve_sdpa", int(is_on))
 
 
-def _serve(function: str, argument: Any) -> None:
+def gives_way(device: torch.device) -> bool:
+    """Whether the shim has stopped to serve the operators, as there is no kernel for a device: a
+    call of it is then to be made again, and goes through Python, which asks the other backends.
+    """
+    global IS_DIRECT
+    if not IS_DIRECT or device.type != "cuda":
+        return False
+    major, minor = torch.cuda.get_device_capability(device)
+    plain = _KINDS.index("forward"), 64, 0, 10 * major + minor, 0
+    if _HOST is None or _HOST.flash_find(*plain):
+        return False
+    _serve("flash_attn_stop_serving")
+    IS_DIRECT = False
+    return True
+
+
+def _serve(function: str, *arguments: Any) -> None:
     if not IS_DIRECT:
         return
     shim = ctypes.CDLL(str(shim_file(torch.__version__, torch.compiled_with_cxx11_abi())))
-    error = _told(getattr(shim, function), argument)
+    error = _told(getattr(shim, function), *arguments)
     if error is not None:
         raise RuntimeError(f"flash_attn: {error}")
 

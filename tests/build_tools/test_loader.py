@@ -199,7 +199,7 @@ def test_what_is_installed_is_told_without_a_gpu(
         'extern "C" int flash_open(const char*); extern "C" const char* flash_last_error();'
         'extern "C" const char* flash_attn_serve(const char* folder, int) {'
         "  return flash_open(folder) ? nullptr : flash_last_error(); }"
-        'extern "C" const char* flash_attn_serve_fa3(const char*) { return nullptr; }'
+        'extern "C" const char* flash_attn_stop_serving() { return nullptr; }'
     )
     compile_library(shim, text, str(package / native.HOST_LIBRARY))
     if callable(spoil):

@@ -279,3 +279,76 @@ print(json.dumps([known, activate()]))
     known, unknown = run(installed, tmp_path / "log", text)
     assert known == [True, False]
     assert unknown == [True, False, False]
+
+
+# Where CPU tensors stand for those of a GPU, their device must too.
+OTHER_GPU = """
+from flash_attn import _attention, _attention_fa3, _kvcache
+import flash_attn_interface as fa3
+NAMES = ["flash_attn::_flash_attn_forward", "flash_attn::_flash_attn_backward",
+         "flash_attn::_flash_attn_with_kvcache", "flash_attn_3::fwd",
+         "flash_attn_3::_flash_attn_forward", "flash_attn_cuda::_flash_attn_forward"]
+def served_here():
+    return [torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA") for name in NAMES]
+torch.cuda.get_device_capability = lambda device: (CC // 10, CC % 10)
+real = cuda.gives_way
+cuda.gives_way = lambda device: real(torch.device("cuda", 0))
+class OnShim:
+    # An overload that runs what serves CUDA tensors, as long as something does.
+    def __init__(self, op):
+        self.op = op
+    def __call__(self, *arguments):
+        has = torch._C._dispatch_has_kernel_for_dispatch_key(self.op.name(), "CUDA")
+        return self.op.redispatch(CUDA, *arguments) if has else self.op(*arguments)
+    default = property(lambda self: self)
+_attention._DENSE = _attention._DENSE._replace(
+    forward=OnShim(ops._flash_attn_forward.default))
+fa3_forward = OnShim(torch.ops.flash_attn_3._flash_attn_forward.default)
+_attention_fa3._OPS = type("Ops", (), {"_flash_attn_forward": fa3_forward})
+class Torch:
+    ops = type("Ops", (), {"flash_attn": type("Ops", (), {
+        "_flash_attn_with_kvcache": OnShim(ops._flash_attn_with_kvcache.default)})})
+    def __getattr__(self, name):
+        return getattr(torch, name)
+_kvcache.torch = Torch()
+q = torch.randn(1, 5, 2, 64)
+calls = {"fa2": lambda: flash_attn.flash_attn_func(q, q, q, causal=True),
+         "fa3": lambda: fa3.flash_attn_func(q, q, q, causal=True),
+         "cache": lambda: flash_attn.flash_attn_with_kvcache(q, q, q, causal=True)}
+expected = torch.nn.functional.scaled_dot_product_attention(
+    *[q.transpose(1, 2)] * 3, is_causal=True).transpose(1, 2)
+"""
+
+
+@pytest.mark.parametrize("name", ["fa2", "fa3", "cache"])
+def test_a_device_without_kernels_goes_to_other_backends(
+    name: str, installed: Stub, tmp_path: Path
+) -> None:
+    text = f"""
+CC = 75
+{OTHER_GPU}
+before = served_here(), cuda.IS_DIRECT
+q = q.to(torch.bfloat16)  # the shim's dtypes
+out = calls["{name}"]()
+print(json.dumps([before, served_here(), cuda.IS_DIRECT,
+                  bool((out.float() - expected).abs().max() < 0.05)]))
+"""
+    before, after, is_direct, is_right = run(installed, tmp_path / "log", text, STUB_CC="75")
+    assert before == [[True] * 6, True]
+    assert after == [False] * 6
+    assert not is_direct
+    assert is_right
+
+
+def test_an_error_on_a_device_with_kernels_is_an_error(installed: Stub, tmp_path: Path) -> None:
+    text = f"""
+CC = 90
+{OTHER_GPU}
+q = q.to(torch.bfloat16)
+wrong = told(lambda: flash_attn.flash_attn_func(q, q, q, softcap=-1.0))
+print(json.dumps([wrong, served_here(), cuda.IS_DIRECT]))
+"""
+    wrong, served, is_direct = run(installed, tmp_path / "log", text)
+    assert wrong[1].startswith("flash_attn_func: softcap must be 0 (off) or positive")
+    assert served == [True] * 6
+    assert is_direct
