@@ -225,6 +225,7 @@ class Activated:
             # torch finds out what it prefers in its first call: it would forget what is set before.
             x = torch.zeros(1, 1, 8, 8, dtype=torch.float16, device="cuda")
             torch.nn.functional.scaled_dot_product_attention(x, x, x)
+            cuda.gives_way(x.device)  # where no compiled kernel is for it, others serve it
         library = torch.library.Library("aten", "IMPL", "CUDA")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # that torch's own are replaced

@@ -325,9 +325,14 @@ FLASH_SHIM_API const char* flash_attn_serve(const char* kernel_folder, int direc
   });
 }
 
-// Takes back what serve_published() and serve_fa3() did.
+// Takes back all that runs here for CUDA tensors. Null, or what went wrong.
 FLASH_SHIM_API const char* flash_attn_stop_serving() {
-  return flash::shim::told([] { flash::shim::g_served.clear(); });
+  return flash::shim::told([] {
+    flash::shim::g_served.clear();
+#ifndef FLASH_FULL_ABI
+    flash::shim::serve_sdpa(false);
+#endif
+  });
 }
 
 // serve_fa3() and, from torch 2.11 on, serve_sdpa(). Null, or what went wrong.

@@ -287,7 +287,9 @@ from flash_attn import _attention, _attention_fa3, _kvcache
 import flash_attn_interface as fa3
 NAMES = ["flash_attn::_flash_attn_forward", "flash_attn::_flash_attn_backward",
          "flash_attn::_flash_attn_with_kvcache", "flash_attn_3::fwd",
-         "flash_attn_3::_flash_attn_forward", "flash_attn_cuda::_flash_attn_forward"]
+         "flash_attn_3::_flash_attn_forward", "flash_attn_cuda::_flash_attn_forward",
+         "aten::_scaled_dot_product_flash_attention"]
+cuda.serve_sdpa(True)
 def served_here():
     return [torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA") for name in NAMES]
 torch.cuda.get_device_capability = lambda device: (CC // 10, CC % 10)
@@ -334,8 +336,8 @@ print(json.dumps([before, served_here(), cuda.IS_DIRECT,
                   bool((out.float() - expected).abs().max() < 0.05)]))
 """
     before, after, is_direct, is_right = run(installed, tmp_path / "log", text, STUB_CC="75")
-    assert before == [[True] * 6, True]
-    assert after == [False] * 6
+    assert before == [[True] * 7, True]
+    assert after == [False] * 7
     assert not is_direct
     assert is_right
 
@@ -350,5 +352,5 @@ print(json.dumps([wrong, served_here(), cuda.IS_DIRECT]))
 """
     wrong, served, is_direct = run(installed, tmp_path / "log", text)
     assert wrong[1].startswith("flash_attn_func: softcap must be 0 (off) or positive")
-    assert served == [True] * 6
+    assert served == [True] * 7
     assert is_direct
